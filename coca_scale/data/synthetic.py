@@ -1,0 +1,106 @@
+"""synthetic://shapes — pictures of coloured shapes with grammatical captions, drawn on the fly.
+
+Options: `count` (samples per epoch, default 100000), `size` (pixels per side, default 64) and
+`split` (train or val: other drawings of the same kinds of things).
+"""
+
+from __future__ import annotations
+
+import math
+from urllib.parse import parse_qs, urlsplit
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from coca_scale.data.sample import DataError, RawSample
+
+COLOURS = {
+    "red": (214, 40, 40),
+    "green": (46, 150, 60),
+    "blue": (40, 80, 210),
+    "yellow": (240, 208, 40),
+    "purple": (138, 50, 168),
+    "orange": (244, 132, 32),
+    "black": (24, 24, 24),
+    "white": (250, 250, 250),
+}
+SIZES = {"small": (0.15, 0.20), "large": (0.32, 0.40)}  # radius as a share of the picture's side
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+SPLITS = ("train", "val")
+OVERSAMPLE = 3
+
+
+class Shapes:
+    """An indexed collection of drawings: the same index always gives the same picture."""
+
+    def __init__(self, count: int, size: int, split: str) -> None:
+        self.size = size
+        self.split = split
+        self._count = count
+
+    @classmethod
+    def from_url(cls, url: str) -> Shapes:
+        """Parse synthetic://shapes?count=…&size=…&split=….
+
+        Raises:
+            DataError: unknown collection or option, or a value out of range.
+        """
+        parts = urlsplit(url)
+        options = {key: values[-1] for key, values in parse_qs(parts.query).items()}
+        count, size = options.pop("count", "100000"), options.pop("size", "64")
+        split = options.pop("split", "train")
+        if parts.netloc != "shapes" or options:
+            wrong = ", ".join(options) or parts.netloc
+            raise DataError(f"{url}: {wrong} is not known; write synthetic://shapes?count=N")
+        if not (count.isdigit() and int(count) and size.isdigit() and 16 <= int(size) <= 4096):
+            raise DataError(f"{url}: count is at least 1, and size between 16 and 4096")
+        if split not in SPLITS:
+            raise DataError(f"{url}: split is train or val, not {split!r}")
+        return cls(int(count), int(size), split)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> RawSample:
+        rng = np.random.default_rng([SPLITS.index(self.split), index])
+        size_name = str(rng.choice(list(SIZES)))
+        colour_name = str(rng.choice(list(COLOURS)))
+        shape = str(rng.choice(SHAPES))
+        picture = _draw(rng, self.size, SIZES[size_name], COLOURS[colour_name], shape)
+        caption = f"a {size_name} {colour_name} {shape}"
+        return RawSample(f"shapes/{self.split}/{index:09d}", picture, caption)
+
+
+def _draw(
+    rng: np.random.Generator,
+    size: int,
+    radius_range: tuple[float, float],
+    colour: tuple[int, int, int],
+    shape: str,
+) -> Image.Image:
+    side = size * OVERSAMPLE
+    background = rng.integers(120, 180, size=3)
+    image = Image.new("RGB", (side, side), tuple(int(c) for c in background))
+    fill = tuple(int(c) for c in np.clip(np.array(colour) + rng.integers(-20, 21, size=3), 0, 255))
+    radius = side * rng.uniform(*radius_range)
+    x, y = rng.uniform(radius, side - radius, size=2)
+    turn = rng.uniform(-0.25, 0.25)
+    draw = ImageDraw.Draw(image)
+    box = (x - radius, y - radius, x + radius, y + radius)
+    if shape == "circle":
+        draw.ellipse(box, fill=fill)
+    elif shape == "ring":
+        draw.ellipse(box, outline=fill, width=max(1, round(radius * 0.35)))
+    elif shape == "cross":
+        for angle in (turn, turn + math.pi / 2):
+            dx, dy = radius * math.cos(angle), radius * math.sin(angle)
+            draw.line((x - dx, y - dy, x + dx, y + dy), fill=fill, width=round(radius * 0.5))
+    else:
+        corners, inner = {"square": (4, 1.0), "triangle": (3, 1.0), "star": (10, 0.42)}[shape]
+        points = []
+        for k in range(corners):
+            r = radius * (inner if k % 2 else 1.0)
+            angle = turn + math.pi * (2 * k / corners - 0.5 + (0.25 if shape == "square" else 0))
+            points.append((x + r * math.cos(angle), y + r * math.sin(angle)))
+        draw.polygon(points, fill=fill)
+    return image.resize((size, size), Image.Resampling.BOX)

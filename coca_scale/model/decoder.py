@@ -1,0 +1,70 @@
+"""The multimodal text decoder and its vocabulary head."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from coca_scale.losses.caption import chunked_cross_entropy
+from coca_scale.model.config import DecoderConfig
+from coca_scale.model.layers import Block, CrossBlock, normal_parameter
+from coca_scale.model.stack import run_block
+
+
+class MultimodalDecoder(nn.Module):
+    """Causal blocks over text, each followed by cross-attention to the image tokens."""
+
+    def __init__(self, config: DecoderConfig, quick_gelu: bool) -> None:
+        super().__init__()
+        shape = (config.width, config.heads, float(config.mlp_ratio), config.layers, quick_gelu)
+        self.activation_checkpointing = False
+        self.blocks = nn.ModuleList(Block(*shape) for _ in range(config.layers))
+        self.cross_blocks = nn.ModuleList(CrossBlock(*shape) for _ in range(config.layers))
+        self.norm_final = nn.LayerNorm(config.width)
+
+    def forward(self, text_BTD: Tensor, image_BSD: Tensor) -> Tensor:
+        """Token features [B, T, D] and image tokens [B, S, D] → hidden states [B, T, D]."""
+        recompute = self.activation_checkpointing
+        x = text_BTD
+        for block, cross in zip(self.blocks, self.cross_blocks, strict=True):
+            x = run_block(block, x, recompute, None, True)
+            x = run_block(cross, x, recompute, image_BSD)
+        return self.norm_final(x)
+
+
+class CaptionHead(nn.Module):
+    """Owns the [V, D] vocabulary matrix; the only place where logits come into being.
+
+    The loss is computed inside `forward`, because under ZeRO-3 the weight exists only while its
+    owner runs.
+    """
+
+    def __init__(self, width: int, vocab_size: int) -> None:
+        super().__init__()
+        self.weight = normal_parameter(vocab_size, width, std=width**-0.5)
+        self.chunk_rows = 2048
+        self.label_smoothing = 0.0
+        self.z_loss = 0.0
+
+    def forward(self, hidden: Tensor, labels: Tensor | None = None, ignore_id: int = 0) -> Tensor:
+        """Logits, or with labels the summed loss.
+
+        Args:
+            hidden: [*, D].
+            labels: [*] token ids, or None for logits.
+            ignore_id: label that does not count.
+
+        Returns:
+            Logits [*, V] in the dtype of `hidden`; with labels the fp32 sum of the cross-entropy
+            over all labels that count, a scalar.
+        """
+        if labels is None:
+            return hidden @ self.weight.T
+        return chunked_cross_entropy(
+            hidden.flatten(0, -2),
+            self.weight,
+            labels.flatten(),
+            ignore_id=ignore_id,
+            chunk_rows=self.chunk_rows,
+            label_smoothing=self.label_smoothing,
+            z_loss=self.z_loss,
+        )

@@ -1,0 +1,1 @@
+"""OpenCLIP's format: the only room that knows its names."""

@@ -1,0 +1,93 @@
+"""Batch arithmetic: how `global_batch` is cut over ranks, micro-batches and lanes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from coca_scale.recipe.schema import Recipe
+
+MAX_DEFAULT_LANES = 1024
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How one optimizer step is divided.
+
+    `global_batch = ranks × accumulation × micro_batch`, and every lane gives
+    `samples_per_lane` samples to every step.
+    """
+
+    global_batch: int
+    ranks: int
+    micro_batch: int
+    accumulation: int
+    lanes: int
+
+    @property
+    def samples_per_rank(self) -> int:
+        """Samples of one step that one rank computes."""
+        return self.micro_batch * self.accumulation
+
+    @property
+    def samples_per_lane(self) -> int:
+        """Samples of one step that one lane gives."""
+        return self.global_batch // self.lanes
+
+    @property
+    def lanes_per_rank(self) -> int:
+        """Lanes that one rank reads."""
+        return self.lanes // self.ranks
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe, ranks: int) -> BatchPlan:
+        """Divide the recipe's batch over `ranks` processes.
+
+        Raises:
+            ValueError: the global batch cannot be divided, with the values that could be.
+        """
+        batch, micro = recipe.train.global_batch, recipe.train.micro_batch
+        if batch % ranks:
+            raise ValueError(
+                f"train.global_batch={batch} does not divide over {ranks} ranks; "
+                f"use a multiple of {ranks} or another number of ranks"
+            )
+        per_rank = batch // ranks
+        if per_rank % micro:
+            best = max(d for d in divisors(per_rank) if d <= micro)
+            raise ValueError(
+                f"train.micro_batch={micro} does not divide the {per_rank} samples per rank "
+                f"(train.global_batch={batch} over {ranks} ranks); "
+                f"train.micro_batch={best} would"
+            )
+        lanes = recipe.data.lanes or default_lanes(batch, ranks)
+        if batch % lanes:
+            raise ValueError(f"data.lanes={lanes} does not divide train.global_batch={batch}")
+        if lanes % ranks:
+            raise ValueError(
+                f"data.lanes={lanes} cannot be dealt to {ranks} ranks evenly; "
+                f"use a multiple of {ranks} that divides train.global_batch={batch}"
+            )
+        return cls(batch, ranks, micro, per_rank // micro, lanes)
+
+
+def divisors(n: int) -> list[int]:
+    """All divisors of `n`, ascending."""
+    small = [d for d in range(1, int(n**0.5) + 1) if n % d == 0]
+    return small + [n // d for d in reversed(small) if d * d != n]
+
+
+def default_lanes(global_batch: int, ranks: int) -> int:
+    """The divisor of `global_batch` up to 1024 that itself has most divisors.
+
+    It does not depend on the number of ranks, so that the sample order does not either; only a job
+    with more than 1024 ranks or an odd number of them needs `data.lanes` in the recipe.
+    """
+    candidates = [d for d in divisors(global_batch) if d <= MAX_DEFAULT_LANES]
+    lanes = max(candidates, key=lambda d: (len(divisors(d)), d))
+    if lanes % ranks:
+        fitting = [d for d in divisors(global_batch) if d % ranks == 0]
+        raise ValueError(
+            f"the default of {lanes} lanes cannot be dealt to {ranks} ranks evenly; "
+            f"set data.lanes={fitting[0]} in the recipe and keep it for the whole run"
+        )
+    return lanes

@@ -1,0 +1,156 @@
+"""Read a recipe: YAML, `key.path=value` overrides, validation with readable messages."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from coca_scale.recipe.schema import LENGTH_KEYS, Recipe
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be used; the message lists every fault, one per line."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-3 as a string; people mean a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def parse_yaml(text: str) -> Any:
+    """Parse YAML safely, with `1e-3` as a number."""
+    return yaml.load(text, Loader=_Loader)  # _Loader is a SafeLoader
+
+
+def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read the recipe at `path` and apply `key.path=value` overrides.
+
+    Raises:
+        RecipeError: missing or malformed file, unknown key, wrong type or value out of range.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise RecipeError(f"{path}: no such recipe; the shipped ones are in recipes/")
+    try:
+        raw = parse_yaml(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of sections, this is {_kind(raw)}")
+    for override in overrides:
+        apply_override(raw, override)
+    return recipe_from_dict(raw, str(path))
+
+
+def recipe_from_dict(raw: Mapping[str, Any], origin: str = "recipe") -> Recipe:
+    """Validate a recipe given as plain data.
+
+    Raises:
+        RecipeError: every fault on a line of its own, each with its key path.
+    """
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        lines = [f"{origin}: {_describe(fault)}" for fault in error.errors()]
+        raise RecipeError("\n".join(lines)) from error
+
+
+def apply_override(raw: dict[str, Any], override: str) -> None:
+    """Set `key.path=value` in `raw`; the value is read as YAML.
+
+    Overriding one of train.steps, train.samples, train.epochs removes the other two.
+
+    Raises:
+        RecipeError: not of the form key.path=value.
+    """
+    path, separator, text = override.partition("=")
+    keys = path.split(".")
+    if not separator or not all(keys):
+        raise RecipeError(f"override {override!r}: write it as key.path=value")
+    try:
+        value = parse_yaml(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"override {override!r}: the value is not readable as YAML") from error
+    node = raw
+    for key in keys[:-1]:
+        child = node.setdefault(key, {})
+        if not isinstance(child, dict):
+            raise RecipeError(f"override {override!r}: {key} is a value, not a section")
+        node = child
+    node[keys[-1]] = value
+    if keys[0] == "train" and len(keys) == 2 and keys[1] in LENGTH_KEYS and value is not None:
+        for other in LENGTH_KEYS:
+            if other != keys[1]:
+                node.pop(other, None)
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML; loading it gives an equal recipe."""
+    return yaml.safe_dump(recipe.model_dump(), sort_keys=False)
+
+
+def schema_json() -> str:
+    """The JSON schema of recipes, as shipped in `recipes/schema.json`."""
+    return json.dumps(Recipe.model_json_schema(), indent=1) + "\n"
+
+
+def _describe(fault: Any) -> str:
+    # pydantic adds names of union branches to the path; only our own keys are of use to a reader
+    location = [str(p) for p in fault["loc"]]
+    path, model = _known_prefix(location)
+    name = ".".join(path)
+    if fault["type"] == "extra_forbidden":
+        nearest = _nearest_key(location, model)
+        hint = f"; did you mean {nearest}?" if nearest else ""
+        return f"{'.'.join(location)}: unknown key{hint}"
+    if fault["type"] == "missing":
+        return f"{'.'.join(location)}: this key is required"
+    message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "value_error":
+        return f"{name}: {message}" if name else message
+    return f"{name}: {message[0].lower() + message[1:]}, found {fault['input']!r}"
+
+
+def _known_prefix(location: list[str]) -> tuple[list[str], type[BaseModel]]:
+    """The part of an error location that are keys of the schema, and the innermost section."""
+    model: type[BaseModel] = Recipe
+    path: list[str] = []
+    for key in location:
+        field = model.model_fields.get(key)
+        if field is None:
+            break
+        path.append(key)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            model = field.annotation
+        else:
+            break
+    return path, model
+
+
+def _nearest_key(location: list[str], model: type[BaseModel]) -> str | None:
+    wrong = location[-1]
+    near = difflib.get_close_matches(wrong, model.model_fields, n=1, cutoff=0.6)
+    if near:
+        return ".".join([*location[:-1], near[0]])
+    for section, field in Recipe.model_fields.items():  # the right key in the wrong section
+        owner = field.annotation
+        if isinstance(owner, type) and wrong in getattr(owner, "model_fields", {}):
+            return f"{section}.{wrong}"
+    return None
+
+
+def _kind(value: object) -> str:
+    return "empty" if value is None else f"a {type(value).__name__}"

