@@ -1,0 +1,1 @@
+"""Sharding, stepping, checkpoints: the only room that knows DeepSpeed."""

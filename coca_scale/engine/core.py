@@ -1,0 +1,233 @@
+"""One optimizer step of a sharded CoCa, exact for any number of ranks and micro-batches.
+
+With one micro-batch per rank a step is: towers → all-gather of features, in flight while the decoder
+and the caption loss run → contrastive loss with its gradients → backward of
+
+    ⟨features, dL/dfeatures⟩ + λ · caption_sum / tokens_of_the_global_batch
+
+With more, a first pass without gradients collects the features of all micro-batches, so that the
+contrastive loss sees the global batch, and the second pass runs the line above per micro-batch
+(GradCache, Gao et al. 2021). The first pass is a prefix of the second: ZeRO-3's trace stays valid.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import deepspeed
+import torch
+from torch import Tensor
+
+from coca_scale.engine.config import deepspeed_config
+from coca_scale.engine.launch import World
+from coca_scale.engine.optimizer import make_optimizer, make_scale_optimizer
+from coca_scale.losses import ContrastiveResult, FeatureGather, contrastive_loss
+from coca_scale.model import CoCa, LogitScale
+from coca_scale.model.image import normalize_pixels
+from coca_scale.recipe import BatchPlan, Recipe
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+SCALE_FILE = "logit_scale.pt"
+STATE_TAG = "state"
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did; losses are of the global batch and the same on every rank.
+
+    Attributes:
+        loss: weighted sum of the two losses.
+        contrastive_loss: nats.
+        caption_loss: nats per token that is not padding.
+        grad_norm: global norm before clipping, logit scale not included.
+        logit_scale: s, after the step.
+        applied: False where DeepSpeed skipped the update because of an overflow.
+    """
+
+    loss: float
+    contrastive_loss: float
+    caption_loss: float
+    grad_norm: float
+    logit_scale: float
+    applied: bool
+
+
+class TrainEngine:
+    """A CoCa under DeepSpeed. All public methods are collectives: every rank calls them."""
+
+    def __init__(
+        self, model: CoCa, logit_scale: LogitScale, recipe: Recipe, plan: BatchPlan, world: World
+    ) -> None:
+        """Shard `model`, which must hold the same weights on every rank."""
+        assert world.size == plan.ranks, "the plan is for another number of ranks"
+        self.world = world
+        self.dtype = DTYPES[recipe.engine.precision]
+        self._recipe = recipe
+        self._plan = plan
+        model.set_activation_checkpointing(recipe.engine.activation_checkpointing == "full")
+        model.caption_head.chunk_rows = recipe.loss.caption_chunk_rows
+        model.caption_head.label_smoothing = recipe.loss.label_smoothing
+        model.caption_head.z_loss = recipe.loss.z_loss
+        self._pad_id = model.config.pad_id
+        self._logit_scale = logit_scale.to(world.device)
+        self._scale_optimizer = make_scale_optimizer(self._logit_scale.log_scale, recipe.optim)
+        optimizer = make_optimizer(model, recipe.optim, fused=world.device.type == "cuda")
+        self._engine, self._optimizer, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=deepspeed_config(recipe, plan)
+        )
+        self.module: CoCa = self._engine.module
+
+    def close(self) -> None:
+        """Free what DeepSpeed holds."""
+        self._engine.destroy()
+
+    def step(self, images: Tensor, tokens: Tensor, lr: float) -> StepResult:
+        """One optimizer step.
+
+        Args:
+            images: uint8 [n, 3, H, W], this rank's share of the global batch.
+            tokens: int64 [n, T].
+            lr: learning rate of this step.
+        """
+        self._engine.train()
+        images = images.to(self.world.device, non_blocking=True)
+        tokens = tokens.to(self.world.device, non_blocking=True)
+        counted = int((tokens[:, 1:] != self._pad_id).sum())
+        (total_tokens,) = self.world.sum(counted)
+        caption_factor = self._recipe.loss.caption_weight / max(total_tokens, 1.0)
+        for optimizer in (self._optimizer, self._scale_optimizer):
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+
+        pieces = list(
+            zip(
+                images.split(self._plan.micro_batch),
+                tokens.split(self._plan.micro_batch),
+                strict=True,
+            )
+        )
+        assert len(pieces) == self._plan.accumulation, "a batch of another size than planned"
+        gather: FeatureGather | None = None
+        if len(pieces) > 1:
+            gather = self._start_gather(self._all_features(pieces))
+            contrastive = self._contrastive(gather)
+
+        def on_features(features: Tensor) -> None:
+            nonlocal gather
+            gather = self._start_gather(features)
+
+        caption_sum = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        for number, (piece_images, piece_tokens) in enumerate(pieces):
+            callback = on_features if len(pieces) == 1 else None
+            features, piece_sum = self._engine(self._prepare(piece_images), piece_tokens, callback)
+            caption_sum += piece_sum.detach()
+            if len(pieces) == 1:
+                assert gather is not None
+                contrastive = self._contrastive(gather)
+            rows = slice(number * self._plan.micro_batch, (number + 1) * self._plan.micro_batch)
+            weighted = self._recipe.loss.contrastive_weight * contrastive.grad_features[rows]
+            surrogate = (features.to(weighted.dtype) * weighted).sum() + caption_factor * piece_sum
+            # DeepSpeed averages over ranks; the loss is of the global batch, so undo that
+            self._engine.backward(surrogate * self.world.size, scale_wrt_gas=False)
+            if number + 1 < len(pieces):
+                self._engine.step()
+        grad_norm = self._update()
+        applied = bool(self._engine.was_step_applied())
+        if applied:
+            self._update_scale(contrastive.grad_log_scale)
+        (caption_total,) = self.world.sum(float(caption_sum))
+        caption = caption_total / max(total_tokens, 1.0)
+        weights = self._recipe.loss
+        contrast = float(contrastive.loss)
+        return StepResult(
+            loss=weights.contrastive_weight * contrast + weights.caption_weight * caption,
+            contrastive_loss=contrast,
+            caption_loss=caption,
+            grad_norm=grad_norm,
+            logit_scale=float(self._logit_scale()),
+            applied=applied,
+        )
+
+    def _prepare(self, images: Tensor) -> Tensor:
+        return normalize_pixels(images, self.dtype)
+
+    @torch.no_grad()
+    def _all_features(self, pieces: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """Features of all micro-batches, [n, 2, d]."""
+        return torch.cat(
+            [self._engine(self._prepare(i), t, None, features_only=True)[0] for i, t in pieces]
+        )
+
+    def _start_gather(self, features: Tensor) -> FeatureGather:
+        return FeatureGather(features, self.world.gather_group)
+
+    def _contrastive(self, gather: FeatureGather) -> ContrastiveResult:
+        return contrastive_loss(
+            gather,
+            self._logit_scale.log_scale.detach(),
+            self.world.group,
+            self._recipe.loss.contrastive_chunk_rows,
+        )
+
+    def _update(self) -> float:
+        """The optimizer step; returns the global gradient norm before clipping."""
+        norm = None
+        if self._recipe.engine.zero_stage == 0:  # plain replicas: DeepSpeed does not report it
+            grads = [p.grad for p in self.module.parameters() if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(grads)
+        self._engine.step()
+        if norm is None:
+            norm = self._engine.get_global_grad_norm()
+        return float(norm) if norm is not None else float("nan")
+
+    def _update_scale(self, grad: Tensor) -> None:
+        parameter = self._logit_scale.log_scale
+        weighted = self._recipe.loss.contrastive_weight * grad
+        parameter.grad = weighted.to(parameter.dtype).reshape_as(parameter)
+        self._scale_optimizer.step()
+        self._logit_scale.clamp_()
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, tokens: Tensor) -> Tensor:
+        """Unit features [n, 2, d] in fp32 of uint8 images and token ids, without gradients."""
+        self._engine.eval()
+        images, tokens = images.to(self.world.device), tokens.to(self.world.device)
+        features, _ = self._engine(self._prepare(images), tokens, None, features_only=True)
+        return features.float()
+
+    @torch.no_grad()
+    def eval_images(self, images: Tensor) -> Tensor:
+        """uint8 images ready for the towers, with the model in evaluation mode."""
+        self._engine.eval()
+        return self._prepare(images.to(self.world.device))
+
+    def save_state(self, folder: Path) -> None:
+        """Write weights and optimizer state into `folder`."""
+        self._engine.save_checkpoint(str(folder), tag=STATE_TAG, save_latest=False)
+        if self.world.rank == 0:
+            state = {
+                "model": self._logit_scale.state_dict(),
+                "optimizer": self._scale_optimizer.state_dict(),
+                "ranks": self.world.size,
+                "zero_stage": self._recipe.engine.zero_stage,
+            }
+            torch.save(state, folder / SCALE_FILE)
+
+    def load_state(self, folder: Path) -> None:
+        """Read what `save_state` wrote, on the same number of ranks and ZeRO stage.
+
+        Raises:
+            ValueError: it was written by another layout.
+        """
+        state = torch.load(folder / SCALE_FILE, map_location=self.world.device, weights_only=True)
+        now = (self.world.size, self._recipe.engine.zero_stage)
+        if (state["ranks"], state["zero_stage"]) != now:
+            raise ValueError(
+                f"{folder} was written by {state['ranks']} ranks at ZeRO stage "
+                f"{state['zero_stage']}; this run has {now[0]} ranks at stage {now[1]}. "
+                "Resume with the same layout, or start anew with checkpoint.resume=never"
+            )
+        self._engine.load_checkpoint(str(folder), tag=STATE_TAG)
+        self._logit_scale.load_state_dict(state["model"])
+        self._scale_optimizer.load_state_dict(state["optimizer"])
