@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 from PIL import Image
 from webdataset import TarWriter
@@ -19,6 +17,7 @@ from coca_scale.data.sample import BadSample, DataError
 from coca_scale.data.shards import IMAGE_EXTENSIONS, MANIFEST
 from coca_scale.data.sources import TABLE_SUFFIXES
 from coca_scale.data.tables import read_table
+from coca_scale.recipe.files import sha256_of
 
 JPEG_QUALITY = 95
 EXTENSION_OF = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
@@ -161,8 +160,7 @@ def _write_shard(
             writer.write(sample)
             count += 1
             sample = next(samples, None) if count < most else None
-    with temporary.open("rb") as file:
-        digest = sha256_of(file)
+    digest = sha256_of(temporary)
     size = temporary.stat().st_size
     temporary.replace(path)
     return {"name": path.name, "samples": count, "bytes": size, "sha256": digest}
@@ -171,10 +169,3 @@ def _write_shard(
 def _causes(bad: Counter[str]) -> str:
     return ", ".join(f"{n} × {cause}" for cause, n in bad.most_common()) or "none found"
 
-
-def sha256_of(file: BinaryIO) -> str:
-    """Hex digest of an open file (hashlib.file_digest needs Python 3.11)."""
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()

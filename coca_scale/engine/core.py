@@ -145,7 +145,7 @@ class TrainEngine:
             contrastive_loss=contrast,
             caption_loss=caption,
             grad_norm=grad_norm,
-            logit_scale=float(self._logit_scale()),
+            logit_scale=float(self._logit_scale().detach()),
             applied=applied,
         )
 

@@ -99,3 +99,8 @@ def start_world() -> World:
     world = dist.group.WORLD
     assert world is not None
     return World(dist.get_rank(), dist.get_world_size(), world, dist.new_group(), device)
+
+
+def end_world() -> None:
+    """Leave the process group after a run that went well."""
+    dist.destroy_process_group()

@@ -1,0 +1,130 @@
+"""What a run tells: metrics.jsonl, TensorBoard, a progress bar or plain lines."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
+
+from coca_scale.training.validation import ValidationResult
+
+
+class RunLog:
+    """Writes the run folder's logs; on ranks other than 0 it does nothing."""
+
+    def __init__(self, folder: Path, steps: int, tensorboard: bool, active: bool) -> None:
+        self._active = active
+        self._steps = steps
+        self._folder = folder
+        self._writer: SummaryWriter | None = None
+        self._console = Console(stderr=True)
+        self._bar: Progress | None = None
+        if active:
+            folder.mkdir(parents=True, exist_ok=True)
+            if tensorboard:
+                self._writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def __enter__(self) -> RunLog:
+        if self._active and self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn("step {task.completed}/{task.total}"),
+                BarColumn(bar_width=None),
+                TextColumn("{task.description}"),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=self._console,
+            )
+            self._task = self._bar.add_task("starting", total=self._steps)
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        if self._writer is not None:
+            self._writer.close()
+
+    def resume_at(self, step: int) -> None:
+        """Forget metrics of steps after `step`, which will be run again."""
+        path = self._folder / "metrics.jsonl"
+        if not self._active or not path.is_file():
+            return
+        kept = []
+        for line in path.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except (json.JSONDecodeError, KeyError):
+                continue  # the last line of a run that was killed while writing it
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(line + "\n" for line in kept))
+        temporary.replace(path)
+
+    def say(self, message: str) -> None:
+        """One line for the person watching."""
+        if self._active:
+            if self._bar is not None:
+                self._bar.console.print(message, highlight=False)
+            else:
+                print(message, file=sys.stderr, flush=True)
+
+    def metrics(self, values: dict[str, Any]) -> None:
+        """One line of metrics.jsonl, TensorBoard scalars, and the progress display."""
+        if not self._active:
+            return
+        with (self._folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(values) + "\n")
+        if self._writer is not None:
+            for name, value in values.items():
+                if name != "step" and isinstance(value, int | float):
+                    self._writer.add_scalar(f"train/{name}", value, values["step"])
+        text = (
+            f"loss {values['loss']:.3f} = contrastive {values['contrastive_loss']:.3f}, "
+            f"caption {values['caption_loss']:.3f}; {values['samples_per_second']:.0f} samples/s"
+        )
+        if self._bar is not None:
+            self._bar.update(self._task, completed=values["step"], description=text)
+        else:
+            rate = values["samples_per_second"] / max(1, values["global_batch"])
+            left = timedelta(seconds=round((self._steps - values["step"]) / max(rate, 1e-9)))
+            self.say(f"step {values['step']}/{self._steps}: {text}; {left} left")
+
+    def validation(self, step: int, result: ValidationResult) -> None:
+        """Retrieval scores and captioned pictures."""
+        self.say(
+            f"validation at step {step}: R@1 image→text {result.image_to_text_r1:.3f}, "
+            f"text→image {result.text_to_image_r1:.3f} over {result.samples} pairs"
+        )
+        for picture in result.pictures[:3]:
+            self.say(f"  «{picture.caption.strip()}» captioned as «{picture.generated}»")
+        if self._writer is None:
+            return
+        self._writer.add_scalar("val/image_to_text_r1", result.image_to_text_r1, step)
+        self._writer.add_scalar("val/text_to_image_r1", result.text_to_image_r1, step)
+        if result.pictures:
+            images = torch.stack([p.pixels for p in result.pictures])
+            self._writer.add_images("val/pictures", images, step)
+            rows = [f"| {p.caption.strip()} | {p.generated} |" for p in result.pictures]
+            table = "\n".join(["| caption | generated |", "|---|---|", *rows])
+            self._writer.add_text("val/captions", table, step)
+
+
+def peak_memory_bytes() -> int:
+    """Peak of this process: device memory where there is a GPU, resident memory otherwise."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,77 @@
+"""Start a run, or show what it would be."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader processes are forked
+
+import torch
+
+from coca_scale.engine.config import deepspeed_config
+from coca_scale.engine.launch import end_world, planned_rank, planned_size, start_world
+from coca_scale.model import CoCa, load_model_config
+from coca_scale.recipe import BatchPlan, Recipe
+from coca_scale.training.trainer import Trainer
+
+USUAL_RANKS = (1, 2, 8, 64, 384, 512, 4096)
+
+
+def train(recipe: Recipe) -> int:
+    """Run to the end; returns 0, or 1 after one readable line about what went wrong."""
+    world = start_world()
+    try:
+        Trainer(recipe, world).run()
+    except (ValueError, RuntimeError, OSError) as error:
+        if world.rank == 0 or not isinstance(error, ValueError):
+            print(f"rank {world.rank}: {error}", file=sys.stderr, flush=True)
+        if not isinstance(error, ValueError) and os.environ.get("COCA_SCALE_TRACEBACK"):
+            raise
+        return 1
+    end_world()
+    return 0
+
+
+def dry_run(recipe: Recipe) -> int:
+    """Print model size, batch arithmetic and the DeepSpeed configuration; train nothing."""
+    if planned_rank() != 0:
+        return 0
+    ranks = planned_size()
+    try:
+        config = load_model_config(recipe.model.name).resized(
+            recipe.model.image_size, recipe.model.context_length
+        )
+        plan = BatchPlan.from_recipe(recipe, ranks)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    with torch.device("meta"):
+        model = CoCa(config)
+    parts = {name: _count(child) for name, child in model.named_children()}
+    total = sum(parts.values()) + 1  # and the logit scale
+    print(f"model        {recipe.model.name}: {total:,} parameters")
+    for name, count in parts.items():
+        print(f"  {name:<16}{count:>15,}")
+    print(
+        f"batch        {plan.global_batch:,} = {plan.ranks} ranks × {plan.accumulation} "
+        f"accumulation × {plan.micro_batch} micro-batch; {plan.lanes} lanes"
+    )
+    for other in USUAL_RANKS:
+        print(f"  on {other:>4} ranks  {_arithmetic(recipe, other)}")
+    print("deepspeed configuration")
+    print(json.dumps(deepspeed_config(recipe, plan), indent=2))
+    return 0
+
+
+def _arithmetic(recipe: Recipe, ranks: int) -> str:
+    try:
+        plan = BatchPlan.from_recipe(recipe, ranks)
+    except ValueError as error:
+        return str(error)
+    return f"accumulation {plan.accumulation}, {plan.lanes_per_rank} lanes per rank"
+
+
+def _count(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
