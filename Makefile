@@ -1,0 +1,29 @@
+# `make demo` and `make test` work on a bare machine: they make their own virtual environment first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+DEMO := runs/demo
+# one copy of the compiled DeepSpeed op for all checkouts of a user
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: demo test lint clean
+
+$(READY): requirements.lock setup.py
+	@$(PYTHON) -m venv $(VENV) || { echo "cannot make a virtual environment; on Debian: apt-get install python3-venv" >&2; exit 1; }
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	@VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet -r requirements.lock
+	@VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: $(READY)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" RUN=$(DEMO) bash demo.sh
+
+test: $(READY)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 python -m pytest $(PYTEST_ARGS)
+
+lint: $(READY)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" && ruff check . && ruff format --check . && mypy && lint-imports && shellcheck slurm/*.sh demo.sh .ci/run
+
+clean:
+	rm -rf $(VENV) runs

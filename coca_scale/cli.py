@@ -1,0 +1,141 @@
+"""The `coca-scale` command; training itself is started by `coca_scale/train.py`."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="Tools around CoCa training: pack data, caption pictures, export to OpenCLIP.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+data_app = typer.Typer(help="Prepare training data.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Run folder, checkpoint folder, or exported folder.")
+]
+ImageColumn = Annotated[str, typer.Option(help="CSV/TSV column with the image path.")]
+CaptionColumn = Annotated[str, typer.Option(help="CSV/TSV column with the caption.")]
+
+
+@data_app.command("pack")
+def data_pack(
+    source: Annotated[
+        Path,
+        typer.Argument(help="Folder with .txt side-cars (first line), .csv/.tsv, or COCO .json."),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the shards.")],
+    images: Annotated[Path | None, typer.Option(help="Pictures of a COCO .json.")] = None,
+    image_column: ImageColumn = "filepath",
+    caption_column: CaptionColumn = "title",
+    shard_samples: Annotated[int, typer.Option(min=1, help="Samples per shard.")] = 10000,
+    max_side: Annotated[
+        int | None, typer.Option(min=16, help="Scale larger pictures down, in pixels.")
+    ] = None,
+) -> None:
+    """Write WebDataset shards and manifest.json.
+
+    Example: coca-scale data pack photos/ --out shards/
+    """
+    from coca_scale.data.pack import PackOptions, pack
+
+    options = PackOptions(images, image_column, caption_column, shard_samples, max_side)
+    result = pack(source, out, options)
+    typer.echo(f"{result.samples} samples in {result.shards} shards in {out}{_skipped(result.bad)}")
+
+
+@app.command("export")
+def export_command(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    verify: Annotated[
+        bool, typer.Option(help="Load the result with open_clip and compare outputs.")
+    ] = False,
+) -> None:
+    """Write an OpenCLIP model folder.
+
+    Example: coca-scale export runs/tiny --out runs/tiny/export --verify
+    """
+    from coca_scale.engine.export import export
+    from coca_scale.engine.loading import load_model
+    from coca_scale.openclip.folder import verify_folder
+
+    loaded = load_model(model)
+    export(loaded, out)
+    typer.echo(f"wrote {out}; load it with open_clip as local-dir:{out}")
+    if verify:
+        found = verify_folder(out, loaded.model)
+        typer.echo("largest difference to open_clip on random inputs (fp32):")
+        typer.echo(f"  image features  {found.image_features:.2e}")
+        typer.echo(f"  text features   {found.text_features:.2e}")
+        typer.echo(f"  caption logits  {found.caption_logits:.2e}")
+        if not found.largest < VERIFY_TOLERANCE:
+            raise ValueError(f"{out}: open_clip computes something else with this model")
+
+
+@app.command("caption")
+def caption_command(
+    model: ModelArgument,
+    inputs: Annotated[
+        list[str], typer.Argument(help="Pictures, folders, .csv/.tsv, shards, synthetic://shapes.")
+    ],
+    out: Annotated[Path, typer.Option(help="JSONL file to write.")],
+    picture: Annotated[Path | None, typer.Option(help="Also draw a PNG grid.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures at a time.")] = 64,
+    image_column: ImageColumn = "filepath",
+    caption_column: CaptionColumn = "title",
+) -> None:
+    """Caption pictures (greedy search); compares with captions that come with them.
+
+    Example: coca-scale caption runs/tiny photos/ --out captions.jsonl
+    """
+    from coca_scale.engine.loading import load_model
+    from coca_scale.evaluation import captioning
+    from coca_scale.recipe.schema import DataSection
+
+    loaded = load_model(model)
+    data = DataSection(train="", image_column=image_column, caption_column=caption_column)
+    bad: Counter[str] = Counter()
+    pictures = captioning.read_pictures(inputs, data)
+    temporary = out.with_name(out.name + ".tmp")
+    with temporary.open("w") as file:
+        items = captioning.caption_pictures(loaded, pictures, batch_size, bad)
+        written = captioning.write_jsonl(items, file)
+    temporary.replace(out)
+    typer.echo(f"{len(written)} captions in {out}{_skipped(bad)}")
+    known = [item for item in written if item.sample.caption]
+    if known:
+        right = sum(item.right for item in known)
+        typer.echo(f"captions exactly right: {right} of {len(known)} ({right / len(known):.1%})")
+        i2t, t2i = captioning.retrieval(loaded, [item.sample for item in known])
+        typer.echo(f"retrieval R@1: image to text {i2t:.3f}, text to image {t2i:.3f}")
+    if picture is not None:
+        captioning.draw_grid(written[:GRID_PICTURES], picture)
+        typer.echo(f"picture: {picture}")
+
+
+VERIFY_TOLERANCE = 1e-3
+GRID_PICTURES = 30
+
+
+def _skipped(bad: Counter[str]) -> str:
+    if not bad:
+        return ""
+    causes = ", ".join(f"{count} × {cause}" for cause, count in bad.most_common())
+    return f"; skipped {sum(bad.values())} ({causes})"
+
+
+def main() -> None:
+    """Console entry: a user's mistake is one line and exit code 1."""
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        print(f"coca-scale: {error}", file=sys.stderr)
+        sys.exit(1)
