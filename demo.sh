@@ -15,11 +15,10 @@ fi
 
 rm -rf "$RUN"
 mkdir -p "$RUN"
-echo "training on $ranks processes (log: $RUN/train.log has DeepSpeed's own messages)"
+echo "training on $ranks processes (all messages: $RUN/train.log)"
 deepspeed --num_gpus "$ranks" coca_scale/train.py --recipe recipes/tiny.yaml \
   run.name=demo run.dir="$RUN" engine.precision="$precision" \
-  2> >(tee "$RUN/train.log" | grep --line-buffered -E '^(step|validation|  «|finished|rank|data|train)' >&2) \
-  >> "$RUN/train.log"
+  2>&1 | tee "$RUN/train.log" | grep --line-buffered -E '^(step |validation |  «|finished |rank )'
 
 echo "captioning 256 held-out pictures"
 coca-scale caption "$RUN" "$HELD_OUT" --out "$RUN/captions.jsonl" --picture "$RUN/captions.png"

@@ -47,9 +47,9 @@ def decode_image(data: bytes | Image.Image, key: str) -> Image.Image:
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any PIL mode as RGB."""
     if image.mode.startswith("I"):  # 16-bit grey: PIL's own conversion would clip it to white
-        values = np.asarray(image, dtype=np.float32)
+        values = np.array(image, dtype=np.float32)
         if values.max(initial=0) > 255:
-            values = values / 257
+            values /= 257
         image = Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -59,7 +59,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def eval_pixels(image: Image.Image, size: int) -> Tensor:
-    """Shortest side to `size` (bicubic), centre crop: uint8 [3, size, size], as OpenCLIP does it."""
+    """Shortest side to `size` (bicubic), centre crop, as OpenCLIP: uint8 [3, size, size]."""
     if image.size != (size, size):
         resized = TF.resize(image, size, InterpolationMode.BICUBIC)
         image = TF.center_crop(resized, [size, size])

@@ -125,7 +125,9 @@ class TrainDataset(IterableDataset):
         if info is not None:
             torch.set_num_threads(1)
             count = len(mine)
-            mine = mine[info.id * count // info.num_workers : (info.id + 1) * count // info.num_workers]
+            mine = mine[
+                info.id * count // info.num_workers : (info.id + 1) * count // info.num_workers
+            ]
         readers = {lane: _LaneReader(self, lane, self.states[lane]) for lane in mine}
         try:
             while True:
@@ -188,7 +190,9 @@ def _join(pieces: Sequence[StepBatch]) -> StepBatch:
     )
 
 
-def deal_lanes(lanes: int, rank: int, ranks: int, saved: Sequence[Sequence[int]] | None) -> LaneStates:
+def deal_lanes(
+    lanes: int, rank: int, ranks: int, saved: Sequence[Sequence[int]] | None
+) -> LaneStates:
     """This rank's lanes and where they start, from a checkpoint's list or from the beginning.
 
     Raises:

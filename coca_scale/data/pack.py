@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from webdataset import TarWriter
@@ -56,13 +57,13 @@ def pack(source: Path, out: Path, options: PackOptions) -> PackResult:
     pairs = list(list_pairs(source, options))
     out.mkdir(parents=True, exist_ok=True)
     bad: Counter[str] = Counter()
-    shards = []
+    shards: list[dict[str, Any]] = []
     samples = _encoded(pairs, options, bad)
     while written := _write_shard(out, len(shards), samples, options.shard_samples):
         shards.append(written)
     if not shards:
         raise DataError(f"{source}: none of {len(pairs)} samples can be used ({_causes(bad)})")
-    total = sum(int(shard["samples"]) for shard in shards)
+    total = sum(shard["samples"] for shard in shards)
     manifest = {"samples": total, "bad": dict(bad), "shards": shards}
     temporary = out / f"{MANIFEST}.tmp"
     temporary.write_text(json.dumps(manifest, indent=1) + "\n")
@@ -146,7 +147,7 @@ def _image_bytes(path: Path, max_side: int | None) -> tuple[str, bytes]:
 
 def _write_shard(
     out: Path, number: int, samples: Iterator[dict[str, object]], most: int
-) -> dict[str, object] | None:
+) -> dict[str, Any] | None:
     """Write up to `most` samples; None if there are no more."""
     first = next(samples, None)
     if first is None:
@@ -168,4 +169,3 @@ def _write_shard(
 
 def _causes(bad: Counter[str]) -> str:
     return ", ".join(f"{n} × {cause}" for cause, n in bad.most_common()) or "none found"
-

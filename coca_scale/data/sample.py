@@ -32,7 +32,7 @@ class RawSample:
 
 
 class Position(NamedTuple):
-    """How far a lane has read: samples of parts before `part` and `offset` of that part are used."""
+    """How far a lane has read: all parts before `part`, and `offset` samples of that part."""
 
     epoch: int = 0
     part: int = 0

@@ -30,7 +30,7 @@ def expand_shards(patterns: Sequence[str]) -> list[str]:
     for pattern in patterns:
         try:
             names = list(braceexpand.braceexpand(pattern))
-        except braceexpand.UnbalancedBracesError as error:
+        except ValueError as error:
             raise DataError(f"{pattern}: unbalanced braces") from error
         for name in names:
             if is_local(name) and any(c in name for c in "*?["):

@@ -76,8 +76,8 @@ class ClipPrefixTokenizer:
         self._clean = get_clean_fn("whitespace")  # as OpenCLIP's HFTokenizer does
         self.context_length = context_length
         self.vocab_size = backend.get_vocab_size()
-        self.start_id = backend.token_to_id(START)
-        self.end_id = backend.token_to_id(END)
+        self.start_id = _special_id(backend, START)
+        self.end_id = _special_id(backend, END)
 
     def encode(self, captions: Sequence[str]) -> Tensor:
         """Token ids [n, context_length]."""
@@ -139,7 +139,10 @@ def clip_bpe_prefix(size: int) -> HuggingFaceTokenizer:
     symbols = list(bytes_to_unicode().values())
     base = [PAD, START, END, *symbols, *(symbol + "</w>" for symbol in symbols)]
     lines = gzip.decompress(Path(default_bpe()).read_bytes()).decode("utf-8").split("\n")
-    merges = [tuple(line.split()) for line in lines[1 : 49152 - 256 - 2 + 1]]
+    merges: list[tuple[str, str]] = []
+    for line in lines[1 : 49152 - 256 - 2 + 1]:
+        left, right = line.split()
+        merges.append((left, right))
     if not len(base) <= size <= len(base) + len(merges):
         limits = f"{len(base)} to {len(base) + len(merges)}"
         raise ValueError(f"coca-scale/clip-bpe-{size}: the size is between {limits}")
@@ -162,6 +165,13 @@ def clip_bpe_prefix(size: int) -> HuggingFaceTokenizer:
     tokenizer.decoder = decoders.Sequence([decoders.Replace("</w>", "Ġ"), decoders.ByteLevel()])
     tokenizer.add_special_tokens([PAD, START, END])
     return tokenizer
+
+
+def _special_id(backend: HuggingFaceTokenizer, token: str) -> int:
+    number = backend.token_to_id(token)
+    if number is None:
+        raise ValueError(f"the tokenizer has no {token} token")
+    return number
 
 
 def _words(ids: Sequence[int], tokenizer: Tokenizer) -> list[int]:

@@ -18,9 +18,9 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 from torch import Tensor
 
 from coca_scale.engine.core import SCALE_FILE, STATE_TAG, TrainEngine
-from coca_scale.recipe.files import sha256_of
 from coca_scale.engine.launch import World
 from coca_scale.openclip.names import OUR_LOGIT_SCALE
+from coca_scale.recipe.files import sha256_of
 
 MANIFEST = "manifest.json"
 PROGRESS = "progress.json"

@@ -37,6 +37,7 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
         inner = merged.get(key)
-        both = isinstance(inner, dict) and isinstance(value, dict)
-        merged[key] = _merge(inner, value) if both else value
+        if isinstance(inner, dict) and isinstance(value, dict):
+            value = _merge(inner, value)
+        merged[key] = value
     return merged

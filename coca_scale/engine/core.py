@@ -1,7 +1,7 @@
 """One optimizer step of a sharded CoCa, exact for any number of ranks and micro-batches.
 
-With one micro-batch per rank a step is: towers → all-gather of features, in flight while the decoder
-and the caption loss run → contrastive loss with its gradients → backward of
+With one micro-batch per rank a step is: towers → all-gather of features, in flight while the
+decoder and the caption loss run → contrastive loss with its gradients → backward of
 
     ⟨features, dL/dfeatures⟩ + λ · caption_sum / tokens_of_the_global_batch
 

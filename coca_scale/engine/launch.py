@@ -96,9 +96,10 @@ def start_world() -> World:
     if accelerator.device_name() != "cpu":
         accelerator.set_device(local_rank)
     device = torch.device(accelerator.current_device_name())
-    world = dist.group.WORLD
-    assert world is not None
-    return World(dist.get_rank(), dist.get_world_size(), world, dist.new_group(), device)
+    world, gather_group = dist.group.WORLD, dist.new_group()
+    assert isinstance(world, dist.ProcessGroup)
+    assert isinstance(gather_group, dist.ProcessGroup)
+    return World(dist.get_rank(), dist.get_world_size(), world, gather_group, device)
 
 
 def end_world() -> None:

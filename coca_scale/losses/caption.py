@@ -108,7 +108,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _wide_matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a @ b with `dtype` output and accumulation: half-precision inputs must not round the result."""
+    """a @ b with output and accumulation in `dtype`: half-precision would round the result."""
     if a.dtype == dtype:
         return a @ b
     if a.is_cuda:

@@ -101,9 +101,7 @@ def contrastive_loss(
     loss = (lse_all.mean(1) - diagonal).mean()
 
     grad_images, moment_i2t = _row_gradients(images, texts, lse_all, mine, scale, chunk_rows)
-    grad_texts, moment_t2i = _row_gradients(
-        texts, images, lse_all.flip(1), mine, scale, chunk_rows
-    )
+    grad_texts, moment_t2i = _row_gradients(texts, images, lse_all.flip(1), mine, scale, chunk_rows)
     grad_log_scale = (moment_i2t + moment_t2i - 2 * diagonal[mine].sum()) / (2 * batch)
     if ranks > 1:
         dist.all_reduce(grad_log_scale, group=group)

@@ -175,7 +175,9 @@ def load_model_config(name: str) -> ModelConfig:
         raw = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not readable as JSON: {error}") from error
-    return parse_model_config(raw.get("model_cfg", raw) if isinstance(raw, dict) else raw, str(path))
+    return parse_model_config(
+        raw.get("model_cfg", raw) if isinstance(raw, dict) else raw, str(path)
+    )
 
 
 def parse_model_config(raw: Any, origin: str) -> ModelConfig:

@@ -47,7 +47,9 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     try:
         raw = parse_yaml(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from error
+        raise RecipeError(
+            f"{path}: not readable as YAML: {' '.join(str(error).split())}"
+        ) from error
     if not isinstance(raw, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of sections, this is {_kind(raw)}")
     for override in overrides:

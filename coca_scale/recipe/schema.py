@@ -52,8 +52,8 @@ class DataSection(Section):
     """Where samples come from and in which order they are taken."""
 
     train: str | Annotated[list[str], Field(min_length=1)] = Field(
-        description="WebDataset shards (path, {000..999} braces, glob, pipe:, url), a list of them, "
-        "a .csv/.tsv file, or synthetic://shapes?count=N."
+        description="WebDataset shards (path, {000..999} braces, glob, pipe:, url), a list "
+        "of them, a .csv/.tsv file, or synthetic://shapes?count=N."
     )
     val: str | Annotated[list[str], Field(min_length=1)] | None = Field(
         None, description="Validation data, same forms; null turns validation off."

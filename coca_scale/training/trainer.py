@@ -101,9 +101,7 @@ class Trainer:
             return
         while self.step < self.steps:
             batch = self._next_batch(batches, meter)
-            lr = learning_rate(
-                self.step, self.steps, self.recipe.optim.lr, self.recipe.schedule
-            )
+            lr = learning_rate(self.step, self.steps, self.recipe.optim.lr, self.recipe.schedule)
             result = self.engine.step(batch.images, batch.tokens, lr)
             self.step += 1
             self.lanes = batch.lanes

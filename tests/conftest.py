@@ -1,0 +1,64 @@
+"""Shared helpers: real process groups on CPU ranks, tiny recipes, a clean environment."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from typing import Any
+
+os.environ["DS_ACCELERATOR"] = "cpu"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+import torch.multiprocessing as mp
+
+torch.set_num_threads(1)
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody listens on."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def _entry(rank: int, function: Callable[..., Any], ranks: int, port: int, results: Any, args: Any):
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(ranks),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    torch.set_num_threads(1)
+    results[rank] = function(rank, ranks, *args)
+
+
+def on_ranks(function: Callable[..., Any], ranks: int, *args: Any) -> list[Any]:
+    """Run `function(rank, ranks, *args)` in `ranks` fresh processes; results in rank order."""
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.spawn(_entry, (function, ranks, free_port(), results, args), nprocs=ranks)
+        return [results[rank] for rank in range(ranks)]
+
+
+def tiny_recipe(**changes: Any) -> Any:
+    """A small valid recipe; `section__key=value` sets a key."""
+    from coca_scale.recipe import recipe_from_dict
+
+    raw: dict[str, dict[str, Any]] = {
+        "run": {"name": "test"},
+        "model": {"name": "coca_tiny"},
+        "data": {"train": "synthetic://shapes?count=512&size=48", "workers": 0},
+        "optim": {"lr": 1e-3},
+        "train": {"steps": 4, "global_batch": 16, "micro_batch": 8},
+        "engine": {"precision": "fp32"},
+        "log": {"every_steps": 1, "tensorboard": False},
+    }
+    for name, value in changes.items():
+        section, _, key = name.partition("__")
+        raw.setdefault(section, {})[key] = value
+    return recipe_from_dict(raw)
