@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections import Counter
 from pathlib import Path
@@ -134,6 +135,7 @@ def _skipped(bad: Counter[str]) -> str:
 
 def main() -> None:
     """Console entry: a user's mistake is one line and exit code 1."""
+    logging.disable(logging.WARNING)  # libraries' notes about themselves
     try:
         app()
     except (ValueError, OSError) as error:

@@ -6,6 +6,8 @@ is added last, the folder is renamed, and only then does `latest` name it.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -101,7 +103,9 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         # DeepSpeed's own pickle of our own run; checkpoints are not an exchange format
         weights = torch.load(file, map_location="cpu", weights_only=False)["module"]
     else:
-        weights = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=STATE_TAG)
+        silence = io.StringIO()  # DeepSpeed prints its progress
+        with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
+            weights = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=STATE_TAG)
     return {**weights, OUR_LOGIT_SCALE: state["model"]["log_scale"]}
 
 

@@ -1,0 +1,219 @@
+"""Whatever is wrong with data costs one clear line or one counted skip."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from webdataset import TarWriter
+
+from coca_scale.data.images import decode_image, eval_pixels, to_rgb
+from coca_scale.data.pack import PackOptions, pack
+from coca_scale.data.sample import BadSample, DataError
+from coca_scale.data.shards import expand_shards, read_shard
+from coca_scale.data.sources import open_source
+from coca_scale.data.tokens import ClipTokenizer, clip_bpe_prefix, make_tokenizer
+from coca_scale.model import load_model_config
+from tests.conftest import tiny_recipe
+from tests.data.test_lanes import encoded, loader, write_shards
+
+DATA = tiny_recipe().data
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("nothing-*.tar", "matches no file"),
+        ("none.csv", "no such file"),
+        ("synthetic://cubes", "cubes is not known"),
+        ("synthetic://shapes?n=3", "n is not known"),
+        ("synthetic://shapes?count=0", "count is at least 1"),
+        (["a.tar", "b.csv"], "do not mix"),
+    ],
+)
+def test_sources_that_name_nothing(spec, message):
+    with pytest.raises(DataError, match=message):
+        open_source(spec, DATA, 0)
+
+
+def test_missing_shards_are_counted(tmp_path):
+    write_shards(tmp_path, [2, 2])
+    source = open_source(str(tmp_path / "{000..004}.tar"), DATA, 0)
+    with pytest.raises(DataError, match=r"3 of 5 shards are missing, first: .*002\.tar"):
+        source.check()
+
+
+def test_braces_globs_and_lists_expand_in_order(tmp_path):
+    write_shards(tmp_path, [1, 1, 1])
+    names = expand_shards([str(tmp_path / "{000..001}.tar"), str(tmp_path / "00[2-9].tar")])
+    assert [name[-7:] for name in names] == ["000.tar", "001.tar", "002.tar"]
+    assert expand_shards(["pipe:cat {1..2}.tar"]) == ["pipe:cat 1.tar", "pipe:cat 2.tar"]
+
+
+def test_table_without_its_columns(tmp_path):
+    (tmp_path / "t.csv").write_text("image,text\na.jpg,word\n")
+    with pytest.raises(DataError, match=r"no column 'filepath', found image, text"):
+        open_source(str(tmp_path / "t.csv"), DATA, 0)
+    (tmp_path / "e.csv").write_text("filepath,title\n")
+    with pytest.raises(DataError, match="no rows"):
+        open_source(str(tmp_path / "e.csv"), DATA, 0)
+
+
+def test_bad_samples_are_skipped_and_counted_by_cause(tmp_path):
+    good = encoded()
+    samples = [
+        {"jpg": good, "txt": "good one"},
+        {"jpg": good[: len(good) // 2], "txt": "truncated"},
+        {"jpg": b"no image", "txt": "not an image"},
+        {"jpg": good, "txt": "   "},
+        {"jpg": good, "txt": b"\xff\xfe\xff"},
+        {"jpg": good},
+        {"txt": "no picture"},
+        {"png": encoded(size=(1, 1), form="PNG"), "txt": "one pixel"},
+        {"jpg": good, "json": json.dumps({"caption": "from json"}).encode()},
+    ]
+    with TarWriter(str(tmp_path / "000.tar")) as writer:
+        for number, sample in enumerate(samples):
+            writer.write({"__key__": f"{number:03d}", **sample})
+    batch = next(iter(loader(str(tmp_path / "000.tar"), 0, 1, lanes=1)))
+    assert set(batch.keys) == {"000", "008"}
+    # 12 samples at 2 good ones an epoch
+    assert batch.bad["broken_image"] == 2 * batch.bad["empty_caption"] > 0
+    assert set(batch.bad) == {
+        "broken_image",
+        "empty_caption",
+        "caption_not_utf8",
+        "missing_caption",
+        "missing_image",
+        "tiny_image",
+    }
+
+
+def test_truncated_and_vanished_shards_end_early_but_do_not_stop(tmp_path):
+    write_shards(tmp_path, [6])
+    path = tmp_path / "000.tar"
+    path.write_bytes(path.read_bytes()[:9000])
+    found = list(read_shard(str(path)))
+    assert isinstance(found[-1], BadSample)
+    assert found[-1].cause == "broken_shard"
+    assert 0 < len(found) - 1 < 6
+    gone = list(read_shard(str(tmp_path / "gone.tar")))
+    assert [bad.cause for bad in gone] == ["missing_shard"]
+
+
+def test_data_without_a_usable_sample_is_an_error_not_a_hang(tmp_path):
+    with TarWriter(str(tmp_path / "000.tar")) as writer:
+        writer.write({"__key__": "a", "jpg": b"x", "txt": "broken"})
+    with pytest.raises(DataError, match=r"no usable sample \(found 1 × broken_image"):
+        next(iter(loader(str(tmp_path / "000.tar"), 0, 1, lanes=1)))
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour", "form", "expected"),
+    [
+        ("RGBA", (255, 0, 0, 0), "PNG", (255, 255, 255)),  # transparent: white, not hidden red
+        ("RGBA", (255, 0, 0, 255), "PNG", (255, 0, 0)),
+        ("LA", (0, 0), "PNG", (255, 255, 255)),
+        ("CMYK", (0, 255, 255, 0), "TIFF", (255, 0, 0)),
+        ("L", 80, "PNG", (80, 80, 80)),
+        ("1", 1, "PNG", (255, 255, 255)),
+        ("P", 0, "PNG", (0, 0, 0)),
+    ],
+)
+def test_every_colour_mode_becomes_rgb(mode, colour, form, expected):
+    image = decode_image(encoded(colour, mode, form=form), "k")
+    assert image.mode == "RGB"
+    assert image.getpixel((3, 3)) == expected
+
+
+def test_16_bit_grey_keeps_its_range():
+    values = np.full((8, 8), 257 * 100, dtype=np.uint16)
+    buffer = io.BytesIO()
+    Image.fromarray(values).save(buffer, "PNG")
+    assert decode_image(buffer.getvalue(), "k").getpixel((0, 0)) == (100, 100, 100)
+    assert to_rgb(Image.new("I", (4, 4), 200)).getpixel((0, 0)) == (200, 200, 200)
+
+
+def test_huge_images_are_refused_before_they_are_decoded():
+    with pytest.raises(BadSample, match="huge_image"):
+        decode_image(encoded(0, "1", (12000, 12000), "PNG"), "k")
+
+
+def test_eval_pixels_equal_open_clip():
+    from open_clip import image_transform
+
+    image = Image.effect_noise((90, 61), 60).convert("RGB")
+    theirs = image_transform(48, is_train=False, mean=(0, 0, 0), std=(1, 1, 1))(image)
+    assert torch.equal((theirs * 255).round().byte(), eval_pixels(image, 48))
+
+
+def test_long_captions_are_cut_and_keep_their_end():
+    tokenizer = make_tokenizer(load_model_config("coca_tiny"))
+    row = tokenizer.encode(["word " * 40])[0]
+    assert row.shape == (16,)
+    assert row[-1] == tokenizer.end_id
+    clip = ClipTokenizer(10).encode(["word " * 40])[0]
+    assert clip[-1] == 49407
+
+
+def test_prefix_tokenizer_equals_open_clip_in_both_of_its_forms(tmp_path):
+    import open_clip
+
+    config = load_model_config("coca_tiny")
+    captions = ["A small RED circle", "it's 12 cafés, 日本!!", "", "word " * 40]
+    ours = make_tokenizer(config)
+    ours.save(tmp_path)
+    content = {"model_cfg": config.to_openclip()}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(content))
+    assert torch.equal(
+        open_clip.get_tokenizer(f"local-dir:{tmp_path}")(captions), ours.encode(captions)
+    )
+    whole = clip_bpe_prefix(49409)  # all merges: the very tokens of CLIP, at other ids
+    clip = open_clip.SimpleTokenizer(context_length=77)
+    for caption in captions[:2]:
+        expected = [clip.decoder[i] for i in clip([caption])[0].tolist() if i]
+        assert whole.encode(caption).tokens == expected
+        assert (
+            ours.decode(ours.encode([caption])[0].tolist())
+            == clip.decode(clip([caption])[0].tolist())
+            .split("<end_of_text>")[0]
+            .replace("<start_of_text>", "")
+            .strip()
+        )
+
+
+def test_pack_folder_table_and_coco(tmp_path):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for name in ("a", "b", "c"):
+        (pictures / f"{name}.jpg").write_bytes(encoded(size=(64, 32)))
+        (pictures / f"{name}.txt").write_text(f"caption {name}\nsecond line\n")
+    (pictures / "d.png").write_bytes(b"broken")
+    (pictures / "d.txt").write_text("broken")
+    (tmp_path / "t.csv").write_text(
+        "filepath,title\npictures/a.jpg,caption a\npictures/b.jpg,caption b\n"
+        "pictures/c.jpg,caption c\npictures/gone.jpg,caption\n"
+    )
+    coco = {
+        "images": [{"id": i, "file_name": f"{n}.jpg"} for i, n in enumerate("abc")],
+        "annotations": [{"image_id": i, "caption": f"caption {n}"} for i, n in enumerate("abc")],
+    }
+    (tmp_path / "c.json").write_text(json.dumps(coco))
+    for number, source in enumerate((pictures, tmp_path / "t.csv", tmp_path / "c.json")):
+        out = tmp_path / f"out{number}"
+        options = PackOptions(images=pictures, shard_samples=2, max_side=16)
+        result = pack(source, out, options)
+        assert (result.samples, result.shards) == (3, 2)
+        opened = open_source(str(out / "*.tar"), DATA, 0)
+        assert opened.count() == 3
+        samples = list(opened.ordered(0, 1))
+        assert [s.caption for s in samples] == ["caption a", "caption b", "caption c"]
+        assert decode_image(samples[0].image, "k").size == (16, 8)
+    with pytest.raises(DataError, match="holds packed shards already"):
+        pack(pictures, tmp_path / "out0", PackOptions())
+    with pytest.raises(DataError, match="--images DIR"):
+        pack(tmp_path / "c.json", tmp_path / "new", PackOptions())

@@ -1,0 +1,119 @@
+"""The sample order: the same on any number of ranks and workers, exact over epochs and resumes."""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections import Counter
+
+import pytest
+import torch
+from PIL import Image
+from webdataset import TarWriter
+
+from coca_scale.data.loader import TrainDataset, TrainLoader, deal_lanes
+from coca_scale.data.sample import DataError
+from coca_scale.data.sources import open_source
+from coca_scale.data.tokens import make_tokenizer
+from coca_scale.model import load_model_config
+from tests.conftest import tiny_recipe
+
+BATCH = 12
+
+
+def encoded(colour=(200, 30, 30), mode="RGB", size=(24, 24), form="JPEG"):
+    buffer = io.BytesIO()
+    Image.new(mode, size, colour).save(buffer, form)
+    return buffer.getvalue()
+
+
+def write_shards(folder, counts):
+    picture = encoded()
+    for number, count in enumerate(counts):
+        with TarWriter(str(folder / f"{number:03d}.tar")) as writer:
+            for i in range(count):
+                caption = f"picture {number} {i}"
+                writer.write({"__key__": f"{number}_{i}", "jpg": picture, "txt": caption})
+    return str(folder / f"{{000..{len(counts) - 1:03d}}}.tar")
+
+
+def loader(train, rank, ranks, workers=0, saved=None, lanes=12):
+    recipe = tiny_recipe(data__train=train, data__shuffle_window=4)
+    dataset = TrainDataset(
+        source=open_source(train, recipe.data, 0),
+        tokenizer=make_tokenizer(load_model_config("coca_tiny")),
+        image_size=48,
+        crop_scale_min=0.9,
+        seed=0,
+        lanes=lanes,
+        samples_per_lane=BATCH // lanes,
+        states=deal_lanes(lanes, rank, ranks, saved),
+    )
+    return TrainLoader(dataset, workers)
+
+
+def steps(train, count, ranks=1, workers=0, saved=None, lanes=12):
+    """Keys per step over all ranks, the lane states after the last one, and the pixels."""
+    streams = [iter(loader(train, r, ranks, workers, saved, lanes)) for r in range(ranks)]
+    keys, pixels, states = [], [], {}
+    for _ in range(count):
+        batches = [next(stream) for stream in streams]
+        keys.append([key for batch in batches for key in batch.keys])
+        pixels.append(torch.cat([batch.images for batch in batches]))
+        for batch in batches:
+            states.update(batch.lanes)
+    return keys, [list(states[lane]) for lane in sorted(states)], torch.stack(pixels)
+
+
+@pytest.fixture(scope="module", params=["shards", "few_shards", "table", "synthetic"])
+def train(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    if request.param == "shards":
+        return write_shards(folder, [6] * 24)
+    if request.param == "few_shards":
+        return write_shards(folder, [48, 48, 48])
+    if request.param == "synthetic":
+        return "synthetic://shapes?count=144&size=32"
+    (folder / "a.jpg").write_bytes(encoded())
+    rows = "".join(f"a.jpg\tword {i}\n" for i in range(144))
+    (folder / "t.tsv").write_text("filepath\ttitle\n" + rows)
+    return str(folder / "t.tsv")
+
+
+@pytest.mark.parametrize(("ranks", "workers"), [(2, 0), (4, 0), (1, 2), (2, 3)])
+def test_order_does_not_depend_on_the_cluster(train, ranks, workers):
+    expected_keys, expected_states, expected_pixels = steps(train, 5)
+    keys, states, pixels = steps(train, 5, ranks, workers)
+    assert keys == expected_keys
+    assert states == expected_states
+    assert torch.equal(pixels, expected_pixels)
+
+
+def test_every_epoch_has_every_sample_once(train):
+    keys, _, _ = steps(train, 36)  # 3 epochs of 144 samples
+    flat = list(itertools.chain.from_iterable(keys))
+    if train.endswith(".tsv"):
+        pytest.skip("all rows share one picture, so keys do not tell them apart")
+    for epoch in range(3):
+        counts = Counter(flat[epoch * 144 : (epoch + 1) * 144])
+        assert len(counts) == 144
+        assert set(counts.values()) == {1}
+    assert flat[:144] != flat[144:288]
+
+
+def test_resume_goes_on_at_the_very_sample_with_other_ranks(train):
+    whole, _, pixels = steps(train, 9)
+    first, states, _ = steps(train, 4, ranks=2, workers=2)
+    rest, _, rest_pixels = steps(train, 5, ranks=4, saved=states)
+    assert first + rest == whole
+    assert torch.equal(rest_pixels, pixels[4:])
+
+
+def test_lanes_of_a_checkpoint_must_match():
+    with pytest.raises(DataError, match=r"data\.lanes=3"):
+        deal_lanes(4, 0, 1, [[0, 0, 0]] * 3)
+
+
+def test_fewer_samples_than_lanes_is_an_error():
+    with pytest.raises(DataError, match="4 samples for 12 lanes"):
+        steps("synthetic://shapes?count=4&size=32", 1)
