@@ -1,0 +1,191 @@
+"""Whole runs under the deepspeed launcher: killed and resumed, exported, refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from coca_scale.cli import app
+from coca_scale.engine.checkpoint import find_checkpoint, verify_checkpoint
+from tests.conftest import free_port
+
+TINY = [
+    "data.train=synthetic://shapes?count=512&size=48",
+    "data.val=synthetic://shapes?split=val&count=12&size=48",
+    "eval.every_steps=null",
+    "train.global_batch=16",
+    "train.micro_batch=4",
+    "train.steps=12",
+    "checkpoint.every_steps=3",
+    "log.every_steps=1",
+]
+
+
+def launch(*arguments, ranks=2, **popen):
+    command = [
+        str(Path(sys.executable).with_name("deepspeed")),
+        *("--num_gpus", str(ranks), "--master_port", str(free_port())),
+        *("coca_scale/train.py", "--recipe", "recipes/tiny.yaml", *TINY, *arguments),
+    ]
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        **popen,
+    )
+
+
+def run(*arguments, ranks=2):
+    process = launch(*arguments, ranks=ranks)
+    output, _ = process.communicate(timeout=300)
+    return process.returncode, output
+
+
+def losses(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    return [(line["loss"], line["grad_norm"], line["logit_scale"]) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "whole"
+    code, output = run(f"run.dir={folder}")
+    assert code == 0, output[-3000:]
+    return folder, output
+
+
+@pytest.mark.slow
+def test_a_run_leaves_what_the_contract_says(finished):
+    folder, output = finished
+    keys = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    assert {
+        *("step", "samples_seen", "loss", "contrastive_loss", "caption_loss", "lr", "grad_norm"),
+        *("logit_scale", "samples_per_second", "samples_per_second_per_rank"),
+        *("data_wait_fraction", "peak_memory_bytes", "skipped_steps", "bad_samples"),
+    } <= keys.keys()
+    assert (folder / "recipe.yaml").is_file()
+    assert list((folder / "tensorboard").iterdir())
+    names = sorted(p.name for p in (folder / "checkpoints").iterdir())
+    assert names == ["latest", "step_00000009", "step_00000012"]
+    assert (folder / "checkpoints" / "latest").read_text().strip() == "step_00000012"
+    assert "validation at step 12" in output
+    assert losses(folder)[-1][0] < losses(folder)[0][0]
+
+
+@pytest.mark.slow
+def test_killed_at_a_random_moment_and_resumed_is_the_same_run(finished, tmp_path):
+    expected = losses(finished[0])
+    folder = tmp_path / "killed"
+    seed = random.randrange(10**6)
+    wait_for, extra = random.Random(seed).randint(3, 9), random.Random(seed).random() * 0.5
+    process = launch(f"run.dir={folder}")
+    metrics = folder / "metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and process.poll() is None:
+        if metrics.is_file() and len(metrics.read_text().splitlines()) >= wait_for:
+            break
+        time.sleep(0.02)
+    time.sleep(extra)
+    os.killpg(process.pid, signal.SIGKILL)
+    subprocess.run(["pkill", "-9", "-f", str(folder)], check=False)
+    process.communicate(timeout=60)
+    code, output = run(f"run.dir={folder}")
+    assert code == 0, output[-3000:]
+    assert losses(folder) == expected, f"seed {seed}"
+
+
+@pytest.mark.slow
+def test_export_caption_and_verify(finished, tmp_path):
+    folder, _ = finished
+    runner = CliRunner()
+    out = tmp_path / "export"
+    done = runner.invoke(app, ["export", str(folder), "--out", str(out), "--verify"])
+    assert done.exit_code == 0, done.output
+    assert "caption logits" in done.output
+    pictures = "synthetic://shapes?split=val&count=8&size=48"
+    lines = []
+    for name, model in (("run", folder), ("export", out)):
+        file = tmp_path / f"{name}.jsonl"
+        grid = tmp_path / f"{name}.png"
+        arguments = ["caption", str(model), pictures, "--out", str(file), "--picture", str(grid)]
+        done = runner.invoke(app, arguments)
+        assert done.exit_code == 0, done.output
+        assert grid.stat().st_size > 1000
+        lines.append(file.read_text())
+    assert lines[0] == lines[1]
+    assert len(lines[0].splitlines()) == 8
+
+
+def test_damaged_checkpoints_are_refused(finished, tmp_path):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(finished[0] / "checkpoints" / "step_00000012", copy)
+    verify_checkpoint(copy)
+    victim = max(copy.rglob("*.pt"), key=lambda p: p.stat().st_size)
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(bytes(data))
+    with pytest.raises(ValueError, match="is damaged"):
+        verify_checkpoint(copy)
+    victim.unlink()
+    with pytest.raises(ValueError, match="is missing"):
+        verify_checkpoint(copy)
+    (copy / "manifest.json").unlink()
+    with pytest.raises(ValueError, match="not a complete checkpoint"):
+        verify_checkpoint(copy)
+    assert find_checkpoint(tmp_path) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("overrides", "code", "message"),
+    [
+        (["train.micro_batchs=3"], 2, "did you mean train.micro_batch?"),
+        (["data.train=/nowhere/{000..003}.tar"], 1, "4 of 4 shards are missing"),
+        (["train.micro_batch=3"], 1, "train.micro_batch=2 would"),
+        (["model.name=coca_ViT-Z"], 1, "is not known"),
+    ],
+)
+def test_mistakes_end_all_ranks_with_one_line(overrides, code, message, tmp_path):
+    exit_code, output = run(f"run.dir={tmp_path / 'r'}", *overrides)
+    assert exit_code != 0
+    assert message in output
+    assert "Traceback" not in output
+
+
+@pytest.mark.slow
+def test_bad_data_on_one_rank_ends_the_others_too(tmp_path):
+    from tests.data.test_lanes import write_shards
+
+    pattern = write_shards(tmp_path, [40, 40])
+    (tmp_path / "001.tar").write_bytes(b"rotten" * 1000)
+    code, output = run(
+        f"run.dir={tmp_path / 'r'}", f"data.train={pattern}", "data.val=null", "data.lanes=2"
+    )
+    assert code != 0
+    assert "no usable sample" in output
+    assert "Traceback" not in output
+
+
+def test_dry_run_prints_the_plan_and_trains_nothing(tmp_path):
+    command = [sys.executable, "coca_scale/train.py", "--recipe", "recipes/large.yaml", "--dry-run"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2]
+    )
+    assert done.returncode == 0, done.stderr
+    assert "638,450,177 parameters" in done.stdout
+    assert "accumulation 8" in done.stdout
+    assert '"stage": 3' in done.stdout
