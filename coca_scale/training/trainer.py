@@ -32,7 +32,9 @@ from coca_scale.engine.checkpoint import (
     verify_checkpoint,
 )
 from coca_scale.engine.core import StepResult, TrainEngine
+from coca_scale.engine.export import export
 from coca_scale.engine.launch import World
+from coca_scale.engine.loading import load_model
 from coca_scale.model import CoCa, LogitScale, load_model_config
 from coca_scale.recipe import BatchPlan, Recipe, dump_recipe
 from coca_scale.training.log import RunLog, peak_memory_bytes
@@ -91,14 +93,15 @@ class Trainer:
             saved = self.folder / "checkpoints" / f"step_{self.step:08d}"
             if not (saved / "manifest.json").is_file():
                 self._save()
+            if active:
+                export(load_model(str(saved)), self.folder / "export")
+            self.world.barrier()
             log.say(f"finished {self.step} steps; run folder {self.folder}")
 
     def _train(self, log: RunLog) -> None:
         batches = iter(self._loader())
         meter = _Meter(self.plan.global_batch)
         every = self.recipe.checkpoint.every_steps
-        if self.step == self.steps:
-            return
         while self.step < self.steps:
             batch = self._next_batch(batches, meter)
             lr = learning_rate(self.step, self.steps, self.recipe.optim.lr, self.recipe.schedule)

@@ -76,6 +76,7 @@ def test_a_run_leaves_what_the_contract_says(finished):
         *("data_wait_fraction", "peak_memory_bytes", "skipped_steps", "bad_samples"),
     } <= keys.keys()
     assert (folder / "recipe.yaml").is_file()
+    assert (folder / "export" / "open_clip_model.safetensors").is_file()
     assert list((folder / "tensorboard").iterdir())
     names = sorted(p.name for p in (folder / "checkpoints").iterdir())
     assert names == ["latest", "step_00000009", "step_00000012"]
