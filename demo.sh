@@ -18,7 +18,7 @@ mkdir -p "$RUN"
 echo "training on $ranks processes (all messages: $RUN/train.log)"
 deepspeed --num_gpus "$ranks" coca_scale/train.py --recipe recipes/tiny.yaml \
   run.name=demo run.dir="$RUN" engine.precision="$precision" \
-  2>&1 | tee "$RUN/train.log" | grep --line-buffered -E '^(step |validation |  «|finished |rank )'
+  2>&1 | tee "$RUN/train.log" | grep --line-buffered -E '^(step |validation |  «|finished |resumed |coca-scale: )'
 
 echo "captioning 256 held-out pictures"
 coca-scale caption "$RUN" "$HELD_OUT" --out "$RUN/captions.jsonl" --picture "$RUN/captions.png"

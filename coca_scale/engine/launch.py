@@ -19,6 +19,10 @@ _SLURM_VARIABLES = {
 _MPI_MARKERS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
+class AgreedError(RuntimeError):
+    """Something that ends the run, raised by every rank together: one rank may report it."""
+
+
 @dataclass(frozen=True)
 class World:
     """The processes of a run.
@@ -47,11 +51,11 @@ class World:
         """Let all ranks fail together if one of them has an error. A collective.
 
         Raises:
-            RuntimeError: with the errors, on every rank.
+            AgreedError: with the first of the errors, on every rank.
         """
         failed = [e for e in self.gather(error) if e is not None]
         if failed:
-            raise RuntimeError(failed[0])
+            raise AgreedError(failed[0])
 
     def gather(self, value: object) -> list[object]:
         """A small object from every rank, on every rank. A collective."""

@@ -11,7 +11,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader processes are
 import torch
 
 from coca_scale.engine.config import deepspeed_config
-from coca_scale.engine.launch import end_world, planned_rank, planned_size, start_world
+from coca_scale.engine.launch import (
+    AgreedError,
+    end_world,
+    planned_rank,
+    planned_size,
+    start_world,
+)
 from coca_scale.model import CoCa, load_model_config
 from coca_scale.recipe import BatchPlan, Recipe
 from coca_scale.training.trainer import Trainer
@@ -20,18 +26,21 @@ USUAL_RANKS = (1, 2, 8, 64, 384, 512, 4096)
 
 
 def train(recipe: Recipe) -> int:
-    """Run to the end; returns 0, or 1 after one readable line about what went wrong."""
+    """Run to the end; returns 0, or 1 after one readable line about what went wrong.
+
+    Anything that is not a fault of recipe or data raises as it is, with its traceback.
+    """
     world = start_world()
+    code = 0
     try:
         Trainer(recipe, world).run()
-    except (ValueError, RuntimeError, OSError) as error:
-        if world.rank == 0 or not isinstance(error, ValueError):
-            print(f"rank {world.rank}: {error}", file=sys.stderr, flush=True)
-        if not isinstance(error, ValueError) and os.environ.get("COCA_SCALE_TRACEBACK"):
-            raise
-        return 1
+    except AgreedError as error:
+        if world.rank == 0:
+            print(f"coca-scale: {error}", file=sys.stderr, flush=True)
+        world.barrier()  # the launcher ends everyone as soon as one rank is gone
+        code = 1
     end_world()
-    return 0
+    return code
 
 
 def dry_run(recipe: Recipe) -> int:

@@ -8,7 +8,7 @@ import platform
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from coca_scale.engine.checkpoint import (
 )
 from coca_scale.engine.core import StepResult, TrainEngine
 from coca_scale.engine.export import export
-from coca_scale.engine.launch import World
+from coca_scale.engine.launch import AgreedError, World
 from coca_scale.engine.loading import load_model
 from coca_scale.model import CoCa, LogitScale, load_model_config
 from coca_scale.recipe import BatchPlan, Recipe, dump_recipe
@@ -44,10 +44,6 @@ from coca_scale.training.validation import Validation
 MIN_SAMPLES_FOR_BAD_FRACTION = 256
 
 
-class RunError(RuntimeError):
-    """A run that cannot go on; every rank raises it together."""
-
-
 class Trainer:
     """One run, from its recipe to its last checkpoint."""
 
@@ -55,11 +51,27 @@ class Trainer:
         """Prepare everything but the weights of a resumed run.
 
         Raises:
-            ValueError: the recipe does not fit the model, the data or the number of ranks.
-            RuntimeError: another rank found such a fault.
+            AgreedError: the recipe does not fit the model, the data or the number of ranks.
         """
         self.recipe = recipe
         self.world = world
+        self.step = 0
+        self.bad: Counter[str] = Counter()
+        self.skipped_steps = 0
+        self.lanes: LaneStates = {}
+        world.agree(_message_of(self._prepare))
+        torch.manual_seed(recipe.run.seed)
+        self.engine = TrainEngine(CoCa(self.config), LogitScale(), recipe, self.plan, world)
+
+    def _prepare(self) -> None:
+        """Everything that needs no other rank.
+
+        Raises:
+            ValueError: a fault of the recipe or the data.
+        """
+        recipe, world = self.recipe, self.world
+        if recipe.engine.precision == "fp16" and world.device.type == "cpu":
+            raise ValueError("engine.precision=fp16 needs a GPU; use fp32 or bf16 here")
         self.plan = BatchPlan.from_recipe(recipe, world.size)
         self.config = load_model_config(recipe.model.name).resized(
             recipe.model.image_size, recipe.model.context_length
@@ -68,15 +80,11 @@ class Trainer:
         self.folder = recipe.run.folder
         self.source = open_source(recipe.data.train, recipe.data, recipe.run.seed)
         self.validation = self._make_validation()
-        world.agree(self._check_sources() if world.rank == 0 else None)
+        if world.rank == 0:
+            for source in self._sources():
+                source.check()
         samples_per_epoch = recipe.data.train_samples or self.source.count()
         self.steps = total_steps(recipe.train, samples_per_epoch)
-        torch.manual_seed(recipe.run.seed)
-        self.engine = TrainEngine(CoCa(self.config), LogitScale(), recipe, self.plan, world)
-        self.step = 0
-        self.bad: Counter[str] = Counter()
-        self.skipped_steps = 0
-        self.lanes: LaneStates = {}
 
     def run(self) -> None:
         """Train to the end, resuming if the recipe says so, and leave a final checkpoint."""
@@ -110,7 +118,7 @@ class Trainer:
             self.lanes = batch.lanes
             self.skipped_steps += not result.applied
             if not math.isfinite(result.loss):
-                raise RunError(
+                raise AgreedError(
                     f"the loss is not finite at step {self.step} "
                     f"(contrastive {result.contrastive_loss}, caption {result.caption_loss}); "
                     "lower optim.lr, or look at the samples of this step"
@@ -131,8 +139,7 @@ class Trainer:
         """This rank's next batch, once every rank has one.
 
         Raises:
-            RunError: on every rank, if the data of one of them cannot be used or too many samples
-                are bad.
+            AgreedError: the data of a rank cannot be used, or too many samples are bad.
         """
         started = time.perf_counter()
         batch, error = None, None
@@ -159,7 +166,7 @@ class Trainer:
         limit = self.recipe.data.max_bad_fraction
         if seen >= MIN_SAMPLES_FOR_BAD_FRACTION and bad > limit * seen:
             causes = ", ".join(f"{n} × {cause}" for cause, n in self.bad.most_common())
-            raise RunError(
+            raise AgreedError(
                 f"{bad} of {seen} samples are unusable ({causes}), more than "
                 f"data.max_bad_fraction={limit} allows"
             )
@@ -205,50 +212,53 @@ class Trainer:
         size = self.config.vision_cfg.image_size
         return Validation(self._val_source, self.tokenizer, size, ev.samples, ev.captions)
 
-    def _check_sources(self) -> str | None:
-        sources: list[Source] = [self.source]
-        if self.validation is not None:
-            sources.append(self._val_source)
-        try:
-            for source in sources:
-                source.check()
-        except DataError as error:
-            return str(error)
-        return None
+    def _sources(self) -> list[Source]:
+        return [self.source] if self.validation is None else [self.source, self._val_source]
 
     def _resume(self) -> Path | None:
         """Load the checkpoint the recipe asks for; all ranks the same one, or none."""
-        resume, parent = self.recipe.checkpoint.resume, self.folder / "checkpoints"
-        choice: str | None = None
-        error = None
-        if self.world.rank == 0:
-            found = find_checkpoint(parent)
-            try:
-                if resume == "never" and found is not None:
-                    raise ValueError(
-                        f"{self.folder} holds checkpoints already; choose another run.dir, "
-                        "or checkpoint.resume=auto to go on from there"
-                    )
-                if resume == "auto":
-                    choice = None if found is None else str(found)
-                elif resume != "never":
-                    choice = resume
-                if choice is not None:
-                    verify_checkpoint(Path(choice))
-            except ValueError as fault:
-                error = str(fault)
-        self.world.agree(error)
-        chosen = self.world.gather(choice)[0]
+        choices: list[Path | None] = []
+        self.world.agree(
+            _message_of(lambda: choices.append(self._choose())) if self.world.rank == 0 else None
+        )
+        chosen = self.world.gather(choices[0] if choices else None)[0]
+        assert chosen is None or isinstance(chosen, Path)
+        self.world.agree(_message_of(lambda: self._load(chosen)))
+        return chosen
+
+    def _choose(self) -> Path | None:
+        """The checkpoint to start from, verified.
+
+        Raises:
+            ValueError: it is damaged, or the run folder is not empty and should be.
+        """
+        resume = self.recipe.checkpoint.resume
+        found = find_checkpoint(self.folder / "checkpoints")
+        if resume == "never" and found is not None:
+            raise ValueError(
+                f"{self.folder} holds checkpoints already; choose another run.dir, "
+                "or checkpoint.resume=auto to go on from there"
+            )
+        chosen = found if resume == "auto" else None if resume == "never" else Path(resume)
+        if chosen is not None:
+            verify_checkpoint(chosen)
+        return chosen
+
+    def _load(self, checkpoint: Path | None) -> None:
+        """Weights, optimizer, counters and this rank's lanes, from `checkpoint` or from the start.
+
+        Raises:
+            ValueError: it was written by another layout, the same on every rank.
+        """
         saved = None
-        if isinstance(chosen, str):
-            progress = read_progress(Path(chosen))
+        if checkpoint is not None:
+            progress = read_progress(checkpoint)
             saved = progress["lanes"]
-            self.engine.load_state(Path(chosen))
+            self.engine.load_state(checkpoint)
             self.step = progress["step"]
             self.skipped_steps = progress["skipped_steps"]
             self.bad = Counter(progress["bad"])
         self.lanes = deal_lanes(self.plan.lanes, self.world.rank, self.world.size, saved)
-        return Path(chosen) if isinstance(chosen, str) else None
 
     def _save(self) -> None:
         lanes: dict[int, Any] = {}
@@ -294,6 +304,15 @@ class _Meter:
         rate, wait = self.steps * self._global_batch / seconds, self.waited_seconds / seconds
         self.restart()
         return rate, min(1.0, wait)
+
+
+def _message_of(action: Callable[[], None]) -> str | None:
+    """Run `action`; the text of its ValueError, for all ranks to agree on."""
+    try:
+        action()
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _git_commit() -> str | None:

@@ -54,7 +54,7 @@ class Validation:
         """Measure. A collective: every rank runs the model equally often.
 
         Raises:
-            RuntimeError: no rank has a usable sample.
+            AgreedError: no rank has a usable sample.
         """
         samples = self._load(engine)
         world = engine.world

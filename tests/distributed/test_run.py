@@ -163,7 +163,7 @@ def test_damaged_checkpoints_are_refused(finished, tmp_path):
 def test_mistakes_end_all_ranks_with_one_line(overrides, code, message, tmp_path):
     exit_code, output = run(f"run.dir={tmp_path / 'r'}", *overrides)
     assert exit_code != 0
-    assert message in output
+    assert output.count(message) == (1 if code == 1 else 2)  # a wrong recipe ends before ranks meet
     assert "Traceback" not in output
 
 
