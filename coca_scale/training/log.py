@@ -37,9 +37,8 @@ class RunLog:
         if self._active and self._console.is_terminal:
             self._bar = Progress(
                 TextColumn("step {task.completed}/{task.total}"),
-                BarColumn(bar_width=None),
+                BarColumn(bar_width=8),  # the rest needs the 80 columns
                 TextColumn("{task.description}"),
-                TextColumn("left"),
                 TimeRemainingColumn(),
                 console=self._console,
             )
@@ -97,7 +96,11 @@ class RunLog:
             f"caption {values['caption_loss']:.3f}; {values['samples_per_second']:.0f} samples/s"
         )
         if self._bar is not None:
-            self._bar.update(self._task, completed=values["step"], description=text)
+            short = (
+                f"loss {values['loss']:.2f} (contrastive {values['contrastive_loss']:.2f} "
+                f"caption {values['caption_loss']:.2f}) {values['samples_per_second']:.0f}/s"
+            )
+            self._bar.update(self._task, completed=values["step"], description=short)
         else:
             rate = values["samples_per_second"] / max(1, values["global_batch"])
             left = timedelta(seconds=round((self._steps - values["step"]) / max(rate, 1e-9)))
