@@ -97,12 +97,13 @@ class Trainer:
         with log:
             if resumed is not None:
                 log.say(f"resumed from {resumed} at step {self.step}")
-            self._train(log)
-            saved = self.folder / "checkpoints" / f"step_{self.step:08d}"
-            if not (saved / "manifest.json").is_file():
-                self._save()
+            if resumed is None or self.step < self.steps:
+                self._train(log)
+                final = self._save()
+            else:
+                final = resumed
             if active:
-                export(load_model(str(saved)), self.folder / "export")
+                export(load_model(str(final)), self.folder / "export")
             self.world.barrier()
             log.say(f"finished {self.step} steps; run folder {self.folder}")
 
@@ -260,7 +261,7 @@ class Trainer:
             self.bad = Counter(progress["bad"])
         self.lanes = deal_lanes(self.plan.lanes, self.world.rank, self.world.size, saved)
 
-    def _save(self) -> None:
+    def _save(self) -> Path:
         lanes: dict[int, Any] = {}
         for part in self.world.gather(self.lanes):
             assert isinstance(part, dict)
@@ -274,7 +275,7 @@ class Trainer:
             "model_cfg": self.config.to_openclip(),
         }
         keep = self.recipe.checkpoint.keep
-        save_checkpoint(self.engine, self.folder / "checkpoints", progress, keep)
+        return save_checkpoint(self.engine, self.folder / "checkpoints", progress, keep)
 
     def _write_recipe(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ from coca_scale.data.loader import EvalSample, eval_samples
 from coca_scale.data.sample import DataError, Source
 from coca_scale.data.tokens import Tokenizer
 from coca_scale.engine.core import TrainEngine
+from coca_scale.evaluation.captioning import letters
 from coca_scale.evaluation.retrieval import recall_at_1
 from coca_scale.generation.greedy import greedy
 
@@ -60,7 +61,7 @@ class Validation:
         world = engine.world
         sizes = [int(n) for n in world.gather(len(samples)) if isinstance(n, int)]
         rounds = math.ceil(max(sizes) / BATCH)
-        features, captions = [], [s.caption.strip().lower() for s in samples]
+        features, captions = [], [letters(s.caption) for s in samples]
         for number in range(rounds):
             batch = samples[number * BATCH : (number + 1) * BATCH]
             images, tokens = self._tensors(batch)
