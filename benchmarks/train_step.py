@@ -26,7 +26,7 @@ from torch import Tensor
 
 from coca_scale.losses import FeatureGather, contrastive_loss
 from coca_scale.model import load_model_config
-from coca_scale.openclip.folder import build_model
+from coca_scale.model.weights import build_model
 from coca_scale.openclip.names import from_openclip
 
 MEAN_WORDS = 18.0

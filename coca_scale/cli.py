@@ -20,7 +20,18 @@ data_app = typer.Typer(help="Prepare training data.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
 ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="Run folder, checkpoint folder, or exported folder.")
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="Run, checkpoint or exported folder, weight file with --config, hf-hub:ORG/NAME, "
+        "or NAME@TAG of OpenCLIP's registry.",
+    ),
+]
+ConfigOption = Annotated[
+    str | None, typer.Option(help="Of a weight file: name or JSON file of its model config.")
+]
+RawWeights = Annotated[
+    bool, typer.Option("--raw-weights", help="The last weights of a run, not their average.")
 ]
 ImageColumn = Annotated[str, typer.Option(help="CSV/TSV column with the image path.")]
 CaptionColumn = Annotated[str, typer.Option(help="CSV/TSV column with the caption.")]
@@ -59,8 +70,10 @@ def export_command(
     verify: Annotated[
         bool, typer.Option(help="Load the result with open_clip and compare outputs.")
     ] = False,
+    config: ConfigOption = None,
+    raw_weights: RawWeights = False,
 ) -> None:
-    """Write an OpenCLIP model folder.
+    """Write an OpenCLIP model folder, or say why OpenCLIP cannot have this model.
 
     Example: coca-scale export runs/tiny --out runs/tiny/export --verify
     """
@@ -68,9 +81,12 @@ def export_command(
     from coca_scale.engine.loading import load_model
     from coca_scale.openclip.folder import verify_folder
 
-    loaded = load_model(model)
-    export(loaded, out)
-    typer.echo(f"wrote {out}; load it with open_clip as local-dir:{out}")
+    loaded = load_model(model, config, raw_weights)
+    obstacle = export(loaded, out)
+    if obstacle is None:
+        typer.echo(f"wrote {out}; load it with open_clip as local-dir:{out}")
+    else:
+        typer.echo(f"wrote {out} for coca-scale alone: {obstacle}")
     if verify:
         found = verify_folder(out, loaded.model)
         typer.echo("largest difference to open_clip on random inputs (fp32):")
@@ -92,6 +108,8 @@ def caption_command(
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures at a time.")] = 64,
     image_column: ImageColumn = "filepath",
     caption_column: CaptionColumn = "title",
+    config: ConfigOption = None,
+    raw_weights: RawWeights = False,
 ) -> None:
     """Caption pictures (greedy search); compares with captions that come with them.
 
@@ -101,7 +119,7 @@ def caption_command(
     from coca_scale.evaluation import captioning
     from coca_scale.recipe.schema import DataSection
 
-    loaded = load_model(model)
+    loaded = load_model(model, config, raw_weights)
     data = DataSection(train=inputs, image_column=image_column, caption_column=caption_column)
     bad: Counter[str] = Counter()
     pictures = captioning.read_pictures(inputs, data)

@@ -1,8 +1,8 @@
 """Captions to token ids and back.
 
-Two tokenizers: CLIP's BPE as OpenCLIP has it (49,408 tokens, padding 0), and prefixes of the same
-BPE for small models, named `coca-scale/clip-bpe-N`: its 512 byte symbols, its first merges, and the
-special tokens <pad>, <start_of_text>, <end_of_text> as ids 0, 1, 2, N tokens in all.
+CLIP's BPE as OpenCLIP has it (49,408 tokens, padding 0), or any fast Hugging Face tokenizer: a
+local folder, a name on the hub, or `coca-scale/clip-bpe-N`, a prefix of CLIP's BPE for small models
+(its 512 byte symbols, its first merges, <pad>, <start_of_text>, <end_of_text> as ids 0, 1, 2).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -24,6 +24,8 @@ from coca_scale.model.config import ModelConfig
 
 PREFIX_NAME = re.compile(r"coca-scale/clip-bpe-(\d+)")
 TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+SPECIAL = ("pad_token", "bos_token", "eos_token")
 PAD, START, END = "<pad>", "<start_of_text>", "<end_of_text>"
 CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
@@ -35,9 +37,10 @@ class Tokenizer(Protocol):
     vocab_size: int
     start_id: int
     end_id: int
+    pad_id: int
 
     def encode(self, captions: Sequence[str]) -> Tensor:
-        """Token ids [n, context_length]: start, words, end, padding 0; long captions are cut."""
+        """Token ids [n, context_length]: start, words, end, padding; long captions are cut."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -54,6 +57,7 @@ class ClipTokenizer:
         self.vocab_size = int(self._bpe.vocab_size)
         self.start_id = int(self._bpe.sot_token_id)
         self.end_id = int(self._bpe.eot_token_id)
+        self.pad_id = 0
 
     def encode(self, captions: Sequence[str]) -> Tensor:
         """Token ids [n, context_length]."""
@@ -66,18 +70,28 @@ class ClipTokenizer:
         return text.strip()
 
 
-class ClipPrefixTokenizer:
-    """The first merges of CLIP's BPE, in the file format of the tokenizers library."""
+class FastTokenizer:
+    """A tokenizer of the tokenizers library, cleaned and padded as OpenCLIP's HFTokenizer does."""
 
-    def __init__(self, backend: HuggingFaceTokenizer, context_length: int) -> None:
-        backend.enable_padding(length=context_length, pad_id=0, pad_token=PAD)
+    def __init__(
+        self, backend: HuggingFaceTokenizer, context_length: int, special: Mapping[str, str]
+    ) -> None:
+        """`special` names the tokens `pad_token`, `bos_token` and `eos_token`.
+
+        Raises:
+            ValueError: one of them is not a token.
+        """
+        ids = {role: _special_id(backend, special, role) for role in SPECIAL}
+        self.pad_id, self.start_id, self.end_id = (ids[role] for role in SPECIAL)
+        backend.enable_padding(
+            length=context_length, pad_id=self.pad_id, pad_token=special["pad_token"]
+        )
         backend.enable_truncation(context_length)
         self._backend = backend
-        self._clean = get_clean_fn("whitespace")  # as OpenCLIP's HFTokenizer does
+        self._special = {role: special[role] for role in SPECIAL}
+        self._clean = get_clean_fn("whitespace")
         self.context_length = context_length
         self.vocab_size = backend.get_vocab_size()
-        self.start_id = _special_id(backend, START)
-        self.end_id = _special_id(backend, END)
 
     def encode(self, captions: Sequence[str]) -> Tensor:
         """Token ids [n, context_length]."""
@@ -94,40 +108,72 @@ class ClipPrefixTokenizer:
         self._backend.save(str(folder / TOKENIZER_FILE))
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "pad_token": PAD,
-            "bos_token": START,
-            "eos_token": END,
+            **self._special,
             "model_max_length": self.context_length,
         }
-        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (folder / TOKENIZER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 
 def make_tokenizer(config: ModelConfig, folder: Path | None = None) -> Tokenizer:
     """The tokenizer of a model; `folder` is searched for its files first.
 
     Raises:
-        ValueError: unknown tokenizer, or a vocabulary larger than the model's.
+        ValueError: not found, or one that does not fit the model's vocabulary and padding.
     """
     text = config.text_cfg
+    name = text.hf_tokenizer_name or text.hf_model_name
     tokenizer: Tokenizer
-    if text.hf_tokenizer_name is None:
+    if name is None:
         tokenizer = ClipTokenizer(text.context_length)
     elif folder is not None and (folder / TOKENIZER_FILE).is_file():
-        backend = HuggingFaceTokenizer.from_file(str(folder / TOKENIZER_FILE))
-        tokenizer = ClipPrefixTokenizer(backend, text.context_length)
-    elif match := PREFIX_NAME.fullmatch(text.hf_tokenizer_name):
-        tokenizer = ClipPrefixTokenizer(clip_bpe_prefix(int(match[1])), text.context_length)
+        tokenizer = _from_hugging_face(str(folder), text.context_length)
+    elif match := PREFIX_NAME.fullmatch(name):
+        special = dict(zip(SPECIAL, (PAD, START, END), strict=True))
+        backend = clip_bpe_prefix(int(match[1]))
+        tokenizer = FastTokenizer(backend, text.context_length, special)
     else:
-        raise ValueError(
-            f"tokenizer {text.hf_tokenizer_name!r} is not known; leave text_cfg.hf_tokenizer_name "
-            "out for CLIP's BPE, or name coca-scale/clip-bpe-N"
-        )
+        tokenizer = _from_hugging_face(name, text.context_length)
     if tokenizer.vocab_size > text.vocab_size:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, "
             f"text_cfg.vocab_size is {text.vocab_size}"
         )
+    if tokenizer.pad_id != text.pad_id:
+        raise ValueError(
+            f"the tokenizer pads with id {tokenizer.pad_id}, text_cfg.pad_id is {text.pad_id}"
+        )
+    if text.hf_model_name is None and text.pool_type == "eos" and text.eos_id != tokenizer.end_id:
+        raise ValueError(
+            f"the tokenizer ends captions with id {tokenizer.end_id}, "
+            f"text_cfg.eos_id is {text.eos_id}"
+        )
     return tokenizer
+
+
+def _from_hugging_face(name: str, context_length: int) -> FastTokenizer:
+    """A tokenizer in a local folder, in the local cache or on the hub."""
+    from transformers import AutoTokenizer  # slow to import
+
+    try:
+        found = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(
+            f"tokenizer {name!r} is neither a folder with {TOKENIZER_FILE} nor in the local cache "
+            "nor reachable on the hub; download it where there is a network and give the folder as "
+            "text_cfg.hf_tokenizer_name"
+        ) from error
+    backend = getattr(found, "backend_tokenizer", None)
+    if not isinstance(backend, HuggingFaceTokenizer):
+        raise ValueError(f"tokenizer {name!r} has no fast version ({TOKENIZER_FILE})")
+    special = {
+        "pad_token": found.pad_token,
+        "bos_token": found.bos_token or found.cls_token,
+        "eos_token": found.eos_token or found.sep_token,
+    }
+    missing = [role for role, token in special.items() if token is None]
+    if missing:
+        raise ValueError(f"tokenizer {name!r} has no {' and no '.join(missing)}")
+    return FastTokenizer(backend, context_length, special)
 
 
 def clip_bpe_prefix(size: int) -> HuggingFaceTokenizer:
@@ -167,16 +213,16 @@ def clip_bpe_prefix(size: int) -> HuggingFaceTokenizer:
     return tokenizer
 
 
-def _special_id(backend: HuggingFaceTokenizer, token: str) -> int:
-    number = backend.token_to_id(token)
+def _special_id(backend: HuggingFaceTokenizer, special: Mapping[str, str], role: str) -> int:
+    number = backend.token_to_id(special[role])
     if number is None:
-        raise ValueError(f"the tokenizer has no {token} token")
-    return number
+        raise ValueError(f"the tokenizer's {role} {special[role]!r} is not one of its tokens")
+    return int(number)
 
 
 def _words(ids: Sequence[int], tokenizer: Tokenizer) -> list[int]:
     """Ids up to the first end token, without start and padding."""
     listed = [int(i) for i in ids]
-    if tokenizer.end_id in listed:
-        listed = listed[: listed.index(tokenizer.end_id)]
-    return [i for i in listed if i not in (0, tokenizer.start_id)]
+    if tokenizer.end_id in listed[1:]:  # where start and end are one token, the first is the start
+        listed = listed[: listed.index(tokenizer.end_id, 1)]
+    return [i for i in listed if i not in (tokenizer.pad_id, tokenizer.start_id)]

@@ -17,11 +17,13 @@ from typing import Any
 
 import torch
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from safetensors.torch import load_file
 from torch import Tensor
 
-from coca_scale.engine.core import SCALE_FILE, STATE_TAG, TrainEngine
+from coca_scale.engine.core import CONSTANTS_FILE, SCALE_FILE, STATE_TAG, TrainEngine
 from coca_scale.engine.launch import World
-from coca_scale.openclip.names import OUR_LOGIT_SCALE
+from coca_scale.engine.weight_average import AVERAGE_FOLDER
+from coca_scale.model.weights import LOGIT_SCALE
 from coca_scale.recipe.files import sha256_of
 
 MANIFEST = "manifest.json"
@@ -95,18 +97,29 @@ def read_progress(folder: Path) -> dict[str, Any]:
     return progress
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All fp32 weights of a checkpoint, logit scale included, without any process group or GPU."""
+def read_weights(folder: Path, raw: bool = False) -> dict[str, Tensor]:
+    """All fp32 weights of a checkpoint, logit scale included, without any process group or GPU.
+
+    Of a run that averages its weights this is the average, or with `raw` the last weights.
+    """
     state = torch.load(folder / SCALE_FILE, map_location="cpu", weights_only=True)
+    averaged = (folder / AVERAGE_FOLDER).is_dir() and not raw
     if state["zero_stage"] == 0:
         file = folder / STATE_TAG / "mp_rank_00_model_states.pt"
         # DeepSpeed's own pickle of our own run; checkpoints are not an exchange format
         weights = torch.load(file, map_location="cpu", weights_only=False)["module"]
     else:
         silence = io.StringIO()  # DeepSpeed prints its progress
+        source = folder / AVERAGE_FOLDER if averaged else folder
         with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
-            weights = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=STATE_TAG)
-    return {**weights, OUR_LOGIT_SCALE: state["model"]["log_scale"]}
+            weights = get_fp32_state_dict_from_zero_checkpoint(str(source), tag=STATE_TAG)
+    return {**weights, **read_constants(folder), LOGIT_SCALE: state["model"]["log_scale"]}
+
+
+def read_constants(folder: Path) -> dict[str, Tensor]:
+    """Weights and buffers that training did not change, as they were when it began."""
+    file = folder / CONSTANTS_FILE
+    return load_file(file) if file.is_file() else {}
 
 
 def _write_manifest(folder: Path, world: World) -> None:

@@ -17,11 +17,13 @@ from pathlib import Path
 
 import deepspeed
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from coca_scale.engine.config import deepspeed_config
 from coca_scale.engine.launch import World
 from coca_scale.engine.optimizer import make_optimizer, make_scale_optimizer
+from coca_scale.engine.weight_average import WeightAverage, master_weights
 from coca_scale.losses import ContrastiveResult, FeatureGather, contrastive_loss
 from coca_scale.model import CoCa, LogitScale
 from coca_scale.model.image import normalize_pixels
@@ -29,6 +31,7 @@ from coca_scale.recipe import BatchPlan, Recipe
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SCALE_FILE = "logit_scale.pt"
+CONSTANTS_FILE = "constants.safetensors"
 STATE_TAG = "state"
 
 
@@ -59,36 +62,48 @@ class TrainEngine:
     def __init__(
         self, model: CoCa, logit_scale: LogitScale, recipe: Recipe, plan: BatchPlan, world: World
     ) -> None:
-        """Shard `model`, which must hold the same weights on every rank."""
+        """Shard `model`, which must hold the same weights on every rank.
+
+        Parameters without `requires_grad` stay as they are, and are saved in the precision they
+        have here.
+        """
         assert world.size == plan.ranks, "the plan is for another number of ranks"
+        self._constants = _constants(model) if world.rank == 0 else {}
         self.world = world
         self.dtype = DTYPES[recipe.engine.precision]
         self._recipe = recipe
         self._plan = plan
         model.set_activation_checkpointing(recipe.engine.activation_checkpointing == "full")
-        model.caption_head.chunk_rows = recipe.loss.caption_chunk_rows
-        model.caption_head.label_smoothing = recipe.loss.label_smoothing
-        model.caption_head.z_loss = recipe.loss.z_loss
+        if model.caption_head is not None:
+            model.caption_head.chunk_rows = recipe.loss.caption_chunk_rows
+            model.caption_head.label_smoothing = recipe.loss.label_smoothing
+            model.caption_head.z_loss = recipe.loss.z_loss
         self._pad_id = model.config.pad_id
         self._logit_scale = logit_scale.to(world.device)
         self._scale_optimizer = make_scale_optimizer(self._logit_scale.log_scale, recipe.optim)
-        optimizer = make_optimizer(model, recipe.optim, fused=world.device.type == "cuda")
+        fused = world.device.type == "cuda"
+        optimizer, self._lr_scales = make_optimizer(model, recipe.optim, fused)
         self._engine, self._optimizer, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=deepspeed_config(recipe, plan)
         )
         self.module: CoCa = self._engine.module
+        self._average: WeightAverage | None = None
+        if recipe.optim.ema_decay is not None:
+            masters = master_weights(self._engine, recipe.engine.zero_stage)
+            self._average = WeightAverage(masters, recipe.optim.ema_decay)
 
     def close(self) -> None:
         """Free what DeepSpeed holds."""
         self._engine.destroy()
 
-    def step(self, images: Tensor, tokens: Tensor, lr: float) -> StepResult:
+    def step(self, images: Tensor, tokens: Tensor, lr: float, samples_seen: int = 0) -> StepResult:
         """One optimizer step.
 
         Args:
             images: uint8 [n, 3, H, W], this rank's share of the global batch.
             tokens: int64 [n, T].
             lr: learning rate of this step.
+            samples_seen: by all ranks before this step; which patches are dropped follows from it.
         """
         self._engine.train()
         images = images.to(self.world.device, non_blocking=True)
@@ -96,16 +111,13 @@ class TrainEngine:
         counted = int((tokens[:, 1:] != self._pad_id).sum())
         (total_tokens,) = self.world.sum(counted)
         caption_factor = self._recipe.loss.caption_weight / max(total_tokens, 1.0)
-        for optimizer in (self._optimizer, self._scale_optimizer):
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-
+        self._set_lr(lr)
+        first = samples_seen + self.world.rank * len(tokens)
+        sample_ids = torch.arange(first, first + len(tokens), device=self.world.device)
+        sample_ids += self._recipe.run.seed << 40  # below this many samples, seeds do not overlap
+        micro = self._plan.micro_batch
         pieces = list(
-            zip(
-                images.split(self._plan.micro_batch),
-                tokens.split(self._plan.micro_batch),
-                strict=True,
-            )
+            zip(images.split(micro), tokens.split(micro), sample_ids.split(micro), strict=True)
         )
         assert len(pieces) == self._plan.accumulation, "a batch of another size than planned"
         gather: FeatureGather | None = None
@@ -118,16 +130,26 @@ class TrainEngine:
             gather = self._start_gather(features)
 
         caption_sum = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        for number, (piece_images, piece_tokens) in enumerate(pieces):
+        weights = self._recipe.loss
+        for number, (piece_images, piece_tokens, piece_ids) in enumerate(pieces):
             callback = on_features if len(pieces) == 1 else None
-            features, piece_sum = self._engine(self._prepare(piece_images), piece_tokens, callback)
-            caption_sum += piece_sum.detach()
+            features, piece_sum = self._engine(
+                self._prepare(piece_images), piece_tokens, callback, sample_ids=piece_ids
+            )
+            if piece_sum is not None:
+                caption_sum += piece_sum.detach()
             if len(pieces) == 1:
                 assert gather is not None
                 contrastive = self._contrastive(gather)
-            rows = slice(number * self._plan.micro_batch, (number + 1) * self._plan.micro_batch)
-            weighted = self._recipe.loss.contrastive_weight * contrastive.grad_features[rows]
-            surrogate = (features.to(weighted.dtype) * weighted).sum() + caption_factor * piece_sum
+            surrogate = torch.zeros((), device=self.world.device)
+            if weights.contrastive_weight:
+                weighted = (
+                    weights.contrastive_weight
+                    * contrastive.grad_features[number * micro : (number + 1) * micro]
+                )
+                surrogate = surrogate + (features.to(weighted.dtype) * weighted).sum()
+            if piece_sum is not None and weights.caption_weight:
+                surrogate = surrogate + caption_factor * piece_sum
             # DeepSpeed averages over ranks; the loss is of the global batch, so undo that
             self._engine.backward(surrogate * self.world.size, scale_wrt_gas=False)
             if number + 1 < len(pieces):
@@ -136,9 +158,10 @@ class TrainEngine:
         applied = bool(self._engine.was_step_applied())
         if applied:
             self._update_scale(contrastive.grad_log_scale)
+            if self._average is not None:
+                self._average.update()
         (caption_total,) = self.world.sum(float(caption_sum))
         caption = caption_total / max(total_tokens, 1.0)
-        weights = self._recipe.loss
         contrast = float(contrastive.loss)
         return StepResult(
             loss=weights.contrastive_weight * contrast + weights.caption_weight * caption,
@@ -153,11 +176,22 @@ class TrainEngine:
         return normalize_pixels(images, self.dtype)
 
     @torch.no_grad()
-    def _all_features(self, pieces: list[tuple[Tensor, Tensor]]) -> Tensor:
+    def _all_features(self, pieces: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
         """Features of all micro-batches, [n, 2, d]."""
         return torch.cat(
-            [self._engine(self._prepare(i), t, None, features_only=True)[0] for i, t in pieces]
+            [
+                self._engine(
+                    self._prepare(images), tokens, None, features_only=True, sample_ids=sample_ids
+                )[0]
+                for images, tokens, sample_ids in pieces
+            ]
         )
+
+    def _set_lr(self, lr: float) -> None:
+        for group, scale in zip(self._optimizer.param_groups, self._lr_scales, strict=True):
+            group["lr"] = lr * scale
+        for group in self._scale_optimizer.param_groups:
+            group["lr"] = lr
 
     def _start_gather(self, features: Tensor) -> FeatureGather:
         return FeatureGather(features, self.world.gather_group)
@@ -174,7 +208,8 @@ class TrainEngine:
         """The optimizer step; returns the global gradient norm before clipping."""
         norm = None
         if self._recipe.engine.zero_stage == 0:  # plain replicas: DeepSpeed does not report it
-            grads = [p.grad for p in self.module.parameters() if p.grad is not None]
+            trained = [p for p in self.module.parameters() if p.requires_grad]
+            grads = [p.grad for p in trained if p.grad is not None]
             norm = torch.nn.utils.get_total_norm(grads)
         self._engine.step()
         if norm is None:
@@ -205,7 +240,11 @@ class TrainEngine:
     def save_state(self, folder: Path) -> None:
         """Write weights and optimizer state into `folder`."""
         self._engine.save_checkpoint(str(folder), tag=STATE_TAG, save_latest=False)
+        if self._average is not None:
+            self._average.save(folder, STATE_TAG, self.world.rank)
         if self.world.rank == 0:
+            if self._constants:
+                save_file(self._constants, folder / CONSTANTS_FILE)
             state = {
                 "model": self._logit_scale.state_dict(),
                 "optimizer": self._scale_optimizer.state_dict(),
@@ -229,5 +268,20 @@ class TrainEngine:
                 "Resume with the same layout, or start anew with checkpoint.resume=never"
             )
         self._engine.load_checkpoint(str(folder), tag=STATE_TAG)
+        if self._average is not None:
+            self._average.load(folder, STATE_TAG, self.world.rank)
         self._logit_scale.load_state_dict(state["model"])
         self._scale_optimizer.load_state_dict(state["optimizer"])
+
+
+def _constants(model: CoCa) -> dict[str, Tensor]:
+    """What training does not change: frozen parameters and buffers, as they are before DeepSpeed.
+
+    Its own copies are rounded to the precision of the run.
+    """
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {
+        name: tensor.detach().contiguous()
+        for name, tensor in model.state_dict().items()
+        if name not in trained
+    }

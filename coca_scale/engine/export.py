@@ -1,20 +1,24 @@
-"""Export of a trained model to an OpenCLIP folder, offline and without a GPU."""
+"""Export of a trained model to a model folder, offline and without a GPU."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from coca_scale.data.tokens import ClipPrefixTokenizer
+from coca_scale.data.tokens import FastTokenizer
 from coca_scale.engine.loading import LoadedModel
 from coca_scale.openclip.folder import write_folder
 
 
-def export(loaded: LoadedModel, folder: Path) -> None:
+def export(loaded: LoadedModel, folder: Path) -> str | None:
     """Write weights, config and, where it is not CLIP's own, the tokenizer.
+
+    Returns:
+        Why OpenCLIP cannot load the folder; None where it can.
 
     Raises:
         ValueError: a weight is not finite.
     """
-    write_folder(loaded.weights, loaded.config, folder)
-    if isinstance(loaded.tokenizer, ClipPrefixTokenizer):
+    obstacle = write_folder(loaded.weights, loaded.config, folder)
+    if isinstance(loaded.tokenizer, FastTokenizer):
         loaded.tokenizer.save(folder)
+    return obstacle

@@ -5,9 +5,15 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from coca_scale.model import CoCa
+from coca_scale.model.lock import layer_scales
 from coca_scale.recipe.schema import OptimSection
 
-NOT_DECAYED = ("class_embedding", "position_embedding", "pooler.query")
+NOT_DECAYED = (
+    *("class_embedding", "position_embedding", "pooler.query"),
+    *("cls_token", "reg_token", "pos_embed"),  # timm
+    *("position_embeddings.weight", "token_type_embeddings.weight"),  # transformers
+)
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
@@ -15,14 +21,26 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim >= 2 and not name.endswith(NOT_DECAYED)
 
 
-def make_optimizer(model: nn.Module, optim: OptimSection, fused: bool) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019) with decayed and undecayed parameters in two groups."""
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for n, p in named if decays(n, p)], "weight_decay": optim.weight_decay},
-        {"params": [p for n, p in named if not decays(n, p)], "weight_decay": 0.0},
+def make_optimizer(
+    model: CoCa, optim: OptimSection, fused: bool
+) -> tuple[torch.optim.AdamW, list[float]]:
+    """AdamW (Loshchilov & Hutter 2019) over the parameters that train.
+
+    Returns:
+        The optimizer, and for each of its groups the factor on the learning rate. A group is what
+        shares this factor and whether it is decayed.
+    """
+    scales = layer_scales(model, optim.layer_decay)
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            key = (scales.get(parameter, 1.0), decays(name, parameter))
+            groups.setdefault(key, []).append(parameter)
+    ordered = sorted(groups, reverse=True)
+    listed = [
+        {"params": groups[key], "weight_decay": optim.weight_decay * key[1]} for key in ordered
     ]
-    return _adamw([g for g in groups if g["params"]], optim, fused)
+    return _adamw(listed, optim, fused), [scale for scale, _ in ordered]
 
 
 def make_scale_optimizer(parameter: nn.Parameter, optim: OptimSection) -> torch.optim.AdamW:

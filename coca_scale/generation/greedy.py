@@ -22,8 +22,13 @@ def greedy(coca: CoCa, images: Tensor, start_id: int, end_id: int, early_stop: b
 
     Returns:
         Token ids [B, context_length], padded.
+
+    Raises:
+        ValueError: the model has no decoder.
     """
     config = coca.config
+    if coca.decoder is None or coca.caption_head is None:
+        raise ValueError("this model is a CLIP: it has no decoder and writes no captions")
     _, image_tokens = coca.image(images)
     shape = (images.shape[0], config.context_length)
     tokens = torch.full(shape, config.pad_id, device=images.device)

@@ -1,4 +1,4 @@
-"""CoCa: image tower, unimodal text tower, multimodal decoder, caption head."""
+"""CoCa: image tower, unimodal text tower, multimodal decoder, caption head; CLIP without them."""
 
 from __future__ import annotations
 
@@ -10,39 +10,51 @@ from torch import Tensor, nn
 
 from coca_scale.model.config import ModelConfig
 from coca_scale.model.decoder import CaptionHead, MultimodalDecoder
+from coca_scale.model.hf_text import HuggingFaceTextTower
 from coca_scale.model.image import ImageTower
 from coca_scale.model.text import TextTower
+from coca_scale.model.timm_tower import TimmClipTower, TimmTower
 
 FeaturesReady = Callable[[Tensor], None]
 
 
 class CoCa(nn.Module):
-    """Contrastive captioner (Yu et al. 2022). The logit scale lives in `LogitScale`."""
+    """Contrastive captioner (Yu et al. 2022); without a decoder, a CLIP (Radford et al. 2021).
+
+    The logit scale lives in `LogitScale`.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         decoder = config.multimodal_cfg
-        self.image = ImageTower(config.vision_cfg, config.embed_dim, config.quick_gelu)
-        self.text = TextTower(config.text_cfg, config.embed_dim, config.quick_gelu)
-        self.decoder = MultimodalDecoder(decoder, config.quick_gelu)
-        self.caption_head = CaptionHead(decoder.width, decoder.vocab_size)
+        self.image = make_image_tower(config)
+        self.text = make_text_tower(config)
+        self.decoder: MultimodalDecoder | None = None
+        self.caption_head: CaptionHead | None = None
+        if decoder is not None:
+            self.decoder = MultimodalDecoder(decoder, config.quick_gelu)
+            self.caption_head = CaptionHead(decoder.width, decoder.vocab_size)
 
     def set_activation_checkpointing(self, enabled: bool) -> None:
         """Recompute every transformer block in the backward pass, or keep all activations."""
         for tower in (self.image, self.text, self.decoder):
-            tower.activation_checkpointing = enabled
+            if tower is not None:
+                tower.activation_checkpointing = enabled
 
-    def encode_image(self, images: Tensor) -> Tensor:
-        """Normalised images [B, 3, H, W] → unit features [B, embed_dim]."""
-        return unit(self.image(images)[0])
+    def encode_image(self, images: Tensor, normalize: bool = True) -> Tensor:
+        """Normalised images [B, 3, H, W] → features [B, embed_dim], of unit length by default."""
+        features = self.image(images)[0]
+        return unit(features) if normalize else features
 
-    def encode_text(self, tokens_BT: Tensor) -> Tensor:
-        """Token ids [B, T] → unit features [B, embed_dim]."""
-        return unit(self.text(tokens_BT)[0])
+    def encode_text(self, tokens_BT: Tensor, normalize: bool = True) -> Tensor:
+        """Token ids [B, T] → features [B, embed_dim], of unit length by default."""
+        features = self.text(tokens_BT)[0]
+        return unit(features) if normalize else features
 
     def caption_logits(self, image_tokens_BSD: Tensor, tokens_BT: Tensor) -> Tensor:
         """Logits [B, T, V] of the token that follows each given token."""
+        assert self.decoder is not None and self.caption_head is not None, "a CLIP has no decoder"
         _, text_BTD = self.text(tokens_BT)
         return self.caption_head(self.decoder(text_BTD, image_tokens_BSD))
 
@@ -52,6 +64,7 @@ class CoCa(nn.Module):
         tokens_BT: Tensor,
         on_features: FeaturesReady | None = None,
         features_only: bool = False,
+        sample_ids: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """One training forward pass.
 
@@ -61,21 +74,43 @@ class CoCa(nn.Module):
             on_features: called with the packed features as soon as both towers are through, so that
                 their all-gather runs while the decoder does.
             features_only: stop after the towers.
+            sample_ids: int64 [B], for patch dropout; without them no patch is dropped.
 
         Returns:
             Packed unit features [B, 2, embed_dim] (image, text), and the summed caption loss over
-            the tokens that are not padding, None with `features_only`.
+            the tokens that are not padding, None with `features_only` or without a decoder.
         """
-        image_embedding, image_tokens = self.image(images)
+        drops = sample_ids is not None and isinstance(self.image, ImageTower)
+        image_embedding, image_tokens = self.image(images, *((sample_ids,) if drops else ()))
         text_embedding, text_tokens = self.text(tokens_BT)
         features = torch.stack([unit(image_embedding), unit(text_embedding)], dim=1)
         if features_only:
             return features, None
         if on_features is not None:
             on_features(features.detach())
+        if self.decoder is None or self.caption_head is None:
+            return features, None
         hidden = self.decoder(text_tokens[:, :-1], image_tokens)
         loss_sum = self.caption_head(hidden, tokens_BT[:, 1:], self.config.pad_id)
         return features, loss_sum
+
+
+def make_image_tower(config: ModelConfig) -> ImageTower | TimmTower | TimmClipTower:
+    """The image tower that the config describes."""
+    vision = config.vision_cfg
+    if vision.timm_model_name is None:
+        return ImageTower(vision, config.embed_dim, config.quick_gelu)
+    if vision.attentional_pool:
+        return TimmTower(vision, config.embed_dim)
+    return TimmClipTower(vision, config.embed_dim)
+
+
+def make_text_tower(config: ModelConfig) -> TextTower | HuggingFaceTextTower:
+    """The text tower that the config describes; always causal where a decoder reads it."""
+    text = config.text_cfg
+    if text.hf_model_name is None:
+        return TextTower(text, config.embed_dim, config.quick_gelu)
+    return HuggingFaceTextTower(text, config.embed_dim, causal=config.multimodal_cfg is not None)
 
 
 def unit(x: Tensor) -> Tensor:

@@ -11,10 +11,18 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from coca_scale.model.hf_config import architecture
 
 CONFIG_FOLDER = Path(__file__).parent / "configs"
-
 Size = Annotated[int, Field(ge=1)]
 
 
@@ -23,7 +31,13 @@ class _Config(BaseModel):
 
 
 class VisionConfig(_Config):
-    """The image tower, a ViT."""
+    """The image tower: a ViT, or with `timm_model_name` any timm model as OpenCLIP wraps it.
+
+    `attentional_pool` says how tokens and the pooled vector are made: true is what OpenCLIP's
+    published CoCa models use (one pooler, its first query is the pooled vector); "cascade" and
+    "parallel" are the paper's two poolers, the contrastive one reading the tokens of the generative
+    one, or the image.
+    """
 
     image_size: Size = 224
     patch_size: Size = 16
@@ -31,10 +45,17 @@ class VisionConfig(_Config):
     layers: Size = 12
     head_width: Size = 64
     mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
-    attentional_pool: bool = False
+    patch_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    attentional_pool: bool | Literal["cascade", "parallel"] = False
     attn_pooler_queries: Annotated[int, Field(ge=2)] = 256
     attn_pooler_heads: Size = 8
-    output_tokens: Literal[True] = True
+    pool_type: Literal["tok"] = "tok"
+    output_tokens: bool = False
+    timm_model_name: str | None = None
+    timm_model_pretrained: bool = False
+    timm_pool: Literal["avg", "token", "map"] = "avg"
+    timm_proj: Literal["linear"] = "linear"
+    timm_proj_bias: bool = False
 
     @property
     def heads(self) -> int:
@@ -46,8 +67,22 @@ class VisionConfig(_Config):
         """Patches per side."""
         return self.image_size // self.patch_size
 
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _no_modified_resnet(cls, layers: Any) -> Any:
+        if isinstance(layers, list):
+            raise ValueError(
+                "OpenAI's ModifiedResNet is not built here; name a ResNet of timm instead, "
+                "for example timm_model_name: resnet50_gn"
+            )
+        return layers
+
     @model_validator(mode="after")
     def _divides(self) -> VisionConfig:
+        if self.timm_model_name is not None:
+            if self.patch_dropout:
+                raise ValueError("patch_dropout is for ViTs of this package, not for timm models")
+            return self
         if self.width % self.head_width:
             raise ValueError(f"width {self.width} is not a multiple of head_width")
         if self.image_size < self.patch_size:
@@ -58,7 +93,12 @@ class VisionConfig(_Config):
 
 
 class TextConfig(_Config):
-    """The unimodal text tower. `context_length` does not count its CLS token."""
+    """The unimodal text tower: a causal transformer, or with `hf_model_name` a Hugging Face model.
+
+    In a CoCa (`embed_cls`) a CLS token follows the caption, not counted by `context_length`; in a
+    CLIP the feature is read at the end token, which `pool_type` says how to find: the highest id,
+    or `eos_id`.
+    """
 
     context_length: Annotated[int, Field(ge=3)] = 77
     vocab_size: Size = 49408
@@ -66,10 +106,18 @@ class TextConfig(_Config):
     heads: Size = 8
     layers: Size = 12
     mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
-    embed_cls: Literal[True]
-    pad_id: Literal[0] = 0
-    output_tokens: Literal[True] = True
+    embed_cls: bool = False
+    correct_cls_mask: bool = False
+    pad_id: Annotated[int, Field(ge=0)] = 0
+    pool_type: Literal["argmax", "eos"] = "argmax"
+    eos_id: Annotated[int, Field(ge=0)] = 2
+    output_tokens: bool = False
     hf_tokenizer_name: str | None = None
+    hf_model_name: str | None = None
+    hf_model_pretrained: bool = True
+    hf_proj_type: Literal["linear", "mlp"] = "mlp"
+    hf_pooler_type: Literal["mean_pooler"] = "mean_pooler"
+    hf_config: dict[str, Any] | None = None  # ours: the architecture, so that a run needs no hub
 
 
 class DecoderConfig(_Config):
@@ -91,18 +139,32 @@ class DecoderConfig(_Config):
 
 
 class ModelConfig(_Config):
-    """A whole CoCa."""
+    """A whole CoCa; without `multimodal_cfg` a CLIP."""
 
     embed_dim: Size
     vision_cfg: VisionConfig
     text_cfg: TextConfig
-    multimodal_cfg: DecoderConfig
-    custom_text: Literal[True] = True
+    multimodal_cfg: DecoderConfig | None = None
+    custom_text: bool = False
     quick_gelu: bool = False
 
     @model_validator(mode="after")
     def _fits_together(self) -> ModelConfig:
-        vision, text, decoder = self.vision_cfg, self.text_cfg, self.multimodal_cfg
+        text = self.text_cfg
+        if text.hf_model_name is None and text.width % text.heads:
+            raise ValueError(f"text_cfg: width {text.width} over {text.heads} heads")
+        if self.multimodal_cfg is not None:
+            self._check_coca(self.multimodal_cfg)
+        elif text.embed_cls or self.vision_cfg.attentional_pool not in (False, True):
+            raise ValueError("text_cfg.embed_cls and two poolers belong to a CoCa: multimodal_cfg")
+        return self
+
+    def _check_coca(self, decoder: DecoderConfig) -> None:
+        vision, text = self.vision_cfg, self.text_cfg
+        if text.hf_model_name is None and not text.embed_cls:
+            raise ValueError("a CoCa's text_cfg needs embed_cls: true")
+        if vision.timm_model_name is not None and not vision.attentional_pool:
+            raise ValueError("a timm image tower of a CoCa needs vision_cfg.attentional_pool: true")
         token_width = self.embed_dim if vision.attentional_pool else vision.width
         if token_width != decoder.width:
             raise ValueError(
@@ -112,14 +174,15 @@ class ModelConfig(_Config):
             raise ValueError(
                 f"text_cfg.width {text.width} and multimodal_cfg.width {decoder.width} differ"
             )
-        if text.context_length > decoder.context_length:
+        if text.context_length - 1 > decoder.context_length:
             raise ValueError("text_cfg.context_length exceeds multimodal_cfg.context_length")
         if text.vocab_size != decoder.vocab_size:
-            raise ValueError("text_cfg.vocab_size and multimodal_cfg.vocab_size differ")
-        for part, config in (("text_cfg", text), ("multimodal_cfg", decoder)):
-            if config.width % config.heads:
-                raise ValueError(f"{part}: width {config.width} over {config.heads} heads")
-        return self
+            raise ValueError(
+                f"text_cfg.vocab_size {text.vocab_size} and multimodal_cfg.vocab_size "
+                f"{decoder.vocab_size} differ"
+            )
+        if decoder.width % decoder.heads:
+            raise ValueError(f"multimodal_cfg: width {decoder.width} over {decoder.heads} heads")
 
     @property
     def context_length(self) -> int:
@@ -131,24 +194,30 @@ class ModelConfig(_Config):
         """Token id of padding."""
         return self.text_cfg.pad_id
 
-    def to_openclip(self) -> dict[str, Any]:
-        """The JSON object OpenCLIP reads as `model_cfg`: only fields that were given."""
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object this config was made of: only fields that were given."""
         return self.model_dump(exclude_unset=True)
 
     def resized(
-        self, image_size: int | None = None, context_length: int | None = None
+        self,
+        image_size: int | None = None,
+        context_length: int | None = None,
+        patch_dropout: float | None = None,
     ) -> ModelConfig:
-        """The same model for another image size or caption length.
+        """The same model for another image size, caption length or patch dropout.
 
         Raises:
             ValueError: the result is not a valid model.
         """
-        raw = self.to_openclip()
+        raw = self.to_dict()
         if image_size is not None:
             raw["vision_cfg"]["image_size"] = image_size
+        if patch_dropout is not None:
+            raw["vision_cfg"]["patch_dropout"] = patch_dropout
         if context_length is not None:
             raw["text_cfg"]["context_length"] = context_length
-            raw["multimodal_cfg"]["context_length"] = context_length
+            if self.multimodal_cfg is not None:
+                raw["multimodal_cfg"]["context_length"] = context_length
         return parse_model_config(raw, "model")
 
 
@@ -183,16 +252,39 @@ def load_model_config(name: str) -> ModelConfig:
 def parse_model_config(raw: Any, origin: str) -> ModelConfig:
     """Validate OpenCLIP's `model_cfg`.
 
+    What is left open follows from the rest: a Hugging Face tower brings its own width, vocabulary
+    and padding, and the decoder has the vocabulary of the text tower.
+
     Raises:
         ValueError: a field is unknown, unsupported or does not fit the others.
     """
     try:
-        return ModelConfig.model_validate(raw)
+        return ModelConfig.model_validate(_completed(raw, origin))
     except ValidationError as error:
         lines = []
         for fault in error.errors():
             field = ".".join(str(p) for p in fault["loc"])
             unsupported = fault["type"] == "extra_forbidden"
-            message = "not supported by coca-scale" if unsupported else fault["msg"]
+            message = fault["msg"].removeprefix("Value error, ")
+            message = "not supported by coca-scale" if unsupported else message
             lines.append(f"{origin}: {field + ': ' if field else ''}{message}")
         raise ValueError("\n".join(lines)) from error
+
+
+def _completed(raw: Any, origin: str) -> Any:
+    """`raw` with the fields filled in that OpenCLIP's files leave open."""
+    text = raw.get("text_cfg") if isinstance(raw, dict) else None
+    if not isinstance(text, dict):
+        return raw  # left to the validation
+    text, decoder = dict(text), raw.get("multimodal_cfg")
+    if text.get("hf_model_name") is not None:
+        found = text.get("hf_config") or architecture(str(text["hf_model_name"]), origin)
+        text["hf_config"] = found
+        text["width"] = found["hidden_size"]
+        text.setdefault("vocab_size", found["vocab_size"])
+        text.setdefault("pad_id", found["pad_token_id"])
+    completed = {**raw, "text_cfg": text}
+    if isinstance(decoder, dict):
+        vocab_size = text.get("vocab_size", TextConfig.model_fields["vocab_size"].default)
+        completed["multimodal_cfg"] = {"vocab_size": vocab_size, **decoder}
+    return completed

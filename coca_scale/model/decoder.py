@@ -30,6 +30,15 @@ class MultimodalDecoder(nn.Module):
             x = run_block(cross, x, recompute, image_BSD)
         return self.norm_final(x)
 
+    def layer_groups(self) -> list[list[nn.Parameter]]:
+        """Pairs of blocks from input to output, the final norm with the last."""
+        pairs = [
+            [*block.parameters(), *cross.parameters()]
+            for block, cross in zip(self.blocks, self.cross_blocks, strict=True)
+        ]
+        pairs[-1] += self.norm_final.parameters()
+        return pairs
+
 
 class CaptionHead(nn.Module):
     """Owns the [V, D] vocabulary matrix; the only place where logits come into being.

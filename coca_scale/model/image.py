@@ -1,4 +1,4 @@
-"""The image tower: a ViT with an optional attentional pooler."""
+"""The image tower: a ViT, with or without attentional pooling."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from coca_scale.model.config import VisionConfig
 from coca_scale.model.layers import AttentionalPooler, Block, normal_parameter
+from coca_scale.model.patch_dropout import drop_patches
 from coca_scale.model.stack import run_blocks
 
 # mean and standard deviation per RGB channel of OpenAI's CLIP, which OpenCLIP's CoCa models use
@@ -21,13 +22,54 @@ def normalize_pixels(images: Tensor, dtype: torch.dtype) -> Tensor:
     return ((images.float() / 255 - mean) / std).to(dtype)
 
 
-class ImageTower(nn.Module):
+class PooledTower(nn.Module):
+    """What every image tower of a CoCa ends with: pooling, norm and projection."""
+
+    def __init__(self, config: VisionConfig, width: int, embed_dim: int) -> None:
+        super().__init__()
+        self.activation_checkpointing = False
+        heads = config.attn_pooler_heads
+        self.pooling = config.attentional_pool
+        self.pooler: AttentionalPooler | None = None
+        self.contrastive_pooler: AttentionalPooler | None = None
+        if self.pooling:
+            queries = config.attn_pooler_queries
+            self.pooler = AttentionalPooler(embed_dim, width, heads, queries)
+        if isinstance(self.pooling, str):
+            context = embed_dim if self.pooling == "cascade" else width
+            self.contrastive_pooler = AttentionalPooler(embed_dim, context, heads, 1)
+        pooled_width = embed_dim if self.pooling else width
+        self.norm_post = nn.LayerNorm(pooled_width)
+        self.projection = normal_parameter(pooled_width, embed_dim, std=pooled_width**-0.5)
+
+    def pool(self, x_BSC: Tensor) -> tuple[Tensor, Tensor]:
+        """Outputs of the last block → embedding [B, embed_dim], and tokens for the decoder."""
+        if self.pooler is None:
+            x = self.norm_post(x_BSC)
+            return x[:, 0] @ self.projection, x[:, 1:]
+        tokens = self.norm_post(self.pooler(x_BSC))
+        if self.contrastive_pooler is None:
+            return tokens[:, 0] @ self.projection, tokens[:, 1:]
+        context = tokens if self.pooling == "cascade" else x_BSC
+        return self.contrastive_pooler(context)[:, 0] @ self.projection, tokens
+
+    def contrastive_parameters(self) -> list[nn.Parameter]:
+        """Those that only the contrastive loss trains."""
+        own = self.contrastive_pooler
+        return [self.projection, *(own.parameters() if own is not None else ())]
+
+    def _pooling_parameters(self) -> list[nn.Parameter]:
+        parts = (self.pooler, self.contrastive_pooler, self.norm_post)
+        return [p for part in parts if part is not None for p in part.parameters()]
+
+
+class ImageTower(PooledTower):
     """ViT (Dosovitskiy et al. 2020) that returns one pooled vector and a sequence of tokens."""
 
     def __init__(self, config: VisionConfig, embed_dim: int, quick_gelu: bool) -> None:
-        super().__init__()
         width, patch = config.width, config.patch_size
-        self.activation_checkpointing = False
+        super().__init__(config, width, embed_dim)
+        self.patch_dropout = config.patch_dropout
         self.patch_embedding = nn.Conv2d(3, width, patch, stride=patch, bias=False)
         nn.init.normal_(self.patch_embedding.weight, std=(3 * patch * patch) ** -0.5)
         self.class_embedding = normal_parameter(width, std=width**-0.5)
@@ -37,28 +79,35 @@ class ImageTower(nn.Module):
             Block(width, config.heads, config.mlp_ratio, config.layers, quick_gelu)
             for _ in range(config.layers)
         )
-        self.pooler: AttentionalPooler | None = None
-        pooled_width = width
-        if config.attentional_pool:
-            self.pooler = AttentionalPooler(
-                embed_dim, width, config.attn_pooler_heads, config.attn_pooler_queries
-            )
-            pooled_width = embed_dim
-        self.norm_post = nn.LayerNorm(pooled_width)
-        self.projection = normal_parameter(pooled_width, embed_dim, std=pooled_width**-0.5)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor, sample_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Encode normalised images [B, 3, H, W].
+
+        Args:
+            images: normalised images.
+            sample_ids: int64 [B], names of the samples in this run; drops patches where the config
+                says so. Without them all patches are kept.
 
         Returns:
             The pooled embedding [B, embed_dim], not normalised, and the tokens [B, S, D] that the
             decoder reads: the queries of the pooler but the first, or all patches without one.
         """
         patches_BSD = self.patch_embedding(images).flatten(2).transpose(1, 2)
-        cls_B1D = self.class_embedding.expand(images.shape[0], 1, -1)
-        x = torch.cat([cls_B1D, patches_BSD], dim=1) + self.position_embedding
+        patches_BSD = patches_BSD + self.position_embedding[1:]
+        if sample_ids is not None and self.patch_dropout:
+            patches_BSD = drop_patches(patches_BSD, sample_ids, self.patch_dropout)
+        cls_D = self.class_embedding + self.position_embedding[0]
+        x = torch.cat([cls_D.expand(images.shape[0], 1, -1), patches_BSD], dim=1)
         x = run_blocks(self.blocks, self.norm_pre(x), self.activation_checkpointing)
-        if self.pooler is not None:
-            x = self.pooler(x)
-        x = self.norm_post(x)
-        return x[:, 0] @ self.projection, x[:, 1:]
+        return self.pool(x)
+
+    def layer_groups(self) -> list[list[nn.Parameter]]:
+        """Parameters from input to output, in as many groups as OpenCLIP's `lock` counts.
+
+        Poolers, which OpenCLIP leaves out, go with the last block.
+        """
+        stem = [self.class_embedding, self.position_embedding]
+        stem += [*self.patch_embedding.parameters(), *self.norm_pre.parameters()]
+        blocks = [list(block.parameters()) for block in self.blocks]
+        blocks[-1] += self._pooling_parameters()
+        return [stem, *blocks, [self.projection]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from collections.abc import Mapping
@@ -9,31 +10,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from coca_scale.model import CoCa, LogitScale, ModelConfig
-from coca_scale.model.config import parse_model_config
+from coca_scale.model import ModelConfig, load_model_config
 from coca_scale.model.image import IMAGE_MEAN, IMAGE_STD
-from coca_scale.openclip.names import OUR_LOGIT_SCALE, from_openclip, to_openclip
+from coca_scale.model.timm_tower import takes_image_size
+from coca_scale.model.weights import Model
+from coca_scale.openclip.files import read_weight_file
+from coca_scale.openclip.names import from_openclip, to_openclip
 
 CONFIG_FILE = "open_clip_config.json"
 SAFETENSORS_FILE = "open_clip_model.safetensors"
 BIN_FILE = "open_clip_pytorch_model.bin"
-
-
-@dataclass(frozen=True)
-class Model:
-    """A model ready for use, with its temperature."""
-
-    coca: CoCa
-    logit_scale: LogitScale
-
-    @property
-    def config(self) -> ModelConfig:
-        """The model's configuration."""
-        return self.coca.config
+OWN_CONFIG_FILE = "coca_scale_config.json"
+OWN_WEIGHTS_FILE = "coca_scale_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -50,73 +43,98 @@ class Differences:
         return max(self.image_features, self.text_features, self.caption_logits)
 
 
-def build_model(config: ModelConfig, weights: Mapping[str, Tensor]) -> Model:
-    """A model from fp32 weights under our names, logit scale included.
+def openclip_obstacle(config: ModelConfig) -> str | None:
+    """Why the installed open_clip cannot compute what this model computes; None if it can."""
+    vision, text = config.vision_cfg, config.text_cfg
+    if config.multimodal_cfg is not None:
+        if vision.timm_model_name is not None:
+            return "OpenCLIP's CoCa cannot use a timm image tower"
+        if text.hf_model_name is not None:
+            return "OpenCLIP's Hugging Face text tower is not causal: captions leak"
+        if isinstance(vision.attentional_pool, str):
+            return f"OpenCLIP's {vision.attentional_pool!r} pooling does not run"
+        if text.correct_cls_mask and not _knows("correct_cls_mask"):
+            return "the installed open_clip has no text_cfg.correct_cls_mask"
+    elif vision.timm_model_name is not None and takes_image_size(vision.timm_model_name):
+        built = timm.get_pretrained_cfg(vision.timm_model_name).input_size[-1]
+        if vision.image_size != built:
+            return f"OpenCLIP builds {vision.timm_model_name} for {built} px only"
+    if text.hf_config is not None and text.vocab_size != text.hf_config["vocab_size"]:
+        return f"OpenCLIP builds {text.hf_model_name} with its own vocabulary only"
+    return None
+
+
+def to_openclip_config(config: ModelConfig) -> dict[str, Any]:
+    """The JSON object that OpenCLIP reads as `model_cfg`."""
+    raw = config.to_dict()
+    raw["text_cfg"].pop("hf_config", None)
+    if not config.text_cfg.correct_cls_mask:
+        raw["text_cfg"].pop("correct_cls_mask", None)
+    if config.multimodal_cfg is not None:
+        raw["custom_text"] = True
+        raw["vision_cfg"]["output_tokens"] = raw["text_cfg"]["output_tokens"] = True
+    return raw
+
+
+def write_folder(weights: Mapping[str, Tensor], config: ModelConfig, folder: Path) -> str | None:
+    """Write a model folder: OpenCLIP's, or where that would mean something else there, our own.
+
+    OpenCLIP's holds config, safetensors and a plain-tensor .bin; our own, config and safetensors
+    under names that OpenCLIP does not look for.
+
+    Returns:
+        The reason for a folder of our own, None for one of OpenCLIP's.
 
     Raises:
-        ValueError: the weights are not those of this configuration.
+        ValueError: a weight is not finite.
     """
-    with torch.device("meta"):
-        coca = CoCa(config)
-    towers = {name: tensor for name, tensor in weights.items() if name != OUR_LOGIT_SCALE}
-    expected = coca.state_dict()
-    missing, unexpected = sorted(expected.keys() - towers), sorted(towers.keys() - expected)
-    if missing or unexpected:
-        raise ValueError(
-            f"weights do not fit the model: {len(missing)} missing {missing[:3]}, "
-            f"{len(unexpected)} unexpected {unexpected[:3]}"
-        )
-    for name, tensor in towers.items():
-        if tensor.shape != expected[name].shape:
-            raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}, "
-                f"the model config says {tuple(expected[name].shape)}"
-            )
-    coca.load_state_dict(towers, assign=True)
-    logit_scale = LogitScale()
-    logit_scale.log_scale.data.copy_(weights[OUR_LOGIT_SCALE])
-    return Model(coca.eval().requires_grad_(False), logit_scale.requires_grad_(False))
-
-
-def write_folder(weights: Mapping[str, Tensor], config: ModelConfig, folder: Path) -> None:
-    """Write an OpenCLIP model folder (config, safetensors, plain-tensor .bin)."""
     folder.mkdir(parents=True, exist_ok=True)
-    theirs = {name: tensor.float().clone() for name, tensor in to_openclip(weights).items()}
-    broken = [name for name, tensor in theirs.items() if not tensor.isfinite().all()]
+    broken = [n for n, t in weights.items() if t.is_floating_point() and not t.isfinite().all()]
     if broken:
         raise ValueError(f"{len(broken)} weights are not finite, first: {broken[0]}")
-    content = {
-        "model_cfg": config.to_openclip(),
-        "preprocess_cfg": {
-            "mean": list(IMAGE_MEAN),
-            "std": list(IMAGE_STD),
-            "interpolation": "bicubic",
-            "resize_mode": "shortest",
-        },
+    preprocess = {
+        "mean": list(IMAGE_MEAN),
+        "std": list(IMAGE_STD),
+        "interpolation": "bicubic",
+        "resize_mode": "shortest",
     }
-    (folder / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n")
-    save_file(theirs, folder / SAFETENSORS_FILE)
-    torch.save(theirs, folder / BIN_FILE)
+    for name in (CONFIG_FILE, SAFETENSORS_FILE, BIN_FILE, OWN_CONFIG_FILE, OWN_WEIGHTS_FILE):
+        (folder / name).unlink(missing_ok=True)
+    obstacle = openclip_obstacle(config)
+    if obstacle is None:
+        theirs = to_openclip(weights, flat_text=_is_flat(config))
+        theirs = {name: _saved(tensor) for name, tensor in theirs.items()}
+        content = {"model_cfg": to_openclip_config(config), "preprocess_cfg": preprocess}
+        save_file(theirs, folder / SAFETENSORS_FILE)
+        torch.save(theirs, folder / BIN_FILE)
+        (folder / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n")
+    else:
+        ours = {name: _saved(tensor) for name, tensor in weights.items()}
+        own = {"model_cfg": config.to_dict(), "preprocess_cfg": preprocess, "why": obstacle}
+        save_file(ours, folder / OWN_WEIGHTS_FILE)
+        (folder / OWN_CONFIG_FILE).write_text(json.dumps(own, indent=2) + "\n")
+    return obstacle
+
+
+def is_model_folder(folder: Path) -> bool:
+    """Whether `read_folder` is for this folder."""
+    return (folder / CONFIG_FILE).is_file() or (folder / OWN_CONFIG_FILE).is_file()
 
 
 def read_folder(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Config and weights, under our names, of an OpenCLIP CoCa folder.
+    """Config and weights, under our names, of an OpenCLIP folder or one of our own.
 
     Raises:
-        ValueError: files missing or not those of a CoCa.
+        ValueError: files missing or damaged, or a model that is not supported.
     """
-    try:
-        raw: Any = json.loads((folder / CONFIG_FILE).read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{folder}: no readable {CONFIG_FILE} in it") from error
-    config = parse_model_config(raw.get("model_cfg", raw), str(folder / CONFIG_FILE))
-    if (folder / SAFETENSORS_FILE).is_file():
-        theirs = load_file(folder / SAFETENSORS_FILE)
-    elif (folder / BIN_FILE).is_file():
-        theirs = torch.load(folder / BIN_FILE, map_location="cpu", weights_only=True)
-    else:
-        raise ValueError(f"{folder}: neither {SAFETENSORS_FILE} nor {BIN_FILE} in it")
-    return config, from_openclip(theirs)
+    if (folder / OWN_CONFIG_FILE).is_file():
+        config = load_model_config(str(folder / OWN_CONFIG_FILE))
+        return config, read_weight_file(folder / OWN_WEIGHTS_FILE)
+    config = load_model_config(str(folder / CONFIG_FILE))
+    for name in (SAFETENSORS_FILE, BIN_FILE):
+        if (folder / name).is_file():
+            return config, from_openclip(read_weight_file(folder / name))
+    raise ValueError(f"{folder}: neither {SAFETENSORS_FILE} nor {BIN_FILE} in it")
 
 
 @torch.no_grad()
@@ -124,27 +142,51 @@ def verify_folder(folder: Path, model: Model, batch: int = 4, seed: int = 0) -> 
     """Load the folder with open_clip itself and compare outputs on random inputs.
 
     The captions have uneven lengths; logits are compared where a token is real.
+
+    Raises:
+        ValueError: open_clip cannot load this model.
     """
+    obstacle = openclip_obstacle(model.config)
+    if obstacle is not None:
+        raise ValueError(f"{folder} cannot be verified with open_clip: {obstacle}")
     import open_clip  # heavy: only here is the whole of open_clip needed
 
     logging.getLogger().setLevel(logging.WARNING)
     theirs = open_clip.create_model(f"local-dir:{folder}").eval()
     config = model.config
+    text = config.text_cfg
     generator = torch.Generator().manual_seed(seed)
     size, length = config.vision_cfg.image_size, config.context_length
     images = torch.randn(batch, 3, size, size, generator=generator)
-    tokens = torch.randint(1, config.text_cfg.vocab_size, (batch, length), generator=generator)
+    tokens = torch.randint(3, text.vocab_size - 1, (batch, length), generator=generator)
     for row, words in enumerate(torch.linspace(3, length, batch).int().tolist()):
+        tokens[row, words - 1] = text.eos_id if text.pool_type == "eos" else text.vocab_size - 1
         tokens[row, words:] = config.pad_id
-    reference = theirs(images, tokens)
+    image = _largest(model.coca.encode_image(images), theirs.encode_image(images, normalize=True))
+    words = _largest(model.coca.encode_text(tokens), theirs.encode_text(tokens, normalize=True))
+    if model.coca.decoder is None:
+        return Differences(image, words, caption_logits=0.0)
     _, image_tokens = model.coca.image(images)
     real = tokens[:, 1:] != config.pad_id
     ours = model.coca.caption_logits(image_tokens, tokens)[:, :-1]
-    return Differences(
-        _largest(model.coca.encode_image(images), reference["image_features"]),
-        _largest(model.coca.encode_text(tokens), reference["text_features"]),
-        _largest(ours[real], reference["logits"][real]),
-    )
+    logits = theirs(images, tokens)["logits"]
+    return Differences(image, words, _largest(ours[real], logits[real]))
+
+
+def _is_flat(config: ModelConfig) -> bool:
+    """Whether OpenCLIP builds its CLIP class, whose text tower has no prefix."""
+    return not (config.custom_text or config.multimodal_cfg or config.text_cfg.hf_model_name)
+
+
+def _knows(field: str) -> bool:
+    import open_clip.model  # heavy, and asked for only by rare configs
+
+    return field in {f.name for f in dataclasses.fields(open_clip.model.CLIPTextCfg)}
+
+
+def _saved(tensor: Tensor) -> Tensor:
+    """A copy of its own, weights in fp32."""
+    return (tensor.float() if tensor.is_floating_point() else tensor).clone()
 
 
 def _largest(a: Tensor, b: Tensor) -> float:

@@ -11,8 +11,13 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-LOGIT_SCALE = "logit_scale"
-OUR_LOGIT_SCALE = "logit_scale.log_scale"
+from coca_scale.model.weights import LOGIT_SCALE
+
+THEIR_LOGIT_SCALE = "logit_scale"
+# buffers of old transformers versions, and of TorchScript archives
+_NOT_WEIGHTS = re.compile(
+    r"(.+\.)?(position_ids|attn_mask|input_resolution|context_length|vocab_size)"
+)
 
 # (OpenCLIP, ours); applied to the text between dots, longest prefixes first
 _RULES: list[tuple[str, str]] = [
@@ -33,6 +38,18 @@ _RULES: list[tuple[str, str]] = [
     ("text.text_projection", "text.projection"),
     ("text_decoder.ln_final", "decoder.norm_final"),
 ]
+# towers of other libraries keep the names they have there
+_FOREIGN = [
+    ("visual.trunk", "image.trunk"),
+    ("visual.head", "image.head"),
+    ("text.transformer.embeddings", "text.transformer.embeddings"),
+    ("text.transformer.encoder", "text.transformer.encoder"),
+    ("text.proj", "text.proj"),
+]
+# OpenCLIP's CLIP class (no custom_text) has the parts of its text tower at the top
+_FLAT_TEXT = re.compile(
+    r"(token_embedding|positional_embedding|transformer|ln_final|text_projection)(\..+)?"
+)
 _TOWERS = [
     ("visual.transformer.resblocks", "image.blocks"),
     ("text.transformer.resblocks", "text.blocks"),
@@ -49,24 +66,36 @@ _BLOCK = [
 ]
 
 
-def to_openclip(ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our weights, logit scale included, under OpenCLIP's names and in its shapes."""
+def to_openclip(ours: Mapping[str, Tensor], flat_text: bool = False) -> dict[str, Tensor]:
+    """Our weights, logit scale included, under OpenCLIP's names and in its shapes.
+
+    Args:
+        ours: weights under our names.
+        flat_text: name the text tower as OpenCLIP's CLIP class does, not its custom-text ones.
+    """
     theirs: dict[str, Tensor] = {}
     for name, tensor in ours.items():
         for their_name, their_tensor in _export_one(name, tensor, ours):
+            if flat_text:
+                their_name = their_name.removeprefix("text.")
             theirs[their_name] = their_tensor.contiguous()
     return theirs
 
 
 def from_openclip(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """OpenCLIP's weights under our names.
+    """OpenCLIP's weights under our names; views of the given tensors wherever they fit.
 
     Raises:
-        ValueError: a key that no CoCa of ours has.
+        ValueError: a key that no model of ours has.
     """
+    named = {
+        f"text.{name}" if _FLAT_TEXT.fullmatch(name) else name: t for name, t in theirs.items()
+    }
     ours: dict[str, Tensor] = {}
-    for name, tensor in theirs.items():
-        for our_name, our_tensor in _import_one(name, tensor, theirs):
+    for name, tensor in named.items():
+        if _NOT_WEIGHTS.fullmatch(name):
+            continue
+        for our_name, our_tensor in _import_one(name, tensor, named):
             ours[our_name] = our_tensor.contiguous()
     return ours
 
@@ -74,8 +103,10 @@ def from_openclip(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _export_one(
     name: str, tensor: Tensor, ours: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
-    if name == OUR_LOGIT_SCALE:
-        yield LOGIT_SCALE, tensor.reshape(())
+    if foreign := _rename_prefix(name, 1, _FOREIGN):
+        yield foreign, tensor
+    elif name == LOGIT_SCALE:
+        yield THEIR_LOGIT_SCALE, tensor.reshape(())
     elif name == "caption_head.weight":
         yield "text_decoder.text_projection", tensor.T
     elif match := re.fullmatch(r"(.+\.attn)\.qkv\.(weight|bias)", name):
@@ -103,8 +134,10 @@ def _export_cross(
 def _import_one(
     name: str, tensor: Tensor, theirs: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
-    if name == LOGIT_SCALE:
-        yield OUR_LOGIT_SCALE, tensor.reshape(1)
+    if foreign := _rename_prefix(name, 0, _FOREIGN):
+        yield foreign, tensor
+    elif name == THEIR_LOGIT_SCALE:
+        yield LOGIT_SCALE, tensor.reshape(1)
     elif name == "text_decoder.text_projection":
         yield "caption_head.weight", tensor.T
     elif match := re.fullmatch(r"(.+\.attn)\.in_proj_(weight|bias)", name):
@@ -128,9 +161,8 @@ def _import_one(
 
 def _rename(name: str, source: int) -> str:
     """Translate one name; `source` is 0 from OpenCLIP, 1 to OpenCLIP."""
-    for rule in _RULES:
-        if name == rule[source] or name.startswith(rule[source] + "."):
-            return rule[1 - source] + name[len(rule[source]) :]
+    if found := _rename_prefix(name, source, _RULES):
+        return found
     for tower in _TOWERS:
         match = re.fullmatch(re.escape(tower[source]) + r"\.(\d+)\.(.+)", name)
         if match:
@@ -138,7 +170,14 @@ def _rename(name: str, source: int) -> str:
     for pooler in [("visual.attn_pool.attn", "image.pooler.attn")]:
         if name == pooler[source]:
             return pooler[1 - source]
-    raise ValueError(f"weight {name!r} does not belong to a CoCa")
+    raise ValueError(f"weight {name!r} belongs to no model of this package")
+
+
+def _rename_prefix(name: str, source: int, rules: list[tuple[str, str]]) -> str | None:
+    for rule in rules:
+        if name == rule[source] or name.startswith(rule[source] + "."):
+            return rule[1 - source] + name[len(rule[source]) :]
+    return None
 
 
 def _rename_in_block(name: str, source: int) -> str:
@@ -147,4 +186,4 @@ def _rename_in_block(name: str, source: int) -> str:
     for rule in _BLOCK:
         if name.startswith(rule[source] + "."):
             return rule[1 - source] + name[len(rule[source]) :]
-    raise ValueError(f"weight ...{name!r} does not belong to a CoCa block")
+    raise ValueError(f"weight ...{name!r} belongs to no block of this package")

@@ -46,6 +46,36 @@ class ModelSection(Section):
         None,
         description="Tokens per caption with start and end; default from the model config.",
     )
+    patch_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] | None = Field(
+        None, description="Share of image patches left out while training (ViTs of this package)."
+    )
+    pretrained: str | None = Field(
+        None,
+        description="Weights to start from: a tag of OpenCLIP's registry (laion2b_s13b_b90k), "
+        "NAME@TAG, hf-hub:ORG/NAME, a weight file, an exported folder, a run or a checkpoint.",
+    )
+    pretrained_towers: bool = Field(
+        True,
+        description="Without model.pretrained: start timm and Hugging Face towers from their own "
+        "published weights where the model config says so.",
+    )
+    lock_image: bool = Field(False, description="Keep the image tower as it is.")
+    image_unlocked_groups: NonNegativeInt = Field(
+        0, description="lock_image: layer groups at the end that train; 1 is the projection alone."
+    )
+    lock_text: bool = Field(False, description="Keep the text tower as it is.")
+    text_unlocked_groups: NonNegativeInt = Field(
+        0, description="lock_text: layer groups at the end that train; 1 is the projection alone."
+    )
+
+    @model_validator(mode="after")
+    def _groups_need_a_lock(self) -> ModelSection:
+        for tower in ("image", "text"):
+            if getattr(self, f"{tower}_unlocked_groups") and not getattr(self, f"lock_{tower}"):
+                raise ValueError(
+                    f"{tower}_unlocked_groups means nothing without lock_{tower}: true"
+                )
+        return self
 
 
 class DataSection(Section):
@@ -115,6 +145,16 @@ class OptimSection(Section):
     eps: Annotated[float, Field(gt=0.0)] = Field(1e-6, description="AdamW epsilon.")
     clip_norm: Annotated[float, Field(ge=0.0)] = Field(
         1.0, description="Largest global gradient norm; 0 turns clipping off."
+    )
+    layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        1.0,
+        description="Factor on the learning rate per layer group below the top of each tower "
+        "and of the decoder.",
+    )
+    ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = Field(
+        None,
+        description="Keep an exponential moving average of the weights, and export it; the decay "
+        "of step n is min(ema_decay, (1 + n) / (10 + n)).",
     )
 
 
@@ -224,6 +264,12 @@ class Recipe(Section):
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
     eval: EvalSection = Field(default_factory=EvalSection)
     log: LogSection = Field(default_factory=LogSection)
+
+    @model_validator(mode="after")
+    def _average_needs_masters(self) -> Recipe:
+        if self.optim.ema_decay is not None and self.engine.zero_stage == 0:
+            raise ValueError("optim.ema_decay needs engine.zero_stage 1, 2 or 3")
+        return self
 
 
 LENGTH_KEYS = ("steps", "samples", "epochs")

@@ -18,8 +18,10 @@ from coca_scale.engine.launch import (
     planned_size,
     start_world,
 )
-from coca_scale.model import CoCa, load_model_config
+from coca_scale.model import CoCa
+from coca_scale.model.lock import freeze
 from coca_scale.recipe import BatchPlan, Recipe
+from coca_scale.training.initial import model_config
 from coca_scale.training.trainer import Trainer
 
 USUAL_RANKS = (1, 2, 8, 64, 384, 512, 4096)
@@ -49,15 +51,14 @@ def dry_run(recipe: Recipe) -> int:
         return 0
     ranks = planned_size()
     try:
-        config = load_model_config(recipe.model.name).resized(
-            recipe.model.image_size, recipe.model.context_length
-        )
+        config = model_config(recipe.model)
         plan = BatchPlan.from_recipe(recipe, ranks)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
     with torch.device("meta"):
         model = CoCa(config)
+        freeze(model, recipe.model, recipe.loss)
     parts = {name: _count(child) for name, child in model.named_children()}
     total = sum(parts.values()) + 1  # and the logit scale
     print(f"model        {recipe.model.name}: {total:,} parameters")

@@ -13,8 +13,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from coca_scale.data.loader import (
     LaneStates,
     StepBatch,
@@ -24,7 +22,7 @@ from coca_scale.data.loader import (
 )
 from coca_scale.data.sample import DataError, Source
 from coca_scale.data.sources import open_source
-from coca_scale.data.tokens import make_tokenizer
+from coca_scale.data.tokens import FastTokenizer, make_tokenizer
 from coca_scale.engine.checkpoint import (
     find_checkpoint,
     read_progress,
@@ -35,8 +33,8 @@ from coca_scale.engine.core import StepResult, TrainEngine
 from coca_scale.engine.export import export
 from coca_scale.engine.launch import AgreedError, World
 from coca_scale.engine.loading import load_model
-from coca_scale.model import CoCa, LogitScale, load_model_config
 from coca_scale.recipe import BatchPlan, Recipe, dump_recipe
+from coca_scale.training.initial import initial_model, model_config
 from coca_scale.training.log import RunLog, peak_memory_bytes
 from coca_scale.training.schedule import learning_rate, total_steps
 from coca_scale.training.validation import Validation
@@ -48,10 +46,11 @@ class Trainer:
     """One run, from its recipe to its last checkpoint."""
 
     def __init__(self, recipe: Recipe, world: World) -> None:
-        """Prepare everything but the weights of a resumed run.
+        """Prepare everything, resuming if the recipe says so.
 
         Raises:
-            AgreedError: the recipe does not fit the model, the data or the number of ranks.
+            AgreedError: the recipe does not fit the model, the data or the number of ranks, or
+                weights cannot be loaded.
         """
         self.recipe = recipe
         self.world = world
@@ -59,9 +58,12 @@ class Trainer:
         self.bad: Counter[str] = Counter()
         self.skipped_steps = 0
         self.lanes: LaneStates = {}
+        self.notes: list[str] = []
         world.agree(_message_of(self._prepare))
-        torch.manual_seed(recipe.run.seed)
-        self.engine = TrainEngine(CoCa(self.config), LogitScale(), recipe, self.plan, world)
+        self.resumed = self._agreed_checkpoint()
+        coca, logit_scale = initial_model(recipe, self.config, self.resumed, world, self.notes)
+        self.engine = TrainEngine(coca, logit_scale, recipe, self.plan, world)
+        world.agree(_message_of(self._load))
 
     def _prepare(self) -> None:
         """Everything that needs no other rank.
@@ -73,10 +75,9 @@ class Trainer:
         if recipe.engine.precision == "fp16" and world.device.type == "cpu":
             raise ValueError("engine.precision=fp16 needs a GPU; use fp32 or bf16 here")
         self.plan = BatchPlan.from_recipe(recipe, world.size)
-        self.config = load_model_config(recipe.model.name).resized(
-            recipe.model.image_size, recipe.model.context_length
-        )
-        self.tokenizer = make_tokenizer(self.config)
+        self.config = model_config(recipe.model)
+        start = recipe.model.pretrained
+        self.tokenizer = make_tokenizer(self.config, Path(start) if start is not None else None)
         self.folder = recipe.run.folder
         self.source = open_source(recipe.data.train, recipe.data, recipe.run.seed)
         self.validation = self._make_validation()
@@ -87,8 +88,8 @@ class Trainer:
         self.steps = total_steps(recipe.train, samples_per_epoch)
 
     def run(self) -> None:
-        """Train to the end, resuming if the recipe says so, and leave a final checkpoint."""
-        resumed = self._resume()
+        """Train to the end and leave a final checkpoint."""
+        resumed = self.resumed
         active = self.world.rank == 0
         if active:
             self._write_recipe()
@@ -97,24 +98,31 @@ class Trainer:
         with log:
             if resumed is not None:
                 log.say(f"resumed from {resumed} at step {self.step}")
+            for note in self.notes:
+                log.say(note)
             if resumed is None or self.step < self.steps:
                 self._train(log)
                 final = self._save()
             else:
                 final = resumed
             if active:
-                export(load_model(str(final)), self.folder / "export")
+                obstacle = export(load_model(str(final)), self.folder / "export")
+                if obstacle is not None:
+                    log.say(f"{self.folder / 'export'} is for coca-scale alone: {obstacle}")
             self.world.barrier()
             log.say(f"finished {self.step} steps; run folder {self.folder}")
 
     def _train(self, log: RunLog) -> None:
+        if self.recipe.model.pretrained is not None and self.step == 0:
+            self._validate(log)  # what there is to lose
         batches = iter(self._loader())
         meter = _Meter(self.plan.global_batch)
         every = self.recipe.checkpoint.every_steps
         while self.step < self.steps:
             batch = self._next_batch(batches, meter)
             lr = learning_rate(self.step, self.steps, self.recipe.optim.lr, self.recipe.schedule)
-            result = self.engine.step(batch.images, batch.tokens, lr)
+            seen = self.step * self.plan.global_batch
+            result = self.engine.step(batch.images, batch.tokens, lr, seen)
             self.step += 1
             self.lanes = batch.lanes
             self.skipped_steps += not result.applied
@@ -132,9 +140,13 @@ class Trainer:
                 self._save()
             eval_every = self.recipe.eval.every_steps
             due = eval_every is not None and self.step % eval_every == 0
-            if self.validation is not None and (due or last):
-                log.validation(self.step, self.validation.run(self.engine))
+            if due or last:
+                self._validate(log)
                 meter.restart()
+
+    def _validate(self, log: RunLog) -> None:
+        if self.validation is not None:
+            log.validation(self.step, self.validation.run(self.engine))
 
     def _next_batch(self, batches: Iterator[StepBatch], meter: _Meter) -> StepBatch:
         """This rank's next batch, once every rank has one.
@@ -216,15 +228,14 @@ class Trainer:
     def _sources(self) -> list[Source]:
         return [self.source] if self.validation is None else [self.source, self._val_source]
 
-    def _resume(self) -> Path | None:
-        """Load the checkpoint the recipe asks for; all ranks the same one, or none."""
+    def _agreed_checkpoint(self) -> Path | None:
+        """The checkpoint the recipe asks for; all ranks the same one, or none."""
         choices: list[Path | None] = []
         self.world.agree(
             _message_of(lambda: choices.append(self._choose())) if self.world.rank == 0 else None
         )
         chosen = self.world.gather(choices[0] if choices else None)[0]
         assert chosen is None or isinstance(chosen, Path)
-        self.world.agree(_message_of(lambda: self._load(chosen)))
         return chosen
 
     def _choose(self) -> Path | None:
@@ -245,17 +256,17 @@ class Trainer:
             verify_checkpoint(chosen)
         return chosen
 
-    def _load(self, checkpoint: Path | None) -> None:
-        """Weights, optimizer, counters and this rank's lanes, from `checkpoint` or from the start.
+    def _load(self) -> None:
+        """Optimizer, counters and this rank's lanes, from the checkpoint or from the start.
 
         Raises:
             ValueError: it was written by another layout, the same on every rank.
         """
         saved = None
-        if checkpoint is not None:
-            progress = read_progress(checkpoint)
+        if self.resumed is not None:
+            progress = read_progress(self.resumed)
             saved = progress["lanes"]
-            self.engine.load_state(checkpoint)
+            self.engine.load_state(self.resumed)
             self.step = progress["step"]
             self.skipped_steps = progress["skipped_steps"]
             self.bad = Counter(progress["bad"])
@@ -272,7 +283,7 @@ class Trainer:
             "skipped_steps": self.skipped_steps,
             "bad": dict(self.bad),
             "lanes": [list(lanes[lane]) for lane in sorted(lanes)],
-            "model_cfg": self.config.to_openclip(),
+            "model_cfg": self.config.to_dict(),
         }
         keep = self.recipe.checkpoint.keep
         return save_checkpoint(self.engine, self.folder / "checkpoints", progress, keep)
@@ -280,6 +291,8 @@ class Trainer:
     def _write_recipe(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "recipe.yaml").write_text(dump_recipe(self.recipe))
+        if isinstance(self.tokenizer, FastTokenizer):
+            self.tokenizer.save(self.folder)
         packages = ("torch", "deepspeed", "open_clip_torch", "coca-scale")
         versions = {"python": platform.python_version(), **{p: version(p) for p in packages}}
         about = {"versions": versions, "git_commit": _git_commit(), "ranks": self.world.size}

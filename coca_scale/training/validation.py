@@ -97,7 +97,7 @@ class Validation:
         return torch.stack([s.pixels for s in batch]), self._tokenizer.encode(captions)
 
     def _caption(self, engine: TrainEngine, samples: list[EvalSample]) -> list[CaptionedPicture]:
-        if not self._captions:
+        if not self._captions or engine.module.decoder is None:
             return []
         chosen = samples[: self._captions]
         images, _ = self._tensors(chosen)

@@ -167,7 +167,7 @@ def test_prefix_tokenizer_equals_open_clip_in_both_of_its_forms(tmp_path):
     captions = ["A small RED circle", "it's 12 cafés, 日本!!", "", "word " * 40]
     ours = make_tokenizer(config)
     ours.save(tmp_path)
-    content = {"model_cfg": config.to_openclip()}
+    content = {"model_cfg": config.to_dict()}
     (tmp_path / "open_clip_config.json").write_text(json.dumps(content))
     assert torch.equal(
         open_clip.get_tokenizer(f"local-dir:{tmp_path}")(captions), ours.encode(captions)

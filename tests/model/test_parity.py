@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from coca_scale.model import CoCa, load_model_config
-from coca_scale.openclip.folder import build_model, read_folder, write_folder
-from coca_scale.openclip.names import OUR_LOGIT_SCALE, from_openclip, to_openclip
+from coca_scale.model.weights import LOGIT_SCALE, build_model
+from coca_scale.openclip.folder import read_folder, write_folder
+from coca_scale.openclip.names import from_openclip, to_openclip
 
 PARAMETERS = {"coca_ViT-B-32": (253_560_065, 629), "coca_ViT-L-14": (638_450_177, 773)}
 
@@ -63,7 +64,7 @@ def test_outputs_and_names_equal_openclip(name):
 def test_export_loads_in_openclip_and_comes_back_bit_exact(tmp_path):
     config = load_model_config("coca_tiny")
     torch.manual_seed(0)
-    weights = {**CoCa(config).state_dict(), OUR_LOGIT_SCALE: torch.tensor([2.5])}
+    weights = {**CoCa(config).state_dict(), LOGIT_SCALE: torch.tensor([2.5])}
     write_folder(weights, config, tmp_path)
     loaded = open_clip.create_model(f"local-dir:{tmp_path}")
     returned = from_openclip(loaded.state_dict())
@@ -120,7 +121,7 @@ def test_activation_checkpointing_changes_no_gradient():
 def test_unsupported_config_fields_are_named(tmp_path):
     import json
 
-    raw = load_model_config("coca_tiny").to_openclip()
+    raw = load_model_config("coca_tiny").to_dict()
     raw["vision_cfg"]["qk_norm"] = True
     path = tmp_path / "odd.json"
     path.write_text(json.dumps(raw))

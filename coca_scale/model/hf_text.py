@@ -1,0 +1,105 @@
+"""Text towers from Hugging Face transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel
+
+from coca_scale.model.config import TextConfig
+
+
+class HuggingFaceTextTower(nn.Module):
+    """A transformers encoder with mean pooling and a projection.
+
+    In a CoCa its attention is causal, so that no token's features know the words after it: with
+    the bidirectional attention that OpenCLIP uses, the decoder reads the caption it has to write.
+    Dropout is off, as in every other tower here: a step must not depend on how a batch is cut.
+    """
+
+    def __init__(self, config: TextConfig, embed_dim: int, causal: bool) -> None:
+        super().__init__()
+        assert config.hf_config is not None
+        self.pad_id = config.pad_id
+        self.activation_checkpointing = False
+        self.transformer = AutoModel.from_config(
+            transformers_config(config, causal), add_pooling_layer=False
+        )
+        width = config.width
+        hidden = (width + embed_dim) // 2
+        self.proj: nn.Module
+        if config.hf_proj_type == "linear":
+            self.proj = _projection(width, embed_dim)
+        else:
+            first, last = _projection(width, hidden), _projection(hidden, embed_dim)
+            self.proj = nn.Sequential(first, nn.GELU(), last)
+
+    @property
+    def activation_checkpointing(self) -> bool:
+        """Whether the layers are recomputed in the backward pass."""
+        return self._recompute
+
+    @activation_checkpointing.setter
+    def activation_checkpointing(self, enabled: bool) -> None:
+        self._recompute = enabled
+        if enabled:
+            self.transformer.gradient_checkpointing_enable({"use_reentrant": False})
+        elif hasattr(self, "transformer"):
+            self.transformer.gradient_checkpointing_disable()
+
+    def forward(self, tokens_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode token ids [B, T].
+
+        Returns:
+            The pooled embedding [B, embed_dim], not normalised, and the token features [B, T, D].
+        """
+        real_BT = (tokens_BT != self.pad_id).long()
+        output = self.transformer(input_ids=tokens_BT, attention_mask=real_BT, use_cache=False)
+        hidden = output.last_hidden_state
+        weights_BT1 = real_BT.unsqueeze(-1).to(hidden.dtype)
+        mean = (hidden * weights_BT1).sum(1) / weights_BT1.sum(1).clamp(min=1)
+        return self.proj(mean), hidden
+
+    def contrastive_parameters(self) -> list[nn.Parameter]:
+        """Those that only the contrastive loss trains."""
+        return list(self.proj.parameters())
+
+    def layer_groups(self) -> list[list[nn.Parameter]]:
+        """Embeddings, each layer, projection."""
+        model: Any = self.transformer
+        parts = [model.embeddings, *model.encoder.layer, self.proj]
+        return [list(part.parameters()) for part in parts]
+
+
+def transformers_config(config: TextConfig, causal: bool) -> Any:
+    """The tower's configuration for transformers.
+
+    Raises:
+        ValueError: captions longer than the model has positions for.
+    """
+    raw = dict(config.hf_config or {})
+    # RoBERTa counts positions from its padding id
+    positions = raw["max_position_embeddings"] - (raw["model_type"] != "bert") * (
+        raw["pad_token_id"] + 1
+    )
+    if config.context_length > positions:
+        raise ValueError(
+            f"context_length {config.context_length} is more than the {positions} positions "
+            f"of {config.hf_model_name}"
+        )
+    raw |= {
+        "vocab_size": config.vocab_size,
+        "pad_token_id": config.pad_id,
+        "is_decoder": causal,
+        "add_cross_attention": False,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }
+    return AutoConfig.for_model(**raw)
+
+
+def _projection(inputs: int, outputs: int) -> nn.Linear:
+    layer = nn.Linear(inputs, outputs, bias=False)
+    nn.init.normal_(layer.weight, std=inputs**-0.5)
+    return layer

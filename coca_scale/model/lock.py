@@ -1,0 +1,62 @@
+"""Which parameters train: locked towers, and parts that a run's losses never reach."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from coca_scale.model.coca import CoCa
+from coca_scale.recipe.schema import LossSection, ModelSection
+
+
+def freeze(coca: CoCa, model: ModelSection, loss: LossSection) -> None:
+    """Take parameters out of training, before the engine is built.
+
+    Towers are locked as the recipe says (LiT, Zhai et al. 2022). With a loss weight of 0 the parts
+    that only this loss trains are frozen too: left in the optimizer, weight decay alone would wear
+    them down to nothing.
+
+    Raises:
+        ValueError: more groups to unlock than there are, or nothing left to train.
+    """
+    if model.lock_image:
+        _lock(coca.image, model.image_unlocked_groups, "model.image_unlocked_groups")
+    if model.lock_text:
+        _lock(coca.text, model.text_unlocked_groups, "model.text_unlocked_groups")
+    idle: list[nn.Parameter] = []
+    if loss.contrastive_weight == 0:
+        idle += coca.image.contrastive_parameters() + coca.text.contrastive_parameters()
+    if loss.caption_weight == 0:
+        parts = [part for part in (coca.decoder, coca.caption_head) if part is not None]
+        idle += [p for part in parts for p in part.parameters()]
+    for parameter in idle:
+        parameter.requires_grad_(False)
+    if not any(p.requires_grad for p in coca.parameters()):
+        raise ValueError(
+            "nothing is left to train: see model.lock_image, model.lock_text and the loss weights"
+        )
+
+
+def layer_scales(coca: CoCa, layer_decay: float) -> dict[nn.Parameter, float]:
+    """Factor on the learning rate of each parameter: decay^(groups above it in its own stack).
+
+    Image tower, text tower and decoder are three stacks; projections and the vocabulary head train
+    at the full rate (Bao et al. 2021, appendix).
+    """
+    stacks = [coca.image.layer_groups(), coca.text.layer_groups()]
+    if coca.decoder is not None and coca.caption_head is not None:
+        stacks.append([*coca.decoder.layer_groups(), list(coca.caption_head.parameters())])
+    return {
+        parameter: layer_decay ** (len(groups) - 1 - depth)
+        for groups in stacks
+        for depth, group in enumerate(groups)
+        for parameter in group
+    }
+
+
+def _lock(tower: nn.Module, unlocked_groups: int, key: str) -> None:
+    groups = tower.layer_groups()  # type: ignore[operator]
+    if unlocked_groups > len(groups):
+        raise ValueError(f"{key}={unlocked_groups}: this tower has {len(groups)} groups")
+    for group in groups[: len(groups) - unlocked_groups]:
+        for parameter in group:
+            parameter.requires_grad_(False)

@@ -1,0 +1,160 @@
+"""Weights by name: checked against a configuration, resized where that has a meaning, loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from coca_scale.model.coca import CoCa
+from coca_scale.model.config import ModelConfig
+from coca_scale.model.logit_scale import LogitScale
+
+LOGIT_SCALE = "logit_scale.log_scale"
+_IMAGE_POSITIONS = "image.position_embedding"
+_TIMM_POSITIONS = "image.trunk.pos_embed"
+_TEXT_POSITIONS = "text.position_embedding"
+_TOKEN_EMBEDDINGS = (
+    "text.token_embedding.weight",
+    "text.transformer.embeddings.word_embeddings.weight",
+)
+_VOCABULARY = (*_TOKEN_EMBEDDINGS, "caption_head.weight")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model ready for use, with its temperature."""
+
+    coca: CoCa
+    logit_scale: LogitScale
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's configuration."""
+        return self.coca.config
+
+
+def build_model(config: ModelConfig, weights: Mapping[str, Tensor]) -> Model:
+    """A model in evaluation mode that uses the tensors of `weights` as they are, without a copy.
+
+    Raises:
+        ValueError: the weights are not those of this configuration.
+    """
+    logit_scale = LogitScale()
+    coca = new_coca(config, will_be_loaded=True)
+    load_weights(coca, logit_scale, weights)
+    return Model(coca.eval().requires_grad_(False), logit_scale.requires_grad_(False))
+
+
+def new_coca(config: ModelConfig, will_be_loaded: bool) -> CoCa:
+    """A model with fresh weights, or with none where they will be loaded anyway.
+
+    Towers of other libraries are built with memory in any case: their buffers are in no file.
+    """
+    foreign = config.vision_cfg.timm_model_name or config.text_cfg.hf_model_name
+    if foreign or not will_be_loaded:
+        return CoCa(config)
+    with torch.device("meta"):
+        return CoCa(config)
+
+
+def load_weights(coca: CoCa, logit_scale: LogitScale, weights: Mapping[str, Tensor]) -> None:
+    """Put `weights` in the place of the model's own tensors; memory-mapped ones stay mapped.
+
+    Raises:
+        ValueError: missing or unexpected names, or a tensor of another shape.
+    """
+    check_weights(coca, weights)
+    towers = {name: tensor for name, tensor in weights.items() if name != LOGIT_SCALE}
+    coca.load_state_dict(towers, assign=True)
+    logit_scale.log_scale.data.copy_(weights[LOGIT_SCALE])
+
+
+def check_weights(coca: CoCa, weights: Mapping[str, Tensor]) -> None:
+    """Compare names and shapes.
+
+    Raises:
+        ValueError: what is missing, unexpected, or of another shape.
+    """
+    shapes = {name: tensor.shape for name, tensor in coca.state_dict().items()}
+    shapes[LOGIT_SCALE] = torch.Size([1])
+    missing, unexpected = sorted(shapes.keys() - weights), sorted(weights.keys() - shapes)
+    if missing or unexpected:
+        raise ValueError(
+            "these are weights of another architecture than the model config says: "
+            f"{_some(missing, 'missing')}; {_some(unexpected, 'unexpected')}"
+        )
+    for name, tensor in weights.items():
+        if tensor.shape != shapes[name]:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)} in the weights, "
+                f"the model config says {tuple(shapes[name])}"
+            )
+
+
+def fit_weights(
+    weights: Mapping[str, Tensor], config: ModelConfig
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Weights made for another image size, caption length or smaller vocabulary, for `config`.
+
+    Image positions are interpolated as OpenCLIP does (bicubic, antialiased). Caption positions that
+    both have stay as they are, so captions that fitted before keep their features; new ones start
+    as the last old one. New tokens start as the mean of the old ones.
+
+    Returns:
+        The weights, and a line for everything that was changed.
+    """
+    fitted, notes = dict(weights), []
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in CoCa(config).state_dict().items()}
+    for name, new_shape in shapes.items():
+        old = weights.get(name)
+        if old is None or old.shape == new_shape or old.shape[-1:] != new_shape[-1:]:
+            continue
+        if name == _IMAGE_POSITIONS:
+            fitted[name] = resize_grid(old, new_shape[0])
+        elif name == _TIMM_POSITIONS:
+            fitted[name] = resize_grid(old[0], new_shape[1])[None]
+        elif name == _TEXT_POSITIONS:
+            fitted[name] = resize_caption(old, new_shape[0], config.text_cfg.embed_cls)
+        elif name in _VOCABULARY and old.shape[0] < new_shape[0]:
+            grown = old.mean(0, keepdim=True).expand(new_shape[0] - old.shape[0], -1)
+            fitted[name] = torch.cat([old, grown])
+        else:
+            continue
+        notes.append(f"{name}: {tuple(old.shape)} made {tuple(new_shape)}")
+    return fitted, notes
+
+
+def resize_grid(positions: Tensor, length: int) -> Tensor:
+    """Position embeddings [prefix + h², D] for a square grid of another size, [prefix + n², D].
+
+    The prefix (class tokens) is what is left over from a square, the same before and after.
+    """
+    old_side, new_side = int(positions.shape[0] ** 0.5), int(length**0.5)
+    prefix = positions.shape[0] - old_side**2
+    if length - new_side**2 != prefix:
+        raise ValueError(
+            f"image positions of {positions.shape[0]} tokens cannot be resized to {length}"
+        )
+    grid = positions[prefix:].reshape(1, old_side, old_side, -1).permute(0, 3, 1, 2)
+    grid = F.interpolate(
+        grid.float(), (new_side, new_side), mode="bicubic", antialias=True, align_corners=False
+    )
+    grid = grid.permute(0, 2, 3, 1).reshape(new_side**2, -1).to(positions.dtype)
+    return torch.cat([positions[:prefix], grid])
+
+
+def resize_caption(positions: Tensor, length: int, has_cls: bool) -> Tensor:
+    """Position embeddings [T, D] of captions, cut or continued; the last belongs to the CLS."""
+    words, cls = (positions[:-1], positions[-1:]) if has_cls else (positions, positions[:0])
+    wanted = length - len(cls)
+    words = torch.cat([words[:wanted], words[-1:].expand(max(0, wanted - len(words)), -1)])
+    return torch.cat([words, cls])
+
+
+def _some(names: Sequence[str], what: str) -> str:
+    return f"{len(names)} {what}" + (f" ({', '.join(names[:3])}, ...)" if names else "")

@@ -1,0 +1,64 @@
+"""Weight files as people have them: safetensors, .bin, .pt, training checkpoints."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+
+
+def read_weight_file(path: Path) -> dict[str, Tensor]:
+    """Tensors of a file under OpenCLIP's names, memory-mapped where the format allows.
+
+    Training checkpoints of OpenCLIP (`state_dict` inside, `module.` or `_orig_mod.` before every
+    name) are unwrapped. Pickles are read with `weights_only=True`: no code in them runs.
+
+    Raises:
+        ValueError: no such file, truncated, or holding something else than weights.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    if path.stat().st_size < 200:
+        raise ValueError(
+            f"{path}: not a weight file; a Git LFS pointer? fetch it with git lfs pull"
+        )
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    if not isinstance(content, dict) or not content:
+        raise ValueError(f"{path}: holds a {type(content).__name__}, not named weights")
+    weights = {}
+    for name, value in content.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{path}: {name!r} is a {type(value).__name__}, not a tensor")
+        weights[name.removeprefix("module.").removeprefix("_orig_mod.")] = value
+    return weights
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: damaged or cut short ({error}); fetch it again") from error
+
+
+def _read_pickle(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path}: holds more than weights, and loading it could run code in it; save its "
+            "state_dict as .safetensors where you trust it"
+        ) from error
+    except (RuntimeError, EOFError, OSError) as error:
+        if "mmap can only be used with files saved with" in str(error):  # before torch 1.6
+            return torch.load(path, map_location="cpu", weights_only=True)
+        first_line = str(error).partition("\n")[0]
+        raise ValueError(f"{path}: damaged or cut short ({first_line}); fetch it again") from error

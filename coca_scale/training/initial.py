@@ -1,0 +1,142 @@
+"""The model a run begins with: fresh, pretrained, or as a checkpoint will fill it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from coca_scale.engine.checkpoint import read_constants
+from coca_scale.engine.launch import World
+from coca_scale.engine.loading import find_model
+from coca_scale.model import CoCa, LogitScale, ModelConfig, load_model_config
+from coca_scale.model.lock import freeze
+from coca_scale.model.tower_weights import load_tower_weights, require_statistics
+from coca_scale.model.weights import fit_weights, load_weights, new_coca
+from coca_scale.openclip.files import WEIGHT_SUFFIXES
+from coca_scale.openclip.hub import HUB_PREFIX
+from coca_scale.recipe import Recipe
+from coca_scale.recipe.schema import ModelSection
+
+# what may differ between the config that weights were made for and the one they are loaded into
+_ADAPTED = {
+    "vision_cfg": {"image_size", "patch_dropout", "output_tokens", "timm_model_pretrained"},
+    "text_cfg": {
+        *("context_length", "vocab_size", "output_tokens", "hf_tokenizer_name"),
+        *("hf_model_name", "hf_model_pretrained", "hf_config"),
+    },
+    "multimodal_cfg": {
+        *("context_length", "vocab_size", "dim_head", "n_queries", "attn_pooler_heads"),
+    },
+}
+
+
+def model_config(section: ModelSection) -> ModelConfig:
+    """The config a recipe asks for.
+
+    Raises:
+        ValueError: unknown model, or sizes that do not fit it.
+    """
+    config = load_model_config(section.name)
+    return config.resized(section.image_size, section.context_length, section.patch_dropout)
+
+
+def initial_model(
+    recipe: Recipe, config: ModelConfig, checkpoint: Path | None, world: World, notes: list[str]
+) -> tuple[CoCa, LogitScale]:
+    """The model before training, the same on every rank, with what is locked marked as such.
+
+    A collective: rank 0 goes first, so that only one downloads.
+
+    Args:
+        recipe: what to start from and what to lock.
+        config: the model.
+        checkpoint: that the run will resume from; only what training leaves alone is read here.
+        world: the ranks.
+        notes: gets a line for everything a user should know.
+
+    Raises:
+        AgreedError: the weights do not fit, are damaged or cannot be had.
+    """
+    built: list[tuple[CoCa, LogitScale]] = []
+    own_notes: list[str] = []
+
+    def build() -> str | None:
+        try:
+            built.append(_build(recipe, config, checkpoint, own_notes))
+        except ValueError as error:
+            return str(error)
+        return None
+
+    world.agree(build() if world.rank == 0 else None)
+    world.agree(build() if world.rank != 0 else None)
+    notes += own_notes
+    return built[0]
+
+
+def _build(
+    recipe: Recipe, config: ModelConfig, checkpoint: Path | None, notes: list[str]
+) -> tuple[CoCa, LogitScale]:
+    torch.manual_seed(recipe.run.seed)
+    logit_scale = LogitScale()
+    pretrained = recipe.model.pretrained
+    if checkpoint is not None:
+        coca = CoCa(config)
+        coca.load_state_dict(read_constants(checkpoint), strict=False, assign=True)
+    elif pretrained is not None:
+        coca = new_coca(config, will_be_loaded=True)
+        _load_pretrained(coca, logit_scale, pretrained_name(recipe.model), recipe.model, notes)
+    else:
+        coca = CoCa(config)
+        filled = load_tower_weights(coca) if recipe.model.pretrained_towers else []
+        notes += filled
+        require_statistics(coca, has_weights=any("image tower" in line for line in filled))
+    freeze(coca, recipe.model, recipe.loss)
+    frozen = sum(p.numel() for p in coca.parameters() if not p.requires_grad)
+    if frozen:
+        total = sum(p.numel() for p in coca.parameters())
+        notes.append(f"{frozen:,} of {total:,} parameters are locked")
+    return coca, logit_scale
+
+
+def pretrained_name(section: ModelSection) -> str:
+    """`model.pretrained` as `find_model` takes it: a bare tag belongs to `model.name`."""
+    name = section.pretrained
+    assert name is not None
+    is_place = "@" in name or name.startswith(HUB_PREFIX) or Path(name).exists()
+    return name if is_place or Path(name).suffix in WEIGHT_SUFFIXES else f"{section.name}@{name}"
+
+
+def _load_pretrained(
+    coca: CoCa, logit_scale: LogitScale, name: str, section: ModelSection, notes: list[str]
+) -> None:
+    found = find_model(name, section.name)
+    differences = _differences(found.config, coca.config)
+    if differences:
+        raise ValueError(f"model.pretrained={name}: made for another model: {differences}")
+    weights, changes = fit_weights(found.weights, coca.config)
+    try:
+        load_weights(coca, logit_scale, weights)
+    except ValueError as error:
+        raise ValueError(f"model.pretrained={name}: {error}") from error
+    notes.append(f"starts from {name}: {len(weights)} tensors")
+    notes += changes
+
+
+def _differences(made_for: ModelConfig, wanted: ModelConfig) -> str:
+    """Fields in which two configs differ though weights cannot be adapted to it."""
+    theirs, ours = made_for.model_dump(), wanted.model_dump()
+    lines = []
+    for part in ("vision_cfg", "text_cfg", "multimodal_cfg"):
+        old: dict[str, Any] = theirs.pop(part) or {}
+        new: dict[str, Any] = ours.pop(part) or {}
+        if bool(old) != bool(new):
+            lines.append(f"{part} is {'there' if old else 'not there'}")
+            continue
+        for key in sorted(old.keys() - _ADAPTED[part]):
+            if old[key] != new[key]:
+                lines.append(f"{part}.{key} {old[key]}, not {new[key]}")
+    theirs.pop("custom_text"), ours.pop("custom_text")
+    lines += [f"{key} {theirs[key]}, not {ours[key]}" for key in theirs if theirs[key] != ours[key]]
+    return "; ".join(lines)
