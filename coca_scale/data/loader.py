@@ -59,7 +59,7 @@ def decode_sample(
     if not sample.caption.strip():
         raise BadSample("empty_caption", sample.key)
     image = decode_image(sample.image, sample.key)
-    return train_pixels(image, size, *crop), tokenizer.encode([sample.caption])[0]
+    return train_pixels(image, size, *crop), tokenizer([sample.caption])[0]
 
 
 class _LaneReader:

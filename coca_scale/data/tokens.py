@@ -39,7 +39,7 @@ class Tokenizer(Protocol):
     end_id: int
     pad_id: int
 
-    def encode(self, captions: Sequence[str]) -> Tensor:
+    def __call__(self, captions: str | Sequence[str]) -> Tensor:
         """Token ids [n, context_length]: start, words, end, padding; long captions are cut."""
         ...
 
@@ -59,9 +59,9 @@ class ClipTokenizer:
         self.end_id = int(self._bpe.eot_token_id)
         self.pad_id = 0
 
-    def encode(self, captions: Sequence[str]) -> Tensor:
+    def __call__(self, captions: str | Sequence[str]) -> Tensor:
         """Token ids [n, context_length]."""
-        ids: Tensor = self._bpe(list(captions))
+        ids: Tensor = self._bpe(_listed(captions))
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -93,9 +93,9 @@ class FastTokenizer:
         self.context_length = context_length
         self.vocab_size = backend.get_vocab_size()
 
-    def encode(self, captions: Sequence[str]) -> Tensor:
+    def __call__(self, captions: str | Sequence[str]) -> Tensor:
         """Token ids [n, context_length]."""
-        rows = self._backend.encode_batch([self._clean(caption) for caption in captions])
+        rows = self._backend.encode_batch([self._clean(c) for c in _listed(captions)])
         return torch.tensor([row.ids for row in rows])
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -218,6 +218,10 @@ def _special_id(backend: HuggingFaceTokenizer, special: Mapping[str, str], role:
     if number is None:
         raise ValueError(f"the tokenizer's {role} {special[role]!r} is not one of its tokens")
     return int(number)
+
+
+def _listed(captions: str | Sequence[str]) -> list[str]:
+    return [captions] if isinstance(captions, str) else list(captions)
 
 
 def _words(ids: Sequence[int], tokenizer: Tokenizer) -> list[int]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from PIL import Image
 from torch import Tensor
 
+from coca_scale.data.images import decode_image, eval_pixels, to_rgb
 from coca_scale.data.tokens import Tokenizer, make_tokenizer
 from coca_scale.engine.checkpoint import (
     MANIFEST,
@@ -15,8 +19,10 @@ from coca_scale.engine.checkpoint import (
     read_weights,
     verify_checkpoint,
 )
+from coca_scale.generation.greedy import greedy
 from coca_scale.model import ModelConfig, load_model_config
 from coca_scale.model.config import available_models, parse_model_config
+from coca_scale.model.image import normalize_pixels
 from coca_scale.model.weights import Model, build_model
 from coca_scale.openclip.files import WEIGHT_SUFFIXES, read_weight_file
 from coca_scale.openclip.folder import is_model_folder, read_folder
@@ -35,12 +41,73 @@ class Found:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """Weights under our names, the model made of them, and its tokenizer."""
+    """A model to use: pictures and captions in, features and captions out.
+
+    Methods with names of open_clip's mean the same there.
+
+    Attributes:
+        weights: under our names.
+        config: in OpenCLIP's terms.
+        model: what was made of them.
+        tokenizer: captions → token ids [n, context_length].
+    """
 
     weights: dict[str, Tensor]
     config: ModelConfig
     model: Model
     tokenizer: Tokenizer
+
+    def preprocess(self, image: Image.Image) -> Tensor:
+        """A picture as the image tower takes it: shortest side resized, centre crop, normalised.
+
+        Returns:
+            fp32 [3, H, W] on the model's device.
+        """
+        pixels = eval_pixels(to_rgb(image), self.config.vision_cfg.image_size)
+        return normalize_pixels(pixels[None].to(self.device), torch.float32)[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self.model.logit_scale.log_scale.device
+
+    def to(self, device: str | torch.device) -> LoadedModel:
+        """Move the model, in place."""
+        self.model.coca.to(device)
+        self.model.logit_scale.to(device)
+        return self
+
+    @torch.no_grad()
+    def encode_image(self, images: Tensor, normalize: bool = True) -> Tensor:
+        """Preprocessed images [B, 3, H, W] → features [B, embed_dim]."""
+        return self.model.coca.encode_image(images, normalize)
+
+    @torch.no_grad()
+    def encode_text(self, tokens: Tensor, normalize: bool = True) -> Tensor:
+        """Token ids [B, T] → features [B, embed_dim]."""
+        return self.model.coca.encode_text(tokens.to(self.device), normalize)
+
+    def generate(self, images: Tensor) -> Tensor:
+        """Token ids [B, context_length] of greedy captions of preprocessed images [B, 3, H, W].
+
+        Raises:
+            ValueError: the model is a CLIP.
+        """
+        start, end = self.tokenizer.start_id, self.tokenizer.end_id
+        return greedy(self.model.coca, images, start, end, early_stop=True)
+
+    def caption(self, pictures: Sequence[Image.Image | str | Path]) -> list[str]:
+        """Captions of pictures or picture files.
+
+        Raises:
+            ValueError: the model is a CLIP, or a file is not a picture.
+        """
+        opened = [
+            p if isinstance(p, Image.Image) else decode_image(Path(p).read_bytes(), str(p))
+            for p in pictures
+        ]
+        images = torch.stack([self.preprocess(picture) for picture in opened])
+        return [self.tokenizer.decode(row) for row in self.generate(images).tolist()]
 
 
 def load_model(name: str, config: str | None = None, raw_weights: bool = False) -> LoadedModel:

@@ -111,7 +111,7 @@ def retrieval(loaded: LoadedModel, samples: Sequence[EvalSample]) -> tuple[float
         batch = samples[start : start + 64]
         pixels = normalize_pixels(torch.stack([s.pixels for s in batch]), torch.float32)
         images.append(loaded.model.coca.encode_image(pixels))
-        tokens = loaded.tokenizer.encode([s.caption for s in batch])
+        tokens = loaded.tokenizer([s.caption for s in batch])
         texts.append(loaded.model.coca.encode_text(tokens))
     captions = [letters(sample.caption) for sample in samples]
     return recall_at_1(torch.cat(images), torch.cat(texts), captions)

@@ -9,6 +9,8 @@ from transformers import AutoConfig, AutoModel
 
 from coca_scale.model.config import TextConfig
 
+NEW_SWITCH = "activation_checkpointing_enable"
+
 
 class HuggingFaceTextTower(nn.Module):
     """A transformers encoder with mean pooling and a projection.
@@ -43,10 +45,15 @@ class HuggingFaceTextTower(nn.Module):
     @activation_checkpointing.setter
     def activation_checkpointing(self, enabled: bool) -> None:
         self._recompute = enabled
+        if not hasattr(self, "transformer"):
+            return
+        # transformers renamed both in version 5
+        kind = "activation" if hasattr(self.transformer, NEW_SWITCH) else "gradient"
         if enabled:
-            self.transformer.gradient_checkpointing_enable({"use_reentrant": False})
-        elif hasattr(self, "transformer"):
-            self.transformer.gradient_checkpointing_disable()
+            switch = getattr(self.transformer, f"{kind}_checkpointing_enable")
+            switch({"use_reentrant": False})
+        else:
+            getattr(self.transformer, f"{kind}_checkpointing_disable")()
 
     def forward(self, tokens_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Encode token ids [B, T].

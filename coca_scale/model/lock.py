@@ -30,7 +30,8 @@ def freeze(coca: CoCa, model: ModelSection, loss: LossSection) -> None:
         idle += [p for part in parts for p in part.parameters()]
     for parameter in idle:
         parameter.requires_grad_(False)
-    if not any(p.requires_grad for p in coca.parameters()):
+    learns = loss.contrastive_weight > 0 or (loss.caption_weight > 0 and coca.decoder is not None)
+    if not learns or not any(p.requires_grad for p in coca.parameters()):
         raise ValueError(
             "nothing is left to train: see model.lock_image, model.lock_text and the loss weights"
         )

@@ -31,7 +31,8 @@ def make_trunk(config: VisionConfig, pool: str) -> Any:
     if takes_image_size(name):
         options["img_size"] = config.image_size
     try:
-        trunk = timm.create_model(name, num_classes=0, global_pool=pool, **options)
+        trunk = timm.create_model(name, **options)
+        trunk.reset_classifier(0, global_pool=pool)  # as OpenCLIP does: other norms otherwise
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
             f"timm cannot build {name} for {config.image_size} px with pooling {pool!r}: {error}"

@@ -6,6 +6,7 @@ import timm
 from torch import Tensor
 from torch.nn import Module
 from transformers import AutoModel
+from transformers.utils import logging as transformers_logging
 
 from coca_scale.model.coca import CoCa
 from coca_scale.model.hf_text import transformers_config
@@ -35,6 +36,7 @@ def load_tower_weights(coca: CoCa) -> list[str]:
     if text.hf_model_name is not None and text.hf_model_pretrained:
         config = transformers_config(text, causal=coca.config.multimodal_cfg is not None)
         config.vocab_size = text.hf_config["vocab_size"] if text.hf_config else text.vocab_size
+        transformers_logging.disable_progress_bar()
         try:
             found = AutoModel.from_pretrained(
                 text.hf_model_name, config=config, add_pooling_layer=False

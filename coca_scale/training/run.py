@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader processes are forked
 
@@ -20,7 +21,7 @@ from coca_scale.engine.launch import (
 )
 from coca_scale.model import CoCa
 from coca_scale.model.lock import freeze
-from coca_scale.recipe import BatchPlan, Recipe
+from coca_scale.recipe import BatchPlan, Recipe, load_recipe
 from coca_scale.training.initial import model_config
 from coca_scale.training.trainer import Trainer
 
@@ -45,6 +46,29 @@ def train(recipe: Recipe) -> int:
     return code
 
 
+def train_recipe(recipe: Recipe | str | Path, *overrides: str) -> Path:
+    """Train in this process, or in this rank of a job that a launcher started.
+
+    Args:
+        recipe: a loaded recipe, or the path of one.
+        overrides: `key.path=value`, for a path.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        RecipeError: the recipe cannot be used.
+        AgreedError: data or weights cannot be used, or the loss is not finite.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = load_recipe(recipe, overrides)
+    elif overrides:
+        raise ValueError("overrides are for the path of a recipe; change a loaded one itself")
+    world = start_world()
+    Trainer(recipe, world).run()
+    return recipe.run.folder
+
+
 def dry_run(recipe: Recipe) -> int:
     """Print model size, batch arithmetic and the DeepSpeed configuration; train nothing."""
     if planned_rank() != 0:
@@ -53,17 +77,18 @@ def dry_run(recipe: Recipe) -> int:
     try:
         config = model_config(recipe.model)
         plan = BatchPlan.from_recipe(recipe, ranks)
+        with torch.device("meta"):
+            model = CoCa(config)
+            freeze(model, recipe.model, recipe.loss)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    with torch.device("meta"):
-        model = CoCa(config)
-        freeze(model, recipe.model, recipe.loss)
-    parts = {name: _count(child) for name, child in model.named_children()}
-    total = sum(parts.values()) + 1  # and the logit scale
+    total = _count(model, trained_only=False) + 1  # and the logit scale
     print(f"model        {recipe.model.name}: {total:,} parameters")
-    for name, count in parts.items():
-        print(f"  {name:<16}{count:>15,}")
+    for name, child in model.named_children():
+        count, trained = _count(child, trained_only=False), _count(child, trained_only=True)
+        note = "" if trained == count else f", {count - trained:,} locked"
+        print(f"  {name:<16}{count:>15,}{note}")
     print(
         f"batch        {plan.global_batch:,} = {plan.ranks} ranks × {plan.accumulation} "
         f"accumulation × {plan.micro_batch} micro-batch; {plan.lanes} lanes"
@@ -83,5 +108,6 @@ def _arithmetic(recipe: Recipe, ranks: int) -> str:
     return f"accumulation {plan.accumulation}, {plan.lanes_per_rank} lanes per rank"
 
 
-def _count(module: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+def _count(module: torch.nn.Module, trained_only: bool) -> int:
+    parameters = module.parameters()
+    return sum(p.numel() for p in parameters if p.requires_grad or not trained_only)

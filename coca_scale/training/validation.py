@@ -92,9 +92,9 @@ class Validation:
         if not batch:
             size = self._image_size
             blank = torch.zeros(1, 3, size, size, dtype=torch.uint8)
-            return blank, self._tokenizer.encode(["blank"])
+            return blank, self._tokenizer(["blank"])
         captions = [sample.caption for sample in batch]
-        return torch.stack([s.pixels for s in batch]), self._tokenizer.encode(captions)
+        return torch.stack([s.pixels for s in batch]), self._tokenizer(captions)
 
     def _caption(self, engine: TrainEngine, samples: list[EvalSample]) -> list[CaptionedPicture]:
         if not self._captions or engine.module.decoder is None:

@@ -153,7 +153,7 @@ def test_eval_pixels_equal_open_clip():
 
 def test_long_captions_are_cut_and_keep_their_end():
     tokenizer = make_tokenizer(load_model_config("coca_tiny"))
-    row = tokenizer.encode(["word " * 40])[0]
+    row = tokenizer(["word " * 40])[0]
     assert row.shape == (16,)
     assert row[-1] == tokenizer.end_id
     clip = ClipTokenizer(10).encode(["word " * 40])[0]

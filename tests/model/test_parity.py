@@ -1,32 +1,46 @@
-"""Our CoCa is OpenCLIP's, parameter for parameter."""
+"""Our models are OpenCLIP's, parameter for parameter and output for output."""
+
+import json
 
 import open_clip
 import pytest
 import torch
 
+from coca_scale.generation.greedy import greedy
 from coca_scale.model import CoCa, load_model_config
+from coca_scale.model.config import parse_model_config
 from coca_scale.model.weights import LOGIT_SCALE, build_model
-from coca_scale.openclip.folder import read_folder, write_folder
+from coca_scale.openclip.folder import read_folder, to_openclip_config, write_folder
 from coca_scale.openclip.names import from_openclip, to_openclip
+from tests.variants import raw_config, variant
 
-PARAMETERS = {"coca_ViT-B-32": (253_560_065, 629), "coca_ViT-L-14": (638_450_177, 773)}
+PARAMETERS = {
+    "coca_ViT-B-32": (253_560_065, 629),
+    "coca_ViT-L-14": (638_450_177, 773),
+    "coca_base": (440_337_409, 618),
+    "ViT-B-32": (151_277_313, 302),
+}
 
 
-def reference_model(name):
-    """OpenCLIP's own model, with the parts initialised that it leaves as they come."""
+def open_clip_model(config, folder):
+    """OpenCLIP's own model of a config, its decoder initialised, which OpenCLIP leaves undone."""
     torch.manual_seed(0)
-    model = open_clip.create_model(name).eval()
-    torch.nn.init.normal_(model.text_decoder.text_projection, std=0.05)
+    content = {"model_cfg": to_openclip_config(config)}
+    (folder / "open_clip_config.json").write_text(json.dumps(content))
+    model = open_clip.create_model(f"local-dir:{folder}", load_weights=False).eval()
+    if config.multimodal_cfg is not None:
+        torch.nn.init.normal_(model.text_decoder.text_projection, std=0.05)
     for parameter in model.parameters():
         if parameter.ndim == 1 and not parameter.any():
             torch.nn.init.normal_(parameter, std=0.02)  # biases, so that their order matters
     return model
 
 
-def uneven_tokens(batch, length, vocabulary):
+def uneven_tokens(batch, length, vocabulary, end=None):
     tokens = torch.zeros(batch, length, dtype=torch.long)
-    for row, words in enumerate(torch.linspace(3, length, batch).int().tolist()):
-        tokens[row, :words] = torch.randint(1, vocabulary, (words,))
+    for row, words in enumerate(torch.linspace(5, length, batch).int().tolist()):
+        tokens[row, :words] = torch.randint(3, vocabulary - 1, (words,))
+        tokens[row, words - 1] = end if end is not None else vocabulary - 1
     tokens[-1, 4] = 0  # id 0 is also "!", and is masked wherever it stands
     return tokens
 
@@ -35,29 +49,85 @@ def relative(a, b):
     return float((a - b).norm() / b.norm())
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
+def reference_greedy(theirs, images, start, end, length):
+    """OpenCLIP's forward, asked for one more token again and again: its `generate` cannot run with
+    transformers 5."""
+    encoded = theirs(images)
+    tokens = torch.full((len(images), length), theirs.pad_id)
+    tokens[:, 0] = start
+    ended = torch.zeros(len(images), dtype=torch.bool)
+    for position in range(1, length):
+        logits = theirs(
+            images,
+            tokens[:, :position],
+            image_latent=encoded["image_features"],
+            image_embs=encoded["image_embs"],
+            output_labels=False,
+        )["logits"][:, -1]
+        choice = logits.argmax(-1)
+        tokens[:, position] = torch.where(ended, theirs.pad_id, choice)
+        ended |= choice == end
+    return tokens
+
+
 @torch.no_grad()
-def test_outputs_and_names_equal_openclip(name):
-    theirs = reference_model(name)
+def assert_same(theirs, config, ours, captions=3, greedy_steps=0):
+    coca = build_model(config, ours).coca
+    size, text = config.vision_cfg.image_size, config.text_cfg
+    images = torch.randn(captions, 3, size, size)
+    end = text.eos_id if text.pool_type == "eos" else None
+    tokens = uneven_tokens(captions, config.context_length, text.vocab_size, end)
+    for normalize in (True, False):
+        for kind, given in (("image", images), ("text", tokens)):
+            mine = getattr(coca, f"encode_{kind}")(given, normalize)
+            other = getattr(theirs, f"encode_{kind}")(given, normalize=normalize)
+            assert relative(mine, other) <= 1e-5, kind
+    if coca.decoder is None:
+        return
+    _, image_tokens = coca.image(images)
+    real = tokens[:, 1:] != 0
+    logits = coca.caption_logits(image_tokens, tokens)[:, :-1]
+    assert relative(logits[real], theirs(images, tokens)["logits"][real]) <= 1e-5
+    if greedy_steps:
+        written = greedy(coca, images, start_id=1, end_id=2, early_stop=False)
+        expected = reference_greedy(theirs, images, 1, 2, greedy_steps)
+        assert torch.equal(written[:, :greedy_steps], expected)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_shipped_configs_equal_openclip(name, tmp_path):
     config = load_model_config(name)
+    assert to_openclip_config(config) == open_clip.get_model_config(name)
+    theirs = open_clip_model(config, tmp_path)
     state = theirs.state_dict()
     ours = from_openclip(state)
     assert (sum(t.numel() for t in ours.values()), len(state)) == PARAMETERS[name]
-    back = to_openclip(ours)
+    back = to_openclip(ours, flat_text="coca" not in name)
     assert back.keys() == state.keys()
     assert all(torch.equal(back[key], state[key]) for key in state)
+    assert_same(theirs, config, ours)
 
-    coca = build_model(config, ours).coca
-    size = config.vision_cfg.image_size
-    images = torch.randn(3, 3, size, size)
-    tokens = uneven_tokens(3, config.context_length, config.text_cfg.vocab_size)
-    expected = theirs(images, tokens)
-    _, image_tokens = coca.image(images)
-    real = tokens[:, 1:] != 0
-    assert relative(coca.encode_image(images), expected["image_features"]) <= 1e-5
-    assert relative(coca.encode_text(tokens), expected["text_features"]) <= 1e-5
-    logits = coca.caption_logits(image_tokens, tokens)[:, :-1]
-    assert relative(logits[real], expected["logits"][real]) <= 1e-5
+
+@pytest.mark.parametrize("kind", ["coca", "base", "wide", "clip", "clip_timm", "clip_roberta"])
+def test_small_variants_equal_openclip(kind, tmp_path):
+    config = variant(kind, tmp_path)
+    theirs = open_clip_model(config, tmp_path)
+    assert_same(theirs, config, from_openclip(theirs.state_dict()), captions=4, greedy_steps=16)
+
+
+@torch.no_grad()
+def test_correct_cls_mask_equals_openclips(tmp_path):
+    """open_clip 3.3 has the corrected mask in its tower, but no way to ask for it."""
+    legacy, corrected = variant("coca", tmp_path), variant("correct_mask", tmp_path)
+    theirs = open_clip_model(legacy, tmp_path)
+    ours = from_openclip(theirs.state_dict())
+    tokens = uneven_tokens(4, legacy.context_length, 1024)
+    before = theirs.encode_text(tokens)
+    theirs.text.correct_cls_mask = True
+    after = theirs.encode_text(tokens)
+    assert relative(build_model(legacy, ours).coca.encode_text(tokens), before) <= 1e-5
+    assert relative(build_model(corrected, ours).coca.encode_text(tokens), after) <= 1e-5
+    assert relative(after, before) > 1e-2
 
 
 @torch.no_grad()
@@ -65,7 +135,7 @@ def test_export_loads_in_openclip_and_comes_back_bit_exact(tmp_path):
     config = load_model_config("coca_tiny")
     torch.manual_seed(0)
     weights = {**CoCa(config).state_dict(), LOGIT_SCALE: torch.tensor([2.5])}
-    write_folder(weights, config, tmp_path)
+    assert write_folder(weights, config, tmp_path) is None
     loaded = open_clip.create_model(f"local-dir:{tmp_path}")
     returned = from_openclip(loaded.state_dict())
     read_config, read = read_folder(tmp_path)
@@ -77,55 +147,74 @@ def test_export_loads_in_openclip_and_comes_back_bit_exact(tmp_path):
     assert plain["logit_scale"].shape == ()
 
 
-def test_every_parameter_is_initialised():
+@pytest.mark.parametrize("kind", ["roberta", "timm_vit", "cascade", "parallel", "correct_mask"])
+def test_what_openclip_cannot_compute_is_not_written_for_it(kind, tmp_path):
+    config = variant(kind, tmp_path)
     torch.manual_seed(0)
-    first = CoCa(load_model_config("coca_tiny"))
+    weights = {**CoCa(config).state_dict(), LOGIT_SCALE: torch.tensor([2.5])}
+    out = tmp_path / "export"
+    reason = write_folder(weights, config, out)
+    assert reason
+    with pytest.raises(FileNotFoundError, match="config file missing"):
+        open_clip.create_model(f"local-dir:{out}")
+    read_config, read = read_folder(out)
+    assert read_config == config
+    assert all(torch.equal(read[name], weights[name]) for name in weights)
+
+
+def test_exporting_over_another_kind_leaves_one_model(tmp_path):
     torch.manual_seed(0)
-    again = CoCa(load_model_config("coca_tiny"))
-    for (name, a), b in zip(first.named_parameters(), again.parameters(), strict=True):
-        assert a.isfinite().all() and torch.equal(a, b), name
-        assert a.ndim > 0
-        constant = name.endswith(".bias") or "norm" in name
-        assert constant or 0 < a.std() < 1.1, name
+    for kind in ("coca", "cascade", "coca"):
+        config = variant(kind, tmp_path)
+        weights = {**CoCa(config).state_dict(), LOGIT_SCALE: torch.tensor([2.5])}
+        write_folder(weights, config, tmp_path)
+        assert read_folder(tmp_path)[0] == config
 
 
-@torch.no_grad()
-def test_later_tokens_and_other_images_do_not_leak():
-    torch.manual_seed(0)
-    config = load_model_config("coca_tiny")
-    coca = CoCa(config).eval()
-    tokens = torch.randint(1, 1024, (2, config.context_length))
-    _, image_tokens = coca.image(torch.randn(2, 3, 48, 48))
-    before = coca.caption_logits(image_tokens, tokens)
-    changed = tokens.clone()
-    changed[:, 9:] = 7
-    after = coca.caption_logits(image_tokens, changed)
-    assert torch.equal(before[:, :9], after[:, :9])
-    assert not torch.equal(before[:, 9:], after[:, 9:])
+def test_every_parameter_is_initialised(tmp_path):
+    for kind in ("coca", "base", "cascade", "clip"):
+        config = variant(kind, tmp_path)
+        torch.manual_seed(0)
+        first = CoCa(config)
+        torch.manual_seed(0)
+        again = CoCa(config)
+        for (name, a), b in zip(first.named_parameters(), again.parameters(), strict=True):
+            assert a.isfinite().all() and torch.equal(a, b), name
+            assert a.ndim > 0
+            constant = name.endswith(".bias") or "norm" in name
+            assert constant or 0 < a.std() < 1.1, name
 
 
-def test_activation_checkpointing_changes_no_gradient():
-    torch.manual_seed(0)
-    coca = CoCa(load_model_config("coca_tiny"))
-    images, tokens = torch.randn(2, 3, 48, 48), torch.randint(1, 1024, (2, 16))
-    gradients = []
-    for enabled in (False, True):
-        coca.set_activation_checkpointing(enabled)
-        coca.zero_grad()
-        features, loss = coca(images, tokens)
-        (features.square().sum() * features[0, 0, 0] + loss).backward()
-        gradients.append([p.grad.clone() for p in coca.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+def test_activation_checkpointing_changes_no_gradient(tmp_path):
+    for kind in ("coca", "roberta", "timm_vit"):
+        torch.manual_seed(0)
+        config = variant(kind, tmp_path)
+        coca = CoCa(config)
+        images, tokens = torch.randn(2, 3, 48, 48), torch.randint(3, 64, (2, 16))
+        gradients = []
+        for enabled in (False, True):
+            coca.set_activation_checkpointing(enabled)
+            coca.zero_grad()
+            features, loss = coca(images, tokens)
+            (features.square().sum() * features[0, 0, 0] + loss).backward()
+            gradients.append([p.grad.clone() for p in coca.parameters()])
+        assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True)), kind
 
 
-def test_unsupported_config_fields_are_named(tmp_path):
-    import json
-
-    raw = load_model_config("coca_tiny").to_dict()
-    raw["vision_cfg"]["qk_norm"] = True
-    path = tmp_path / "odd.json"
-    path.write_text(json.dumps(raw))
-    with pytest.raises(ValueError, match=r"vision_cfg\.qk_norm: not supported"):
-        load_model_config(str(path))
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vision_cfg__qk_norm": True}, r"vision_cfg\.qk_norm: not supported"),
+        ({"vision_cfg__layers": [3, 4, 6, 3]}, "name a ResNet of timm instead"),
+        ({"text_cfg__vocab_size": 2000}, "vocab_size 2000 and multimodal_cfg.vocab_size 1024"),
+        ({"text_cfg__embed_cls": False}, "needs embed_cls: true"),
+        ({"multimodal_cfg": None}, "belong to a CoCa"),
+        ({"vision_cfg": {"timm_model_name": "test_vit"}}, "needs vision_cfg.attentional_pool"),
+        ({"text_cfg": {"hf_model_name": "/nowhere"}}, "neither a folder nor in the local cache"),
+    ],
+)
+def test_faults_of_a_config_are_named(changes, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        parse_model_config(raw_config("coca_tiny", **changes), "odd")
     with pytest.raises(ValueError, match="did you mean coca_ViT-L-14"):
         load_model_config("coca_ViT-L14")

@@ -1,0 +1,103 @@
+"""Every kind of model trains under ZeRO-3 on two ranks, resumes, captions and exports."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import pytest
+
+from coca_scale.engine.checkpoint import find_checkpoint
+from coca_scale.engine.loading import load_model
+from coca_scale.openclip.folder import openclip_obstacle, verify_folder
+from tests.conftest import on_ranks, tiny_recipe
+from tests.variants import CLIPS, config_file
+
+KINDS = ("base", "wide", "roberta", "timm_vit", "timm_resnet", "cascade", *CLIPS)
+STEPS = 8
+
+
+def recipe_of(kind, folder):
+    return tiny_recipe(
+        run__dir=str(folder / kind),
+        model__name=str(folder / f"{kind}.json"),
+        model__patch_dropout=0.25 if kind == "wide" else None,
+        data__val="synthetic://shapes?split=val&count=8&size=48",
+        optim__lr=3e-3 if kind != "timm_resnet" else 1e-3,
+        optim__ema_decay=0.9 if kind == "wide" else None,
+        loss__caption_weight=0.0 if kind.startswith("clip") else 2.0,
+        train__steps=STEPS,
+        train__global_batch=16,
+        train__micro_batch=4,
+        checkpoint__every_steps=4,
+        engine__activation_checkpointing="full" if kind != "base" else "none",
+    )
+
+
+def train_all(_rank, _ranks, kinds, folder):
+    from coca_scale.engine.launch import start_world
+    from coca_scale.training.trainer import Trainer
+
+    world = start_world()
+    with Path(os.devnull).open("w") as silence, redirect_stdout(silence):
+        for kind in kinds:
+            trainer = Trainer(recipe_of(kind, folder), world)
+            trainer.run()
+            trainer.engine.close()
+
+
+def curve(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    return [(line["loss"], line["grad_norm"], line["logit_scale"]) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """All kinds, trained once whole and once again from the middle."""
+    folder = tmp_path_factory.mktemp("models")
+    for kind in KINDS:
+        config_file(kind, folder)
+    on_ranks(train_all, 2, KINDS, folder)
+    whole = {kind: curve(folder / kind) for kind in KINDS}
+    for kind in KINDS:
+        shutil.rmtree(find_checkpoint(folder / kind / "checkpoints"))
+    on_ranks(train_all, 2, KINDS, folder)
+    return folder, whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_learns_resumes_captions_and_exports(trained, kind):
+    folder, whole = trained
+    run = folder / kind
+    assert curve(run) == whole[kind], "a resumed run differs"
+    first, last = whole[kind][0][0], min(loss for loss, _, _ in whole[kind][-3:])
+    assert last < first
+
+    loaded = load_model(str(run))
+    exported = load_model(str(run / "export"))
+    assert all(loaded.weights[name].equal(exported.weights[name]) for name in loaded.weights)
+    if not kind.startswith("clip"):
+        from coca_scale.data.sources import open_source
+        from coca_scale.recipe.schema import DataSection
+
+        source = open_source(
+            "synthetic://shapes?count=3&size=48", DataSection(train="synthetic://shapes"), 0
+        )
+        pictures = [sample.image for sample in source.ordered(0, 1)]
+        captions = loaded.caption(pictures)
+        assert len(captions) == 3
+        assert captions == exported.caption(pictures)
+    obstacle = openclip_obstacle(loaded.config)
+    expected = kind in ("roberta", "timm_vit", "timm_resnet", "cascade")
+    assert (obstacle is not None) == expected
+    names = {path.name for path in (run / "export").iterdir()}
+    if expected:
+        assert "coca_scale_config.json" in names
+        assert not any(name.startswith("open_clip") for name in names)
+    else:
+        assert verify_folder(run / "export", exported.model).largest < 1e-4
