@@ -27,6 +27,7 @@ from coca_scale.engine.weight_average import WeightAverage, master_weights
 from coca_scale.losses import ContrastiveResult, FeatureGather, contrastive_loss
 from coca_scale.model import CoCa, LogitScale
 from coca_scale.model.image import normalize_pixels
+from coca_scale.model.timm_tower import cast_statistics
 from coca_scale.recipe import BatchPlan, Recipe
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -87,6 +88,7 @@ class TrainEngine:
             model=model, optimizer=optimizer, config=deepspeed_config(recipe, plan)
         )
         self.module: CoCa = self._engine.module
+        cast_statistics(self.module, self.dtype)
         self._average: WeightAverage | None = None
         if recipe.optim.ema_decay is not None:
             masters = master_weights(self._engine, recipe.engine.zero_stage)

@@ -51,6 +51,15 @@ def has_batch_norm(model: nn.Module) -> bool:
     return any(isinstance(module, _BatchNorm) for module in model.modules())
 
 
+def cast_statistics(model: nn.Module, dtype: torch.dtype) -> None:
+    """Statistics of BatchNorm in the dtype of its weights, which ZeRO-3 casts alone."""
+    for module in model.modules():
+        if isinstance(module, _BatchNorm) and module.running_mean is not None:
+            assert module.running_var is not None
+            module.running_mean = module.running_mean.to(dtype)
+            module.running_var = module.running_var.to(dtype)
+
+
 class _Trunk(nn.Module):
     """Shared by both timm towers.
 

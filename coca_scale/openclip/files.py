@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -50,15 +51,16 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_pickle(path: Path) -> Any:
+    mappable = zipfile.is_zipfile(path)  # the format before torch 1.6 is not
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path}: holds more than weights, and loading it could run code in it; save its "
             "state_dict as .safetensors where you trust it"
         ) from error
     except (RuntimeError, EOFError, OSError) as error:
-        if "mmap can only be used with files saved with" in str(error):  # before torch 1.6
-            return torch.load(path, map_location="cpu", weights_only=True)
-        first_line = str(error).partition("\n")[0]
-        raise ValueError(f"{path}: damaged or cut short ({first_line}); fetch it again") from error
+        reason = str(error).partition("\n")[0]
+        if "TorchScript" in reason:
+            raise ValueError(f"{path}: a TorchScript program, not a file of weights") from error
+        raise ValueError(f"{path}: damaged or cut short ({reason}); fetch it again") from error

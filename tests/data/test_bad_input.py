@@ -156,7 +156,7 @@ def test_long_captions_are_cut_and_keep_their_end():
     row = tokenizer(["word " * 40])[0]
     assert row.shape == (16,)
     assert row[-1] == tokenizer.end_id
-    clip = ClipTokenizer(10).encode(["word " * 40])[0]
+    clip = ClipTokenizer(10)(["word " * 40])[0]
     assert clip[-1] == 49407
 
 
@@ -169,16 +169,14 @@ def test_prefix_tokenizer_equals_open_clip_in_both_of_its_forms(tmp_path):
     ours.save(tmp_path)
     content = {"model_cfg": config.to_dict()}
     (tmp_path / "open_clip_config.json").write_text(json.dumps(content))
-    assert torch.equal(
-        open_clip.get_tokenizer(f"local-dir:{tmp_path}")(captions), ours.encode(captions)
-    )
+    assert torch.equal(open_clip.get_tokenizer(f"local-dir:{tmp_path}")(captions), ours(captions))
     whole = clip_bpe_prefix(49409)  # all merges: the very tokens of CLIP, at other ids
     clip = open_clip.SimpleTokenizer(context_length=77)
     for caption in captions[:2]:
         expected = [clip.decoder[i] for i in clip([caption])[0].tolist() if i]
         assert whole.encode(caption).tokens == expected
         assert (
-            ours.decode(ours.encode([caption])[0].tolist())
+            ours.decode(ours([caption])[0].tolist())
             == clip.decode(clip([caption])[0].tolist())
             .split("<end_of_text>")[0]
             .replace("<start_of_text>", "")
