@@ -76,7 +76,6 @@ CAPTIONERS = (
     *("coca", "base", "wide", "cascade", "parallel", "correct_mask"),
     *("roberta", "timm_vit", "timm_resnet"),
 )
-CLIPS = ("clip", "clip_timm", "clip_roberta")
 
 
 def _raw(name: str, folder: Path) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from coca_scale.engine.launch import (
 from coca_scale.model import CoCa
 from coca_scale.model.lock import freeze
 from coca_scale.recipe import BatchPlan, Recipe, load_recipe
-from coca_scale.training.initial import model_config
+from coca_scale.training.initial import model_config, pretrained_name
 from coca_scale.training.trainer import Trainer
 
 USUAL_RANKS = (1, 2, 8, 64, 384, 512, 4096)
@@ -89,6 +89,8 @@ def dry_run(recipe: Recipe) -> int:
         count, trained = _count(child, trained_only=False), _count(child, trained_only=True)
         note = "" if trained == count else f", {count - trained:,} locked"
         print(f"  {name:<16}{count:>15,}{note}")
+    if recipe.model.pretrained is not None:
+        print(f"weights      {pretrained_name(recipe.model)}, not read in a dry run")
     print(
         f"batch        {plan.global_batch:,} = {plan.ranks} ranks × {plan.accumulation} "
         f"accumulation × {plan.micro_batch} micro-batch; {plan.lanes} lanes"
