@@ -15,6 +15,7 @@ def deepspeed_config(recipe: Recipe, plan: BatchPlan) -> dict[str, Any]:
         zero |= {
             "overlap_comm": True,
             "contiguous_gradients": True,
+            "reduce_bucket_size": 50_000_000,  # DeepSpeed's 5e8 alone takes 2 GB in fp32
             "stage3_param_persistence_threshold": 10_000,
             "stage3_gather_16bit_weights_on_model_save": False,
         }

@@ -116,7 +116,7 @@ class TrainEngine:
         self._set_lr(lr)
         first = samples_seen + self.world.rank * len(tokens)
         sample_ids = torch.arange(first, first + len(tokens), device=self.world.device)
-        sample_ids += self._recipe.run.seed << 40  # below this many samples, seeds do not overlap
+        sample_ids += (self._recipe.run.seed % 2**23) << 40  # no run has 2^40 samples
         micro = self._plan.micro_batch
         pieces = list(
             zip(images.split(micro), tokens.split(micro), sample_ids.split(micro), strict=True)
@@ -132,7 +132,6 @@ class TrainEngine:
             gather = self._start_gather(features)
 
         caption_sum = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        weights = self._recipe.loss
         for number, (piece_images, piece_tokens, piece_ids) in enumerate(pieces):
             callback = on_features if len(pieces) == 1 else None
             features, piece_sum = self._engine(
@@ -143,15 +142,8 @@ class TrainEngine:
             if len(pieces) == 1:
                 assert gather is not None
                 contrastive = self._contrastive(gather)
-            surrogate = torch.zeros((), device=self.world.device)
-            if weights.contrastive_weight:
-                weighted = (
-                    weights.contrastive_weight
-                    * contrastive.grad_features[number * micro : (number + 1) * micro]
-                )
-                surrogate = surrogate + (features.to(weighted.dtype) * weighted).sum()
-            if piece_sum is not None and weights.caption_weight:
-                surrogate = surrogate + caption_factor * piece_sum
+            grads = contrastive.grad_features[number * micro : (number + 1) * micro]
+            surrogate = self._surrogate(features, grads, piece_sum, caption_factor)
             # DeepSpeed averages over ranks; the loss is of the global batch, so undo that
             self._engine.backward(surrogate * self.world.size, scale_wrt_gas=False)
             if number + 1 < len(pieces):
@@ -165,6 +157,7 @@ class TrainEngine:
         (caption_total,) = self.world.sum(float(caption_sum))
         caption = caption_total / max(total_tokens, 1.0)
         contrast = float(contrastive.loss)
+        weights = self._recipe.loss
         return StepResult(
             loss=weights.contrastive_weight * contrast + weights.caption_weight * caption,
             contrastive_loss=contrast,
@@ -173,6 +166,19 @@ class TrainEngine:
             logit_scale=float(self._logit_scale().detach()),
             applied=applied,
         )
+
+    def _surrogate(
+        self, features: Tensor, grads: Tensor, caption_sum: Tensor | None, caption_factor: float
+    ) -> Tensor:
+        """A scalar whose gradient is that of the loss; a part with weight 0 has no graph at all."""
+        parts = []
+        if self._recipe.loss.contrastive_weight:
+            weighted = self._recipe.loss.contrastive_weight * grads
+            parts.append((features.to(weighted.dtype) * weighted).sum())
+        if caption_sum is not None and caption_factor:
+            parts.append(caption_factor * caption_sum)
+        assert parts, "the recipe leaves nothing to train"
+        return sum(parts[1:], start=parts[0])
 
     def _prepare(self, images: Tensor) -> Tensor:
         return normalize_pixels(images, self.dtype)

@@ -170,4 +170,5 @@ def _in_folder(folder: Path, raw_weights: bool) -> Found:
 
 def _in_file(file: Path, config: str) -> Found:
     weights = from_openclip(read_weight_file(file))
-    return Found(load_model_config(config), weights, Path(config).parent)
+    beside = Path(config).parent if config.endswith(".json") else None
+    return Found(load_model_config(config), weights, beside)

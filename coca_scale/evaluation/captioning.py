@@ -20,7 +20,6 @@ from coca_scale.data.shards import IMAGE_EXTENSIONS
 from coca_scale.data.sources import open_source
 from coca_scale.engine.loading import LoadedModel
 from coca_scale.evaluation.retrieval import recall_at_1
-from coca_scale.generation.greedy import greedy
 from coca_scale.model.image import normalize_pixels
 from coca_scale.recipe.schema import DataSection
 
@@ -81,14 +80,10 @@ def caption_pictures(
 ) -> Iterator[Captioned]:
     """Greedy captions, in order; unusable pictures are counted in `bad` and left out."""
     usable = _decoded(loaded, pictures, bad)
-    tokenizer = loaded.tokenizer
     while batch := list(itertools.islice(usable, batch_size)):
         images = normalize_pixels(torch.stack([s.pixels for s in batch]), torch.float32)
-        ids = greedy(
-            loaded.model.coca, images, tokenizer.start_id, tokenizer.end_id, early_stop=True
-        )
-        for sample, row in zip(batch, ids.tolist(), strict=True):
-            yield Captioned(sample, tokenizer.decode(row))
+        for sample, row in zip(batch, loaded.generate(images).tolist(), strict=True):
+            yield Captioned(sample, loaded.tokenizer.decode(row))
 
 
 def write_jsonl(captioned: Iterator[Captioned], file: TextIO) -> list[Captioned]:
@@ -103,16 +98,15 @@ def write_jsonl(captioned: Iterator[Captioned], file: TextIO) -> list[Captioned]
     return written
 
 
-@torch.no_grad()
 def retrieval(loaded: LoadedModel, samples: Sequence[EvalSample]) -> tuple[float, float]:
     """R@1 image to text and text to image over samples with captions."""
     images, texts = [], []
     for start in range(0, len(samples), 64):
         batch = samples[start : start + 64]
         pixels = normalize_pixels(torch.stack([s.pixels for s in batch]), torch.float32)
-        images.append(loaded.model.coca.encode_image(pixels))
+        images.append(loaded.encode_image(pixels))
         tokens = loaded.tokenizer([s.caption for s in batch])
-        texts.append(loaded.model.coca.encode_text(tokens))
+        texts.append(loaded.encode_text(tokens))
     captions = [letters(sample.caption) for sample in samples]
     return recall_at_1(torch.cat(images), torch.cat(texts), captions)
 

@@ -257,9 +257,12 @@ def average_on_rank(rank, ranks, layouts, folder):
 
     world = start_world()
     curves = []
-    for number, (stage, micro) in enumerate(layouts):
+    for number, (stage, micro, lock) in enumerate(layouts):
         recipe = tiny_recipe(
             engine__zero_stage=stage,
+            engine__activation_checkpointing="full" if lock and stage else "none",
+            model__lock_image=lock,
+            model__image_unlocked_groups=2 if lock else 0,
             train__micro_batch=micro,
             optim__ema_decay=0.5 if stage else None,
             optim__layer_decay=0.7,
@@ -269,7 +272,9 @@ def average_on_rank(rank, ranks, layouts, folder):
         config = load_model_config("coca_tiny").resized(patch_dropout=0.5)
         with quiet():
             plan = BatchPlan.from_recipe(recipe, ranks)
-            engine = TrainEngine(CoCa(config), LogitScale(), recipe, plan, world)
+            coca = CoCa(config)
+            freeze(coca, recipe.model, recipe.loss)
+            engine = TrainEngine(coca, LogitScale(), recipe, plan, world)
             rows = slice(rank * BATCH // ranks, (rank + 1) * BATCH // ranks)
             curve = []
             for step in range(STEPS):
@@ -288,14 +293,18 @@ def average_on_rank(rank, ranks, layouts, folder):
 
 
 @pytest.mark.slow
-def test_average_and_patch_dropout_are_the_same_on_any_layout(tmp_path):
-    two = on_ranks(average_on_rank, 2, [(3, 8), (3, 4), (1, 4), (2, 8)], tmp_path)[0]
-    one = on_ranks(average_on_rank, 1, [(0, 16), (3, 4)], tmp_path)[0]
-    for curve in (*two, one[1]):
-        for (loss, norm), (expected_loss, expected_norm) in zip(curve, one[0], strict=True):
+def test_average_locks_and_patch_dropout_are_the_same_on_any_layout(tmp_path):
+    free, locked = False, True
+    layouts = [(3, 8, free), (3, 4, free), (1, 4, free), (2, 8, free), (3, 4, locked)]
+    two = on_ranks(average_on_rank, 2, layouts, tmp_path)[0]
+    one = on_ranks(average_on_rank, 1, [(0, 16, free), (0, 16, locked), (3, 4, free)], tmp_path)[0]
+    references = [one[0]] * 4 + [one[1], one[0]]
+    for curve, reference in zip([*two, one[2]], references, strict=True):
+        for (loss, norm), (expected_loss, expected_norm) in zip(curve, reference, strict=True):
             assert loss == pytest.approx(expected_loss, rel=1e-5)
             assert norm == pytest.approx(expected_norm, rel=1e-4)
-    for layout in ("2_0", "2_1", "2_2", "2_3", "1_1"):
+    assert one[0][-1][0] != pytest.approx(one[1][-1][0], rel=1e-3)
+    for layout in ("2_0", "2_1", "2_2", "2_3", "1_2"):
         torch.manual_seed(0)
         average = {
             n: t.clone() for n, t in CoCa(load_model_config("coca_tiny")).state_dict().items()
