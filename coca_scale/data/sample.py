@@ -13,30 +13,73 @@ class DataError(ValueError):
     """Data that a run cannot use at all; the message says what and where."""
 
 
-class BadSample(Exception):
-    """One unusable sample: skipped and counted by `cause`."""
+class Skipped(NamedTuple):
+    """A sample that was left out, or a shard's unreadable rest.
 
-    def __init__(self, cause: str, key: str) -> None:
+    Attributes:
+        cause: why, as counted.
+        key: name of the sample, or of the shard where that is what broke.
+        shard: url of the shard, empty outside shards.
+        lost: samples that this costs; more than 1 only for shards whose size is known.
+        filtered: left out because the recipe says so, which is no fault of the data.
+    """
+
+    cause: str
+    key: str
+    shard: str = ""
+    lost: int = 1
+    filtered: bool = False
+
+
+class BadSample(Exception):
+    """One unusable sample; takes the fields of `Skipped`."""
+
+    def __init__(
+        self, cause: str, key: str, shard: str = "", lost: int = 1, filtered: bool = False
+    ) -> None:
         super().__init__(f"{key}: {cause}")
-        self.cause = cause
-        self.key = key
+        self.skipped = Skipped(cause, key, shard, lost, filtered)
+
+    @property
+    def cause(self) -> str:
+        """Why it cannot be used."""
+        return self.skipped.cause
 
 
 @dataclass(frozen=True)
 class RawSample:
-    """An image, encoded or already drawn, with its caption."""
+    """An image, encoded or already drawn, with its captions.
+
+    Attributes:
+        key: name of the sample.
+        image: file content, or a picture.
+        captions: texts with their sampling weights, the main one first; may be empty.
+        shard: url of the shard, empty outside shards.
+    """
 
     key: str
     image: bytes | Image.Image
-    caption: str
+    captions: tuple[tuple[str, float], ...] = ()
+    shard: str = ""
+
+    @property
+    def caption(self) -> str:
+        """The main caption, empty if there is none."""
+        return self.captions[0][0] if self.captions else ""
 
 
 class Position(NamedTuple):
-    """How far a lane has read: all parts before `part`, and `offset` samples of that part."""
+    """How far a lane has read.
+
+    The current shuffle window starts at sample `number`, byte `byte`, of part `part` of the
+    lane's epoch, and `used` samples of it have been given out.
+    """
 
     epoch: int = 0
     part: int = 0
-    offset: int = 0
+    number: int = 0
+    byte: int = 0
+    used: int = 0
 
 
 class Source(Protocol):

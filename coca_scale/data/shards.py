@@ -2,171 +2,227 @@
 
 from __future__ import annotations
 
-import glob
 import itertools
-import json
-import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-import braceexpand
 import numpy as np
-from webdataset.tariterators import tarfile_samples
 
+from coca_scale.data.manifest import shard_counts
+from coca_scale.data.plan import Part, ShardList, ShardPlan, expand_shards
+from coca_scale.data.rules import WANTED, SampleRules
 from coca_scale.data.sample import BadSample, DataError, Position, RawSample
+from coca_scale.data.storage import PIPE, StorageError, StorageOptions, is_local, open_shard
+from coca_scale.data.tar import Run, TarFault, read_runs
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-MANIFEST = "manifest.json"
+WINDOW_BYTES = 2**32  # of a whole job
 
 
-def expand_shards(patterns: Sequence[str]) -> list[str]:
-    """Shard urls and paths named by brace and glob patterns, in order.
+@dataclass(frozen=True)
+class Mixed:
+    """Shard patterns that share a weight: how often an epoch has each of their shards."""
 
-    Raises:
-        DataError: a pattern that names nothing.
+    patterns: Sequence[str]
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class ShardOptions:
+    """How shards are read.
+
+    Attributes:
+        seed: of order and shuffling.
+        window: raw samples of a lane that are shuffled together.
+        replacement: draw shards with replacement.
     """
-    urls: list[str] = []
-    for pattern in patterns:
-        try:
-            names = list(braceexpand.braceexpand(pattern))
-        except ValueError as error:
-            raise DataError(f"{pattern}: unbalanced braces") from error
-        for name in names:
-            if is_local(name) and any(c in name for c in "*?["):
-                found = sorted(glob.glob(name))
-                if not found:
-                    raise DataError(f"{pattern}: matches no file")
-                urls += found
-            else:
-                urls.append(name)
-    return urls
+
+    seed: int
+    window: int
+    replacement: bool = False
 
 
-def is_local(url: str) -> bool:
-    """Whether a shard is a plain file."""
-    return "://" not in url and not url.startswith("pipe:")
+class _Cursor(NamedTuple):
+    part: int
+    number: int
+    byte: int
 
 
 class ShardSource:
-    """Lanes over shards: a seeded permutation of the shards per epoch, dealt to the lanes.
+    """Lanes over shards.
 
-    With fewer shards than lanes, lanes share a shard and stride through its samples. Samples are
-    shuffled inside windows of `window` raw samples, so a position is two numbers, not a buffer.
+    Samples are shuffled inside windows: `window` raw samples in a row, over the borders of shards,
+    fewer where they would take more than the lane's share of 4 GiB. So a position is a few numbers,
+    not a buffer, and resuming reads on at a byte.
     """
 
-    def __init__(self, urls: Sequence[str], seed: int, window: int) -> None:
-        self._urls = list(urls)
-        self._seed = seed
-        self._window = window
+    def __init__(
+        self,
+        sources: Sequence[Mixed],
+        rules: SampleRules,
+        options: ShardOptions,
+        storage: StorageOptions,
+    ) -> None:
+        """Raises DataError for patterns that name nothing and manifests that are none."""
+        lists = [ShardList(url for p in s.patterns for url in expand_shards(p)) for s in sources]
+        self.urls = lists[0] if len(lists) == 1 else ShardList(itertools.chain(*lists))
+        weights = np.concatenate(
+            [np.full(len(found), s.weight) for found, s in zip(lists, sources, strict=True)]
+        )
+        counts = shard_counts(self.urls, storage)
+        self.plan = ShardPlan(weights, counts, options.seed, options.replacement)
+        self._rules = rules
+        self._options = options
+        self._storage = storage
 
     def check(self) -> None:
-        """Every local shard must exist.
+        """Local shards must exist, and the first remote one must be readable.
 
         Raises:
             DataError: with the number of missing shards and the first of them.
         """
-        missing = [url for url in self._urls if is_local(url) and not Path(url).is_file()]
+        missing = missing_shards(self.urls)
         if missing:
             raise DataError(
-                f"{len(missing)} of {len(self._urls)} shards are missing, first: {missing[0]}"
+                f"{len(missing)} of {len(self.urls)} shards are missing, first: {missing[0]}"
             )
+        remote = (u for u in self.urls if not is_local(u) and not u.startswith(PIPE))
+        for url in itertools.islice(remote, 1):
+            try:
+                with open_shard(url, StorageOptions(1, self._storage.timeout_seconds)) as file:
+                    file.read(1)
+            except OSError as error:
+                reason = "no such shard" if isinstance(error, FileNotFoundError) else error
+                raise DataError(f"{url}: {reason}") from error
 
     def count(self) -> int | None:
-        """Samples in all shards, if each is listed in the manifest.json beside it."""
-        total = 0
-        counts: dict[Path, dict[str, int]] = {}
-        for url in self._urls:
-            folder = Path(url).parent
-            if folder not in counts:
-                counts[folder] = _manifest_counts(folder) if is_local(url) else {}
-            if Path(url).name not in counts[folder]:
-                return None
-            total += counts[folder][Path(url).name]
-        return total
+        """Samples of an epoch, if each shard is listed in a manifest beside it."""
+        return self.plan.samples()
 
     def lane(
         self, lane: int, lanes: int, start: Position
     ) -> Iterator[tuple[Position, RawSample | BadSample]]:
         """The rest of one epoch of a lane."""
-        deal = self._deal(lane, lanes, start.epoch)
-        for part in range(start.part, len(deal)):
-            shard, index, stride = deal[part]
-            used = start.offset if part == start.part else 0
-            samples = itertools.islice(read_shard(self._urls[shard]), index, None, stride)
-            seed = [self._seed, start.epoch, shard, index]
-            for offset, sample in _shuffle_windows(samples, self._window, seed, used):
-                yield Position(start.epoch, part, offset + 1), sample
+        epoch, used = start.epoch, start.used
+        parts = self.plan.parts(lane, lanes, epoch)
+        at = _Cursor(start.part, start.number, start.byte)
+        entries = self._entries(parts, at)
+        while True:
+            window, end = self._window(entries, at, WINDOW_BYTES // lanes)
+            if not window:
+                return
+            seed = [self._options.seed, epoch, lane, at.part, at.number]
+            order = np.random.default_rng(seed).permutation(len(window))
+            for place in range(used, len(window)):
+                last = place + 1 == len(window)
+                after = Position(epoch, *end) if last else Position(epoch, *at, used=place + 1)
+                yield after, window[order[place]]
+            at, used = end, 0
 
     def ordered(self, index: int, stride: int) -> Iterator[RawSample | BadSample]:
         """Every `stride`-th sample from `index` on, shard after shard."""
-        samples = itertools.chain.from_iterable(read_shard(url) for url in self._urls)
+        samples = itertools.chain.from_iterable(
+            read_shard(url, self._rules, self._storage) for url in self.urls
+        )
         return itertools.islice(samples, index, None, stride)
 
-    def _deal(self, lane: int, lanes: int, epoch: int) -> list[tuple[int, int, int]]:
-        """Shards of a lane in an epoch, as (shard, first sample, stride)."""
-        count = len(self._urls)
-        order = np.random.default_rng([self._seed, epoch]).permutation(count)
-        if count >= lanes:
-            return [(int(shard), 0, 1) for shard in order[lane::lanes]]
-        place = lane % count
-        sharing = (lanes - place + count - 1) // count
-        return [(int(order[place]), lane // count, sharing)]
+    def _window(
+        self,
+        entries: Iterator[tuple[_Cursor, list[RawSample | BadSample]]],
+        at: _Cursor,
+        most_bytes: int,
+    ) -> tuple[list[RawSample | BadSample], _Cursor]:
+        window: list[RawSample | BadSample] = []
+        size = 0
+        while len(window) < self._options.window and size < most_bytes:
+            found = next(entries, None)
+            if found is None:
+                break
+            at, new = found
+            window += new
+            size += sum(_size(entry) for entry in new)
+        return window, at
+
+    def _entries(
+        self, parts: Sequence[Part], start: _Cursor
+    ) -> Iterator[tuple[_Cursor, list[RawSample | BadSample]]]:
+        """Samples of a lane's epoch from `start` on, with the cursor behind each."""
+        for number in range(start.part, len(parts)):
+            at = start if number == start.part else _Cursor(number, 0, 0)
+            url = self.urls[parts[number].shard]
+            yield from _read(url, parts[number], at, self._rules, self._storage)
 
 
-def _shuffle_windows(
-    samples: Iterator[RawSample | BadSample], window: int, seed: list[int], used: int
-) -> Iterator[tuple[int, RawSample | BadSample]]:
-    """Samples with their number, shuffled inside windows, after the first `used`."""
-    first = used // window
-    samples = itertools.islice(samples, first * window, None)
-    for number in itertools.count(first):
-        buffer = list(itertools.islice(samples, window))
-        if not buffer:
+def read_shard(
+    url: str, rules: SampleRules, storage: StorageOptions
+) -> Iterator[RawSample | BadSample]:
+    """Samples of one shard in storage order; whatever breaks in it comes as a BadSample."""
+    for _, entries in _read(url, Part(0, 0, None, 1), _Cursor(0, 0, 0), rules, storage):
+        yield from entries
+
+
+def _read(
+    url: str, part: Part, at: _Cursor, rules: SampleRules, storage: StorageOptions
+) -> Iterator[tuple[_Cursor, list[RawSample | BadSample]]]:
+    """A part of a shard from `at` on: what a sample gives, with the cursor behind it."""
+    number = at.number
+    cause = "truncated_shard"
+    try:
+        with open_shard(url, storage) as file:
+            for run in read_runs(file, at.byte, WANTED):
+                if part.stop is not None and number >= part.stop:
+                    return
+                mine = number >= part.first and (number - part.first) % part.stride == 0
+                number += 1
+                if mine:
+                    yield _Cursor(at.part, number, run.end), _parse(run, url, rules)
+        if part.stop is None:
             return
-        order = np.random.default_rng([*seed, number]).permutation(len(buffer))
-        for place in range(max(0, used - number * window), len(buffer)):
-            yield number * window + place, buffer[order[place]]
+    except TarFault as fault:
+        cause = fault.cause
+    except FileNotFoundError:
+        cause = "missing_shard"
+    except StorageError:
+        cause = "unreadable_shard"
+    # of lanes that share a shard of unknown size, the first tells
+    lost = int(part.first == 0) if part.stop is None else part.stop - max(number, part.first)
+    if lost > 0:
+        yield _Cursor(at.part + 1, 0, 0), [BadSample(cause, url, url, lost)]
 
 
-def read_shard(url: str) -> Iterator[RawSample | BadSample]:
-    """Samples of one shard in storage order; whatever breaks in it comes out as a BadSample."""
+def _parse(run: Run, url: str, rules: SampleRules) -> list[RawSample | BadSample]:
+    found: list[RawSample | BadSample] = [
+        BadSample("duplicate_key", run.key, url) for _ in range(run.copies)
+    ]
     try:
-        for fields in tarfile_samples([{"url": url}]):
-            yield _parse(fields)
-    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
-        # ValueError: webdataset's word for duplicated names and unknown url schemes
-        cause = "missing_shard" if isinstance(error, FileNotFoundError) else "broken_shard"
-        yield BadSample(cause, url)
+        if run.fault is not None:
+            raise BadSample(run.fault, run.key, url)
+        found.append(rules.sample(run.key, run.files, url))
+    except BadSample as bad:
+        found.append(BadSample(*bad.skipped))  # without the frames that the other one holds
+    return found
 
 
-def _parse(fields: Mapping[str, Any]) -> RawSample | BadSample:
-    key = str(fields["__key__"])
-    image = next((fields[e] for e in IMAGE_EXTENSIONS if e in fields), None)
-    if image is None:
-        return BadSample("missing_image", key)
-    try:
-        if "txt" in fields:
-            caption = fields["txt"].decode("utf-8")
-        elif "json" in fields:
-            caption = json.loads(fields["json"])["caption"]
-        else:
-            return BadSample("missing_caption", key)
-    except UnicodeDecodeError:
-        return BadSample("caption_not_utf8", key)
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return BadSample("missing_caption", key)
-    if not isinstance(caption, str):
-        return BadSample("missing_caption", key)
-    return RawSample(key, image, caption)
+def missing_shards(urls: Iterable[str]) -> list[str]:
+    """Local shards that are not there; each folder is listed once."""
+    names: dict[str, set[str]] = {}
+    missing = []
+    for url in urls:
+        if not is_local(url):
+            continue
+        folder, _, name = url.rpartition("/")
+        if folder not in names:
+            names[folder] = set()
+            if Path(url).parent.is_dir():
+                with os.scandir(Path(url).parent) as entries:
+                    names[folder] = {entry.name for entry in entries}
+        if name not in names[folder]:
+            missing.append(url)
+    return missing
 
 
-def _manifest_counts(folder: Path) -> dict[str, int]:
-    path = folder / MANIFEST
-    if not path.is_file():
-        return {}
-    try:
-        shards = json.loads(path.read_text())["shards"]
-        return {str(shard["name"]): int(shard["samples"]) for shard in shards}
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path}: not a manifest written by coca-scale data pack") from error
+def _size(entry: RawSample | BadSample) -> int:
+    image = entry.image if isinstance(entry, RawSample) else b""
+    return len(image) if isinstance(image, bytes) else 0

@@ -3,35 +3,69 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
+from coca_scale.data.images import TrainCrop
+from coca_scale.data.rules import SampleRules
 from coca_scale.data.sample import DataError, Source
-from coca_scale.data.shards import ShardSource, expand_shards
+from coca_scale.data.shards import Mixed, ShardOptions, ShardSource
+from coca_scale.data.storage import StorageOptions
 from coca_scale.data.synthetic import Shapes
 from coca_scale.data.tables import CaptionTable, IndexedSource
-from coca_scale.recipe.schema import DataSection
+from coca_scale.recipe.schema import DataSection, WeightedShards
 
 TABLE_SUFFIXES = (".csv", ".tsv")
 
 
-def open_source(spec: str | Sequence[str], data: DataSection, seed: int) -> Source:
+def open_source(spec: str | Sequence[str | WeightedShards], data: DataSection, seed: int) -> Source:
     """A source for `data.train` or `data.val`.
 
     Raises:
         DataError: names nothing, or mixes kinds of sources.
     """
-    patterns = [spec] if isinstance(spec, str) else list(spec)
+    mixed = _mixed(spec)
+    patterns = [pattern for source in mixed for pattern in source.patterns]
     kinds = {_kind(pattern) for pattern in patterns}
     if len(kinds) > 1:
         raise DataError(f"{', '.join(patterns)}: shards, tables and synthetic data do not mix")
     kind = kinds.pop()
+    if kind == "shards":
+        rules = SampleRules(data.captions, data.filters)
+        options = ShardOptions(seed, data.shuffle_window, data.replacement)
+        return ShardSource(mixed, rules, options, storage_options(data))
+    if data.replacement or len({source.weight for source in mixed}) > 1:
+        raise DataError(f"{', '.join(patterns)}: weights and data.replacement are for shards")
     if kind == "synthetic":
         if len(patterns) > 1:
             raise DataError("give one synthetic:// source, not a list")
         return IndexedSource(Shapes.from_url(patterns[0]), patterns[0], seed)
-    if kind == "table":
-        table = CaptionTable(patterns, data.image_column, data.caption_column)
-        return IndexedSource(table, ", ".join(patterns), seed)
-    return ShardSource(expand_shards(patterns), seed, data.shuffle_window)
+    table = CaptionTable(patterns, data.image_column, data.caption_column)
+    return IndexedSource(table, ", ".join(patterns), seed)
+
+
+def train_crop(data: DataSection, image_size: int) -> TrainCrop:
+    """How training pictures are cropped, and which are too small or too long."""
+    filters = data.filters
+    return TrainCrop(image_size, data.crop_scale_min, filters.min_side, filters.max_aspect_ratio)
+
+
+def storage_options(data: DataSection) -> StorageOptions:
+    """How remote shards are read."""
+    most = None if data.cache_gigabytes is None else int(data.cache_gigabytes * 1e9)
+    folder = None if data.cache_dir is None else Path(data.cache_dir)
+    return StorageOptions(data.retries, data.timeout_seconds, folder, most)
+
+
+def _mixed(spec: str | Sequence[str | WeightedShards]) -> list[Mixed]:
+    entries = [spec] if isinstance(spec, str) else spec
+    mixed = []
+    for entry in entries:
+        if isinstance(entry, str):
+            mixed.append(Mixed([entry]))
+        else:
+            patterns = [entry.shards] if isinstance(entry.shards, str) else entry.shards
+            mixed.append(Mixed(patterns, entry.weight))
+    return mixed
 
 
 def _kind(pattern: str) -> str:

@@ -68,7 +68,7 @@ class Shapes:
         shape = str(rng.choice(SHAPES))
         picture = _draw(rng, self.size, SIZES[size_name], COLOURS[colour_name], shape)
         caption = f"a {size_name} {colour_name} {shape}"
-        return RawSample(f"shapes/{self.split}/{index:09d}", picture, caption)
+        return RawSample(f"shapes/{self.split}/{index:09d}", picture, ((caption, 1.0),))
 
 
 def _draw(

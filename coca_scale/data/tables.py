@@ -38,7 +38,7 @@ class CaptionTable:
     def __getitem__(self, index: int) -> RawSample:
         path, caption = self._rows[index]
         try:
-            return RawSample(path, Path(path).read_bytes(), caption)
+            return RawSample(path, Path(path).read_bytes(), ((caption, 1.0),))
         except OSError as error:
             raise BadSample("missing_image", path) from error
 
@@ -101,8 +101,8 @@ class IndexedSource:
             )
         order = _permutation(count, self._seed, start.epoch)
         mine = order[lane * count // lanes : (lane + 1) * count // lanes]
-        for offset in range(start.offset, len(mine)):
-            yield Position(start.epoch, 0, offset + 1), self._get(int(mine[offset]))
+        for used in range(start.used, len(mine)):
+            yield Position(start.epoch, used=used + 1), self._get(int(mine[used]))
 
     def ordered(self, index: int, stride: int) -> Iterator[RawSample | BadSample]:
         """Every `stride`-th item from `index` on."""

@@ -13,10 +13,9 @@ from typing import TextIO
 import torch
 from PIL import Image, ImageDraw
 
-from coca_scale.data.images import decode_image, eval_pixels
+from coca_scale.data.images import IMAGE_EXTENSIONS, decode_image, eval_pixels
 from coca_scale.data.loader import EvalSample
 from coca_scale.data.sample import BadSample, DataError, RawSample
-from coca_scale.data.shards import IMAGE_EXTENSIONS
 from coca_scale.data.sources import open_source
 from coca_scale.engine.loading import LoadedModel
 from coca_scale.evaluation.retrieval import recall_at_1
@@ -61,11 +60,11 @@ def read_pictures(inputs: Sequence[str], data: DataSection) -> Iterator[RawSampl
             files = sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes)
             if not files:
                 raise DataError(f"{name}: no pictures in this folder")
-            yield from (RawSample(str(p), p.read_bytes(), "") for p in files)
+            yield from (RawSample(str(p), p.read_bytes()) for p in files)
         elif path.suffix.lower() in suffixes:
             if not path.is_file():
                 raise DataError(f"{name}: no such file")
-            yield RawSample(name, path.read_bytes(), "")
+            yield RawSample(name, path.read_bytes())
         else:
             source = open_source(name, data, seed=0)
             source.check()

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
+from coca_scale.training.skipped import BAD_SAMPLES
 from coca_scale.training.validation import ValidationResult
 
 
@@ -58,20 +59,10 @@ class RunLog:
             self._writer.close()
 
     def resume_at(self, step: int) -> None:
-        """Forget metrics of steps after `step`, which will be run again."""
-        path = self._folder / "metrics.jsonl"
-        if not self._active or not path.is_file():
-            return
-        kept = []
-        for line in path.read_text().splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line)
-            except (json.JSONDecodeError, KeyError):
-                continue  # the last line of a run that was killed while writing it
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept))
-        temporary.replace(path)
+        """Forget what was written about steps after `step`, which will be run again."""
+        if self._active:
+            for name in ("metrics.jsonl", BAD_SAMPLES):
+                _forget_after(self._folder / name, step)
 
     def say(self, message: str) -> None:
         """One line for the person watching."""
@@ -131,3 +122,18 @@ def peak_memory_bytes() -> int:
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _forget_after(path: Path, step: int) -> None:
+    """Drop lines of later steps, and the last line of a run that was killed while writing it."""
+    if not path.is_file():
+        return
+    temporary = path.with_suffix(".tmp")
+    with path.open() as lines, temporary.open("w") as kept:
+        for line in lines:
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.write(line)
+            except (json.JSONDecodeError, KeyError):
+                continue
+    temporary.replace(path)

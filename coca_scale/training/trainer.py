@@ -7,7 +7,6 @@ import math
 import platform
 import subprocess
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +20,7 @@ from coca_scale.data.loader import (
     deal_lanes,
 )
 from coca_scale.data.sample import DataError, Source
-from coca_scale.data.sources import open_source
+from coca_scale.data.sources import open_source, train_crop
 from coca_scale.data.tokens import FastTokenizer, make_tokenizer
 from coca_scale.engine.checkpoint import (
     find_checkpoint,
@@ -37,9 +36,8 @@ from coca_scale.recipe import BatchPlan, Recipe, dump_recipe
 from coca_scale.training.initial import initial_model, model_config
 from coca_scale.training.log import RunLog, peak_memory_bytes
 from coca_scale.training.schedule import learning_rate, total_steps
+from coca_scale.training.skipped import SkipLog
 from coca_scale.training.validation import Validation
-
-MIN_SAMPLES_FOR_BAD_FRACTION = 256
 
 
 class Trainer:
@@ -55,8 +53,8 @@ class Trainer:
         self.recipe = recipe
         self.world = world
         self.step = 0
-        self.bad: Counter[str] = Counter()
         self.skipped_steps = 0
+        self.skips = SkipLog(world, recipe.run.folder, recipe.data.max_bad_fraction)
         self.lanes: LaneStates = {}
         self.notes: list[str] = []
         world.agree(_message_of(self._prepare))
@@ -110,6 +108,8 @@ class Trainer:
                 if obstacle is not None:
                     log.say(f"{self.folder / 'export'} is for coca-scale alone: {obstacle}")
             self.world.barrier()
+            if self.skips.causes:
+                log.say(f"skipped samples: {self.skips.summary()}")
             log.say(f"finished {self.step} steps; run folder {self.folder}")
 
     def _train(self, log: RunLog) -> None:
@@ -135,6 +135,7 @@ class Trainer:
             meter.steps += 1
             if self.step % self.recipe.log.every_steps == 0 or self.step == self.steps:
                 log.metrics(self._metrics(result, lr, meter))
+                self.skips.flush(self.step)
             last = self.step == self.steps
             if every is not None and self.step % every == 0 and not last:
                 self._save()
@@ -161,28 +162,14 @@ class Trainer:
         except DataError as fault:
             error = str(fault)
         meter.waited_seconds += time.perf_counter() - started
-        found = sum(batch.bad.values()) if batch is not None else 0
-        failures, bad = self.world.sum(float(error is not None), found)
+        here = self.skips.add(batch.skipped) if batch is not None else (0, 0)
+        failures, bad, filtered = self.world.sum(float(error is not None), *here)
         if failures:
             self.world.agree(error)
         assert batch is not None
-        if bad:
-            for part in self.world.gather(batch.bad):
-                assert isinstance(part, Counter)
-                self.bad += part
-            self._check_bad_fraction()
+        good = (self.step + 1) * self.plan.global_batch
+        self.skips.total(int(bad), int(filtered), good, self.step + 1)
         return batch
-
-    def _check_bad_fraction(self) -> None:
-        bad = sum(self.bad.values())
-        seen = bad + (self.step + 1) * self.plan.global_batch
-        limit = self.recipe.data.max_bad_fraction
-        if seen >= MIN_SAMPLES_FOR_BAD_FRACTION and bad > limit * seen:
-            causes = ", ".join(f"{n} × {cause}" for cause, n in self.bad.most_common())
-            raise AgreedError(
-                f"{bad} of {seen} samples are unusable ({causes}), more than "
-                f"data.max_bad_fraction={limit} allows"
-            )
 
     def _metrics(self, result: StepResult, lr: float, meter: _Meter) -> dict[str, Any]:
         rate, wait = meter.read()
@@ -201,15 +188,15 @@ class Trainer:
             "data_wait_fraction": wait,
             "peak_memory_bytes": peak_memory_bytes(),
             "skipped_steps": self.skipped_steps,
-            "bad_samples": sum(self.bad.values()),
+            "bad_samples": self.skips.bad,
+            "filtered_samples": self.skips.filtered,
         }
 
     def _loader(self) -> TrainLoader:
         dataset = TrainDataset(
             source=self.source,
             tokenizer=self.tokenizer,
-            image_size=self.config.vision_cfg.image_size,
-            crop_scale_min=self.recipe.data.crop_scale_min,
+            crop=train_crop(self.recipe.data, self.config.vision_cfg.image_size),
             seed=self.recipe.run.seed,
             lanes=self.plan.lanes,
             samples_per_lane=self.plan.samples_per_lane,
@@ -269,10 +256,11 @@ class Trainer:
             self.engine.load_state(self.resumed)
             self.step = progress["step"]
             self.skipped_steps = progress["skipped_steps"]
-            self.bad = Counter(progress["bad"])
+            self.skips.load(progress["skips"])
         self.lanes = deal_lanes(self.plan.lanes, self.world.rank, self.world.size, saved)
 
     def _save(self) -> Path:
+        self.skips.flush(self.step)
         lanes: dict[int, Any] = {}
         for part in self.world.gather(self.lanes):
             assert isinstance(part, dict)
@@ -281,7 +269,7 @@ class Trainer:
             "step": self.step,
             "samples_seen": self.step * self.plan.global_batch,
             "skipped_steps": self.skipped_steps,
-            "bad": dict(self.bad),
+            "skips": self.skips.state(),
             "lanes": [list(lanes[lane]) for lane in sorted(lanes)],
             "model_cfg": self.config.to_dict(),
         }

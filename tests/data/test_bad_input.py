@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -13,15 +14,19 @@ from webdataset import TarWriter
 
 from coca_scale.data.images import decode_image, eval_pixels, to_rgb
 from coca_scale.data.pack import PackOptions, pack
+from coca_scale.data.plan import expand_shards
+from coca_scale.data.rules import SampleRules
 from coca_scale.data.sample import BadSample, DataError
-from coca_scale.data.shards import expand_shards, read_shard
+from coca_scale.data.shards import read_shard
 from coca_scale.data.sources import open_source
+from coca_scale.data.storage import StorageOptions
 from coca_scale.data.tokens import ClipTokenizer, clip_bpe_prefix, make_tokenizer
 from coca_scale.model import load_model_config
 from tests.conftest import tiny_recipe
 from tests.data.test_lanes import encoded, loader, write_shards
 
 DATA = tiny_recipe().data
+RULES = SampleRules({}, DATA.filters)
 
 
 @pytest.mark.parametrize(
@@ -49,9 +54,10 @@ def test_missing_shards_are_counted(tmp_path):
 
 def test_braces_globs_and_lists_expand_in_order(tmp_path):
     write_shards(tmp_path, [1, 1, 1])
-    names = expand_shards([str(tmp_path / "{000..001}.tar"), str(tmp_path / "00[2-9].tar")])
-    assert [name[-7:] for name in names] == ["000.tar", "001.tar", "002.tar"]
-    assert expand_shards(["pipe:cat {1..2}.tar"]) == ["pipe:cat 1.tar", "pipe:cat 2.tar"]
+    for pattern in ("{000..002}.tar", "00[0-2].tar", ""):
+        names = expand_shards(str(tmp_path / pattern))
+        assert [name[-7:] for name in names] == ["000.tar", "001.tar", "002.tar"]
+    assert list(expand_shards("pipe:cat {1..2}.tar")) == ["pipe:cat 1.tar", "pipe:cat 2.tar"]
 
 
 def test_table_without_its_columns(tmp_path):
@@ -82,8 +88,9 @@ def test_bad_samples_are_skipped_and_counted_by_cause(tmp_path):
     batch = next(iter(loader(str(tmp_path / "000.tar"), 0, 1, lanes=1)))
     assert set(batch.keys) == {"000", "008"}
     # 12 samples at 2 good ones an epoch
-    assert batch.bad["broken_image"] == 2 * batch.bad["empty_caption"] > 0
-    assert set(batch.bad) == {
+    bad = Counter(skipped.cause for skipped in batch.skipped)
+    assert bad["broken_image"] == 2 * bad["empty_caption"] > 0
+    assert set(bad) == {
         "broken_image",
         "empty_caption",
         "caption_not_utf8",
@@ -97,11 +104,11 @@ def test_truncated_and_vanished_shards_end_early_but_do_not_stop(tmp_path):
     write_shards(tmp_path, [6])
     path = tmp_path / "000.tar"
     path.write_bytes(path.read_bytes()[:9000])
-    found = list(read_shard(str(path)))
+    found = list(read_shard(str(path), RULES, StorageOptions()))
     assert isinstance(found[-1], BadSample)
-    assert found[-1].cause == "broken_shard"
+    assert found[-1].cause == "truncated_shard"
     assert 0 < len(found) - 1 < 6
-    gone = list(read_shard(str(tmp_path / "gone.tar")))
+    gone = list(read_shard(str(tmp_path / "gone.tar"), RULES, StorageOptions()))
     assert [bad.cause for bad in gone] == ["missing_shard"]
 
 

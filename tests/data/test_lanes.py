@@ -13,7 +13,7 @@ from webdataset import TarWriter
 
 from coca_scale.data.loader import TrainDataset, TrainLoader, deal_lanes
 from coca_scale.data.sample import DataError
-from coca_scale.data.sources import open_source
+from coca_scale.data.sources import open_source, train_crop
 from coca_scale.data.tokens import make_tokenizer
 from coca_scale.model import load_model_config
 from tests.conftest import tiny_recipe
@@ -37,13 +37,12 @@ def write_shards(folder, counts):
     return str(folder / f"{{000..{len(counts) - 1:03d}}}.tar")
 
 
-def loader(train, rank, ranks, workers=0, saved=None, lanes=12):
-    recipe = tiny_recipe(data__train=train, data__shuffle_window=4)
+def loader(train, rank, ranks, workers=0, saved=None, lanes=12, **data):
+    recipe = tiny_recipe(data__train=train, data__shuffle_window=4, **data)
     dataset = TrainDataset(
         source=open_source(train, recipe.data, 0),
         tokenizer=make_tokenizer(load_model_config("coca_tiny")),
-        image_size=48,
-        crop_scale_min=0.9,
+        crop=train_crop(recipe.data, 48),
         seed=0,
         lanes=lanes,
         samples_per_lane=BATCH // lanes,
@@ -52,9 +51,9 @@ def loader(train, rank, ranks, workers=0, saved=None, lanes=12):
     return TrainLoader(dataset, workers)
 
 
-def steps(train, count, ranks=1, workers=0, saved=None, lanes=12):
+def steps(train, count, ranks=1, workers=0, saved=None, lanes=12, **data):
     """Keys per step over all ranks, the lane states after the last one, and the pixels."""
-    streams = [iter(loader(train, r, ranks, workers, saved, lanes)) for r in range(ranks)]
+    streams = [iter(loader(train, r, ranks, workers, saved, lanes, **data)) for r in range(ranks)]
     keys, pixels, states = [], [], {}
     for _ in range(count):
         batches = [next(stream) for stream in streams]
@@ -110,7 +109,7 @@ def test_resume_goes_on_at_the_very_sample_with_other_ranks(train):
 
 def test_lanes_of_a_checkpoint_must_match():
     with pytest.raises(DataError, match=r"data\.lanes=3"):
-        deal_lanes(4, 0, 1, [[0, 0, 0]] * 3)
+        deal_lanes(4, 0, 1, [[0, 0, 0, 0, 0]] * 3)
 
 
 def test_fewer_samples_than_lanes_is_an_error():

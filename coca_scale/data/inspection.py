@@ -1,0 +1,259 @@
+"""What is in shards: counts, sizes, caption lengths, faults."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from open_clip.tokenizer import SimpleTokenizer
+
+from coca_scale.data.images import decode_image
+from coca_scale.data.manifest import MANIFEST
+from coca_scale.data.pack import Progress
+from coca_scale.data.plan import ShardList, expand_shards
+from coca_scale.data.rules import SampleRules
+from coca_scale.data.sample import BadSample, DataError, RawSample, Skipped
+from coca_scale.data.shards import read_shard
+from coca_scale.data.storage import StorageOptions, is_local
+from coca_scale.recipe.files import sha256_of
+from coca_scale.recipe.schema import DataFilters
+
+SIDES = (64, 128, 224, 256, 336, 448, 512, 1024, 2048)
+BIN_TOKENS = 8
+MAX_BINS = 40
+BAR_WIDTH = 40
+WORST_SHARDS = 5
+
+
+@dataclass
+class ShardReport:
+    """What one shard holds.
+
+    Attributes:
+        url: of the shard.
+        samples: usable and unusable ones, each key once.
+        image_bytes: of usable samples, encoded.
+        lengths: samples by caption length, in tokens of CLIP's BPE with start and end.
+        sides: samples by shortest side, in pixels.
+        formats: samples by image format.
+        skipped: unusable samples.
+    """
+
+    url: str
+    samples: int = 0
+    image_bytes: int = 0
+    lengths: Counter[int] = field(default_factory=Counter)
+    sides: Counter[int] = field(default_factory=Counter)
+    formats: Counter[str] = field(default_factory=Counter)
+    skipped: list[Skipped] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a set of shards holds."""
+
+    shards: list[ShardReport]
+
+    @property
+    def samples(self) -> int:
+        """Samples, unusable ones included."""
+        return sum(shard.samples for shard in self.shards)
+
+    @property
+    def causes(self) -> Counter[str]:
+        """Unusable samples by cause."""
+        return Counter(bad.cause for shard in self.shards for bad in shard.skipped)
+
+    @property
+    def lengths(self) -> Counter[int]:
+        """Usable samples by caption length in tokens."""
+        return sum((shard.lengths for shard in self.shards), Counter())
+
+    def facts(self) -> dict[str, Any]:
+        """Everything as plain data for JSON."""
+        sides = sum((shard.sides for shard in self.shards), Counter())
+        usable = self.lengths.total()
+        return {
+            "shards": len(self.shards),
+            "samples": self.samples,
+            "usable": usable,
+            "image_bytes": sum(shard.image_bytes for shard in self.shards),
+            "samples_per_shard": _spread([shard.samples for shard in self.shards]),
+            "shortest_side_pixels": _spread(list(sides.elements())),
+            "caption_tokens": _spread(list(self.lengths.elements())),
+            "formats": dict(sum((shard.formats for shard in self.shards), Counter())),
+            "bad": dict(self.causes.most_common()),
+            "bad_shards": {
+                shard.url: dict(Counter(bad.cause for bad in shard.skipped))
+                for shard in self.shards
+                if shard.skipped
+            },
+        }
+
+    def text(self) -> str:
+        """For a terminal: a table, a histogram of caption lengths, faults by cause and shard."""
+        facts = self.facts()
+        mean = facts["image_bytes"] / max(1, facts["usable"])
+        lines = [
+            f"shards           {facts['shards']:,}, samples each {facts['samples_per_shard']}",
+            f"samples          {facts['samples']:,}, usable {facts['usable']:,}",
+            f"pictures         {facts['image_bytes'] / 1e9:,.3f} GB, mean {mean / 1e3:,.1f} kB, "
+            + ", ".join(f"{count:,} {name}" for name, count in facts["formats"].items()),
+            f"shortest side    {facts['shortest_side_pixels']} pixels",
+            f"caption length   {facts['caption_tokens']} tokens of CLIP's BPE",
+            *_bars(self.lengths),
+        ]
+        if self.causes:
+            lines.append("unusable")
+            lines += [f"  {count:>9,}  {cause}" for cause, count in self.causes.most_common()]
+            worst = sorted(self.shards, key=lambda shard: -len(shard.skipped))[:WORST_SHARDS]
+            lines += [f"  {len(w.skipped):>9,}  in {w.url}" for w in worst if w.skipped]
+        return "\n".join(lines)
+
+    def draw(self, path: Path) -> None:
+        """The histogram of caption lengths as a picture."""
+        import matplotlib  # slow to import
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+
+        bins = _binned(self.lengths)
+        figure, axes = pyplot.subplots(figsize=(7, 3.5), layout="constrained")
+        axes.bar(list(bins), list(bins.values()), width=BIN_TOKENS * 0.9, align="edge")
+        axes.axvline(77, color="0.4", linestyle="--", linewidth=1)
+        axes.annotate("77: CLIP's context", (77, 1), (4, -12), ("data", "axes fraction"),
+                      "offset points", color="0.4")  # fmt: skip
+        axes.set(xlabel="tokens per caption", ylabel="samples", xlim=(0, None))
+        axes.set_title(f"{self.lengths.total():,} captions in {len(self.shards):,} shards")
+        axes.spines[["top", "right"]].set_visible(False)
+        figure.savefig(path, dpi=150)
+        pyplot.close(figure)
+
+
+def inspect_shards(
+    patterns: Sequence[str],
+    decode: bool = True,
+    workers: int = 1,
+    progress: Progress | None = None,
+) -> Inspection:
+    """Read shards from end to end.
+
+    Args:
+        patterns: as in data.train.
+        decode: decode every picture, which is what finds broken ones.
+        workers: processes.
+        progress: called with the number of shards done and their total.
+
+    Raises:
+        DataError: a pattern that names nothing.
+    """
+    urls = ShardList(url for pattern in patterns for url in expand_shards(pattern))
+    reports: list[ShardReport | None] = [None] * len(urls)
+    with ProcessPoolExecutor(min(workers, max(1, len(urls)))) as pool:
+        jobs = {pool.submit(_inspect, url, decode): number for number, url in enumerate(urls)}
+        for done, job in enumerate(as_completed(jobs), start=1):
+            reports[jobs[job]] = job.result()
+            if progress is not None:
+                progress(done, len(urls))
+    return Inspection([report for report in reports if report is not None])
+
+
+def write_manifest(found: Inspection) -> Path:
+    """Write manifest.json beside local shards of one folder, so that runs know their sizes.
+
+    Raises:
+        DataError: several folders, or shards that are not files.
+    """
+    folders = {Path(shard.url).parent for shard in found.shards}
+    if len(folders) != 1 or not all(is_local(shard.url) for shard in found.shards):
+        raise DataError("a manifest is for the local shards of one folder")
+    path = folders.pop() / MANIFEST
+    shards = []
+    for shard in found.shards:
+        file = Path(shard.url)
+        about = {"name": file.name, "samples": shard.samples, "bytes": file.stat().st_size}
+        shards.append({**about, "sha256": sha256_of(file)})
+    content = {"samples": found.samples, "bad": dict(found.causes), "shards": shards}
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.replace(path)
+    return path
+
+
+def _inspect(url: str, decode: bool) -> ShardReport:
+    report = ShardReport(url)
+    keys: set[str] = set()
+    for sample in read_shard(url, SampleRules({}, DataFilters()), StorageOptions()):
+        try:
+            if isinstance(sample, BadSample):
+                raise sample
+            if sample.key in keys:  # not only right behind each other
+                raise BadSample("duplicate_key", sample.key)
+            keys.add(sample.key)
+            _describe(sample, decode, report)
+        except BadSample as bad:
+            report.skipped.append(bad.skipped._replace(shard=url))
+        aside = isinstance(sample, BadSample) and (
+            sample.cause == "duplicate_key" or sample.skipped.key == url
+        )
+        report.samples += not aside
+    return report
+
+
+def _describe(sample: RawSample, decode: bool, report: ShardReport) -> None:
+    assert isinstance(sample.image, bytes)
+    if decode:
+        image = decode_image(sample.image, sample.key)
+        report.sides[min(image.size)] += 1
+    report.formats[_format(sample.image)] += 1
+    report.image_bytes += len(sample.image)
+    report.lengths[len(_bpe().encode(sample.caption)) + 2] += 1
+
+
+@lru_cache(maxsize=1)
+def _bpe() -> SimpleTokenizer:
+    return SimpleTokenizer()
+
+
+def _format(data: bytes) -> str:
+    """By the first bytes, whatever the name says."""
+    known = {b"\xff\xd8": "JPEG", b"\x89P": "PNG", b"RI": "WEBP", b"GI": "GIF"}
+    return known.get(data[:2], "other")
+
+
+def _spread(values: list[int]) -> str:
+    """Smallest, median and largest."""
+    if not values:
+        return "unknown"
+    ordered = sorted(values)
+    if ordered[0] == ordered[-1]:
+        return f"{ordered[0]:,}"
+    return f"{ordered[0]:,} to {ordered[-1]:,}, median {ordered[len(ordered) // 2]:,}"
+
+
+def _binned(lengths: Counter[int]) -> dict[int, int]:
+    """Counts by first length of a bin; all above the last bin are in it."""
+    if not lengths:
+        return {}
+    bins = min(MAX_BINS, max(lengths) // BIN_TOKENS + 1)
+    counts = dict.fromkeys((number * BIN_TOKENS for number in range(bins)), 0)
+    for length, count in lengths.items():
+        counts[min(length // BIN_TOKENS, bins - 1) * BIN_TOKENS] += count
+    return counts
+
+
+def _bars(lengths: Counter[int]) -> list[str]:
+    bins = _binned(lengths)
+    largest = max(bins.values(), default=0)
+    lines = []
+    for first, count in bins.items():
+        bar = "█" * math.ceil(BAR_WIDTH * count / largest) if count else ""
+        lines.append(f"  {first:>4}-{first + BIN_TOKENS - 1:<4} {count:>9,} {bar}")
+    return lines

@@ -1,0 +1,67 @@
+"""How many samples shards hold: `manifest.json` of coca-scale, or webdataset's `sizes.json`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from coca_scale.data.sample import DataError
+from coca_scale.data.storage import PIPE, StorageError, StorageOptions, is_local, read_whole
+
+MANIFEST = "manifest.json"
+SIZES = "sizes.json"
+
+
+def shard_counts(urls: Sequence[str], options: StorageOptions) -> np.ndarray | None:
+    """Samples of each shard, int64 [shards], from the files beside them; None if one is not listed.
+
+    Raises:
+        DataError: a file of that name with something else in it.
+    """
+    known: dict[str, dict[str, int]] = {}
+    counts = np.empty(len(urls), np.int64)
+    for number, url in enumerate(urls):
+        if url.startswith(PIPE):
+            return None
+        folder, _, name = url.rpartition("/")
+        if folder not in known:
+            known[folder] = _listed(folder, options)
+        count = known[folder].get(name)
+        if count is None:
+            return None
+        counts[number] = count
+    return counts
+
+
+def _listed(folder: str, options: StorageOptions) -> dict[str, int]:
+    prefix = f"{folder}/" if folder else ""
+    uncached = StorageOptions(options.retries, options.timeout_seconds)
+    for name in (MANIFEST, SIZES):
+        path = prefix + name
+        try:
+            content = read_whole(path, uncached)
+        except FileNotFoundError:
+            continue
+        except StorageError:
+            if is_local(path):
+                raise
+            continue  # buckets that may not be listed deny what is not there
+        try:
+            # one small tuple per shard: 200,000 dictionaries would cost 100 MB
+            parsed = json.loads(content, object_pairs_hook=_slim)
+            pairs = parsed.items() if name == SIZES else parsed["shards"]
+            return {str(shard): int(samples) for shard, samples in pairs}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{path}: not a list of shards and their sizes") from error
+    return {}
+
+
+def _slim(pairs: list[tuple[str, Any]]) -> Any:
+    """(name, samples) of a shard's entry; other objects as they are."""
+    found = dict(pairs)
+    if "samples" in found and "name" in found:
+        return found["name"], found["samples"]
+    return found

@@ -1,0 +1,171 @@
+"""Which shards an epoch has, in which order, and which part of them a lane reads.
+
+Only the recipe and the seed decide: no rank, no worker, no state.
+"""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import braceexpand
+import numpy as np
+
+from coca_scale.data.sample import DataError
+from coca_scale.data.storage import is_local
+
+
+class ShardList(Sequence[str]):
+    """Urls as one block of bytes, which forked loader processes share with their parent."""
+
+    def __init__(self, urls: Iterator[str]) -> None:
+        ends = [0]
+        blob = bytearray()
+        for url in urls:
+            blob += url.encode()
+            ends.append(len(blob))
+        self._blob = bytes(blob)
+        self._ends = np.array(ends, np.int64)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: int) -> str:  # type: ignore[override]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return self._blob[self._ends[index] : self._ends[index + 1]].decode()
+
+
+def expand_shards(pattern: str) -> Iterator[str]:
+    """Shard urls and paths named by a brace or glob pattern, or all .tar files of a folder.
+
+    Raises:
+        DataError: a pattern that names nothing.
+    """
+    try:
+        names = braceexpand.braceexpand(pattern)
+    except ValueError as error:
+        raise DataError(f"{pattern}: unbalanced braces") from error
+    for name in names:
+        if is_local(name) and Path(name).is_dir():
+            name = f"{glob.escape(name.rstrip('/'))}/*.tar"
+        if is_local(name) and any(c in name for c in "*?["):
+            found = sorted(glob.glob(name))
+            if not found:
+                raise DataError(f"{pattern}: matches no file")
+            yield from found
+        else:
+            yield name
+
+
+class Part(NamedTuple):
+    """Samples first, first + stride, … before stop of a shard; stop None reads to its end."""
+
+    shard: int
+    first: int
+    stop: int | None
+    stride: int
+
+
+class ShardPlan:
+    """The shards of every epoch.
+
+    Without replacement an epoch has every shard `weight` times (for a fraction, seeded shards take
+    turns); with replacement it has as many draws, each with a chance in proportion to the weight.
+    """
+
+    def __init__(
+        self,
+        weights: np.ndarray,
+        counts: np.ndarray | None,
+        seed: int,
+        replacement: bool,
+    ) -> None:
+        """For float [shards] `weights`, and int [shards] sample `counts` if all are known.
+
+        Raises:
+            DataError: the weights give an epoch less than one shard.
+        """
+        self._weights = weights
+        self._counts = counts
+        self._seed = seed
+        self._replacement = replacement
+        self._turns = np.random.default_rng([seed]).permutation(len(weights)) / len(weights)
+        if weights.sum() < 1 or not len(self.order(0)):
+            raise DataError("the weights in data.train give an epoch less than one shard")
+
+    @property
+    def counted(self) -> bool:
+        """Whether the size of every shard is known."""
+        return self._counts is not None
+
+    def samples(self) -> int | None:
+        """Samples of an epoch, on average where weights are fractions; None if unknown."""
+        return None if self._counts is None else round(float(self._weights @ self._counts))
+
+    def order(self, epoch: int) -> np.ndarray:
+        """Shard numbers of an epoch, int64."""
+        return _order(self, epoch)
+
+    def _draw(self, epoch: int) -> np.ndarray:
+        rng = np.random.default_rng([self._seed, epoch])
+        count = len(self._weights)
+        if self._replacement:
+            draws = max(1, round(float(self._weights.sum())))
+            return rng.choice(count, draws, p=self._weights / self._weights.sum())
+        before = np.floor(epoch * self._weights + self._turns)
+        copies = (np.floor((epoch + 1) * self._weights + self._turns) - before).astype(np.int64)
+        return rng.permutation(np.repeat(np.arange(count), copies))
+
+    def parts(self, lane: int, lanes: int, epoch: int) -> list[Part]:
+        """What a lane reads in an epoch, in order.
+
+        Where the sizes are known the epoch is cut into equal ranges of samples. Where not, whole
+        shards are dealt; lanes that outnumber them stride through shared ones.
+
+        Raises:
+            DataError: fewer samples than lanes.
+        """
+        order = self.order(epoch)
+        if self._counts is not None:
+            return self._ranges(order, _ends(self, epoch), lane, lanes)
+        if len(order) >= lanes:
+            return [Part(int(shard), 0, None, 1) for shard in order[lane::lanes]]
+        place = lane % len(order)
+        sharing = len(range(place, lanes, len(order)))
+        return [Part(int(order[place]), lane // len(order), None, sharing)]
+
+    def _ranges(self, order: np.ndarray, ends: np.ndarray, lane: int, lanes: int) -> list[Part]:
+        assert self._counts is not None
+        total = int(ends[-1])
+        if total < lanes:
+            raise DataError(
+                f"{total} samples for {lanes} lanes; lower data.lanes or train.global_batch"
+            )
+        low, high = lane * total // lanes, (lane + 1) * total // lanes
+        parts = []
+        for place in range(
+            int(np.searchsorted(ends, low, side="right")),
+            int(np.searchsorted(ends, high, side="left")) + 1,
+        ):
+            shard = int(order[place])
+            count = int(self._counts[shard])
+            begin = int(ends[place]) - count
+            first, stop = max(low - begin, 0), min(high - begin, count)
+            if first < stop:
+                parts.append(Part(shard, first, stop, 1))
+        return parts
+
+
+@lru_cache(maxsize=4)
+def _order(plan: ShardPlan, epoch: int) -> np.ndarray:
+    return plan._draw(epoch)
+
+
+@lru_cache(maxsize=4)
+def _ends(plan: ShardPlan, epoch: int) -> np.ndarray:
+    assert plan._counts is not None
+    return np.cumsum(plan._counts[plan.order(epoch)])

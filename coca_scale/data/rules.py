@@ -1,0 +1,79 @@
+"""From the files of a sample to a RawSample: which captions, and which samples to leave out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from coca_scale.data.images import IMAGE_EXTENSIONS
+from coca_scale.data.sample import BadSample, RawSample
+from coca_scale.recipe.schema import DataFilters
+
+TEXT, JSON = "txt", "json"
+WANTED = (*IMAGE_EXTENSIONS, TEXT, JSON)
+
+
+class SampleRules:
+    """Reads captions and json fields as the recipe says."""
+
+    def __init__(self, captions: Mapping[str, float], filters: DataFilters) -> None:
+        """`captions`: weights by name, `txt` or a json field; empty takes .txt, else `caption`."""
+        self._captions = dict(sorted(captions.items(), key=lambda item: -item[1]))
+        self._filters = filters
+
+    def sample(self, key: str, files: Mapping[str, bytes | None], shard: str) -> RawSample:
+        """The sample in `files`, content by extension.
+
+        Raises:
+            BadSample: something is missing, broken, or filtered out.
+        """
+        image = next((files[e] for e in IMAGE_EXTENSIONS if files.get(e) is not None), None)
+        if image is None:
+            others = set(files) - {TEXT, JSON}
+            raise BadSample("wrong_extension" if others else "missing_image", key, shard)
+        if not image:
+            raise BadSample("broken_image", key, shard)
+        text = files.get(TEXT)
+        fields: dict[str, Any] = {}
+        if self._captions or self._filters.fields or text is None:
+            fields = _json_fields(files.get(JSON), key, shard)
+        for name, rule in self._filters.fields.items():
+            if not rule.accepts(fields.get(name)):
+                raise BadSample(f"filtered_{name}", key, shard, filtered=True)
+        weights = self._captions or {TEXT if text is not None else "caption": 1.0}
+        captions: list[tuple[str, float]] = []
+        for name, weight in weights.items():
+            found = _decoded(text, key, shard) if name == TEXT else _texts(fields.get(name))
+            captions += [(caption, weight / len(found)) for caption in found]
+        if not captions:
+            raise BadSample("missing_caption", key, shard)
+        captions = [(caption, weight) for caption, weight in captions if caption.strip()]
+        if not captions:
+            raise BadSample("empty_caption", key, shard)
+        return RawSample(key, image, tuple(captions), shard)
+
+
+def _decoded(text: bytes | None, key: str, shard: str) -> list[str]:
+    try:
+        return [] if text is None else [text.decode("utf-8")]
+    except UnicodeDecodeError as error:
+        raise BadSample("caption_not_utf8", key, shard) from error
+
+
+def _json_fields(content: bytes | None, key: str, shard: str) -> dict[str, Any]:
+    try:
+        fields = json.loads(content) if content is not None else {}
+    except UnicodeDecodeError as error:
+        raise BadSample("caption_not_utf8", key, shard) from error
+    except (ValueError, RecursionError) as error:
+        raise BadSample("broken_json", key, shard) from error
+    if not isinstance(fields, dict):
+        raise BadSample("broken_json", key, shard)
+    return fields
+
+
+def _texts(value: Any) -> list[str]:
+    """A string or a list of them."""
+    values = value if isinstance(value, list) else [value]
+    return [v for v in values if isinstance(v, str)]

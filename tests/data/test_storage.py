@@ -1,0 +1,216 @@
+"""Shards from real servers on loopback, over connections that break."""
+
+from __future__ import annotations
+
+import os
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from coca_scale.data import storage
+from coca_scale.data.sample import DataError
+from coca_scale.data.sources import open_source
+from coca_scale.data.storage import StorageError, StorageOptions, open_shard, read_whole
+from tests.conftest import free_port, tiny_recipe
+from tests.data.faulty_server import FAULTS, FaultyProxy
+from tests.data.test_lanes import steps, write_shards
+
+SHARDS = 24
+STUBBORN = StorageOptions(retries=6, timeout_seconds=1.0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    found = tmp_path_factory.mktemp("shards")
+    write_shards(found, [6] * SHARDS)
+    (found / "large.tar").write_bytes(np.random.default_rng(0).bytes(420_001))
+    return found
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(storage, "CHUNK_BYTES", 2**16)  # several per shard
+    monkeypatch.setattr(storage, "FIRST_WAIT_SECONDS", 0.01)
+
+
+@pytest.fixture(scope="module")
+def s3(folder):
+    """An S3 server (moto) behind a faulty proxy, with credentials in the environment."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", free_port(), verbose=False)
+    server.start()
+    proxy = FaultyProxy(server._port)
+    names = {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.port}",
+        "AWS_ACCESS_KEY_ID": "someone",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    before = dict(os.environ)
+    os.environ.update(names)
+    client = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{server._port}")
+    client.create_bucket(Bucket="bucket")
+    for path in folder.iterdir():
+        client.upload_file(str(path), "bucket", f"data/{path.name}")
+    yield "s3://bucket/data", proxy
+    os.environ.clear()
+    os.environ.update(before)
+    proxy.close()
+    server.stop()
+
+
+class Ranges(SimpleHTTPRequestHandler):
+    """Python's own file server, with the one thing it lacks: ranges."""
+
+    def do_GET(self):
+        path = Path(self.translate_path(self.path))
+        asked = self.headers.get("Range")
+        if asked is None or not path.is_file():
+            return super().do_GET()
+        content = path.read_bytes()
+        begin, end = (int(x) for x in asked.removeprefix("bytes=").split("-"))
+        part = content[begin : end + 1]
+        self.send_response(206)
+        self.send_header("Content-Length", str(len(part)))
+        self.send_header("Content-Range", f"bytes {begin}-{begin + len(part) - 1}/{len(content)}")
+        self.end_headers()
+        self.wfile.write(part)
+
+    def end_headers(self):
+        self.send_header("Accept-Ranges", "bytes")
+        super().end_headers()
+
+    def log_message(self, *args):
+        pass
+
+
+class NoRanges(SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def serve():
+    servers = []
+
+    def start(handler, folder):
+        server = ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(folder)))
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return server.server_address[1]
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def test_s3_gives_the_bytes_of_the_disk_whatever_the_network_does(s3, folder):
+    url, proxy = s3
+    proxy.done.clear()
+    assert read_whole(f"{url}/large.tar", STUBBORN) == (folder / "large.tar").read_bytes()
+    assert set(proxy.done) == {fault for fault in FAULTS if fault}
+
+
+def test_training_from_s3_sees_what_training_from_disk_sees(s3, folder):
+    url, proxy = s3
+    data = {"data__retries": 6, "data__timeout_seconds": 1.0}
+    pattern = f"/{{000..{SHARDS - 1:03d}}}.tar"
+    proxy.done.clear()
+    expected, _, pixels = steps(f"{folder}{pattern}", 4)
+    found, _, same = steps(f"{url}{pattern}", 4, ranks=2, workers=2, **data)
+    assert found == expected
+    assert (same == pixels).all()
+    assert sum(proxy.done.values()) > 10
+
+
+def test_http_with_faults_and_after_a_resume_in_the_middle(serve, folder):
+    proxy = FaultyProxy(serve(Ranges, folder))
+    content = (folder / "large.tar").read_bytes()
+    with open_shard(f"http://127.0.0.1:{proxy.port}/large.tar", STUBBORN) as file:
+        file.seek(200_000)
+        assert file.read(100_000) == content[200_000:300_000]
+        file.seek(10)
+        assert file.read(10**6) == content[10:]
+    assert set(proxy.done) == {fault for fault in FAULTS if fault}
+    proxy.close()
+
+
+def test_servers_without_ranges_need_the_cache(serve, folder, tmp_path):
+    url = f"http://127.0.0.1:{serve(NoRanges, folder)}/large.tar"
+    with pytest.raises(StorageError, match=r"gives no parts; set data\.cache_dir"):
+        read_whole(url, STUBBORN)
+    cached = StorageOptions(1, 5.0, tmp_path / "cache")
+    assert read_whole(url, cached) == (folder / "large.tar").read_bytes()
+
+
+def test_the_cache_is_read_again_and_keeps_its_limit(s3, folder, tmp_path):
+    url, proxy = s3
+    options = StorageOptions(6, 1.0, tmp_path / "cache", cache_bytes=1)
+    assert read_whole(f"{url}/000.tar", options) == (folder / "000.tar").read_bytes()
+    kept = list((tmp_path / "cache").iterdir())
+    assert [path.read_bytes() for path in kept] == [(folder / "000.tar").read_bytes()]
+    assert read_whole(f"{url}/001.tar", options) == (folder / "001.tar").read_bytes()
+    assert list((tmp_path / "cache").iterdir()) == kept  # full
+    proxy.done.clear()
+    assert read_whole(f"{url}/000.tar", options) == (folder / "000.tar").read_bytes()
+    assert not proxy.done  # nobody asked
+
+
+def test_google_storage(folder, monkeypatch):
+    from gcp_storage_emulator.server import create_server
+    from google.auth.credentials import AnonymousCredentials
+    from google.cloud.storage import Client
+
+    port = free_port()
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("FSSPEC_GS", '{"token": "anon"}')
+    server = create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket")
+    server.start()
+    try:
+        client = Client(credentials=AnonymousCredentials(), project="test")
+        blob = client.bucket("bucket").blob("data/large.tar")
+        blob.upload_from_filename(str(folder / "large.tar"))
+        found = read_whole("gs://bucket/data/large.tar", StorageOptions(1, 10.0))
+        assert found == (folder / "large.tar").read_bytes()
+    finally:
+        server.stop()
+
+
+def test_commands_that_die_in_the_middle_are_run_again(folder, tmp_path):
+    large, mark = folder / "large.tar", tmp_path / "mark"
+    once = f"test -e {mark} || {{ touch {mark}; head -c 300000 {large}; exit 3; }}; cat {large}"
+    assert read_whole(f"pipe:{once}", STUBBORN) == large.read_bytes()
+    mark.unlink()
+    stuck = f"if test -e {mark}; then cat {large}; else touch {mark}; sleep 60; fi"
+    assert read_whole(f"pipe:{stuck}", STUBBORN) == large.read_bytes()
+    with pytest.raises(StorageError, match="failed 2 times, last with exit status 3"):
+        read_whole(f"pipe:head -c 9 {large}; exit 3", StorageOptions(1, 5.0))
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [("gone.tar", "no such shard"), ("{7..9}.tar", "no such shard")],
+)
+def test_a_remote_shard_that_is_not_there(s3, path, message):
+    data = tiny_recipe(data__train=f"{s3[0]}/{path}").data
+    s3[1].active = False
+    try:
+        with pytest.raises(DataError, match=message):
+            open_source(data.train, data, 0).check()
+    finally:
+        s3[1].active = True
+
+
+def test_a_server_that_is_not_there(folder):
+    with pytest.raises(StorageError, match="failed 2 times"):
+        read_whole(f"http://127.0.0.1:{free_port()}/000.tar", StorageOptions(1, 1.0))
+    with pytest.raises(StorageError, match="nope"):
+        read_whole("nope://bucket/000.tar", STUBBORN)
