@@ -26,6 +26,7 @@ setup(
         "numpy",
         "open_clip_torch>=3.0",
         "pillow",
+        "psutil",
         "pydantic>=2",
         "pyyaml",
         "rich",

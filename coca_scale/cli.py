@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import sys
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 app = typer.Typer(
-    help="Tools around CoCa training: pack data, caption pictures, export to OpenCLIP.",
+    help="Tools around CoCa training: check a recipe, pack data, caption, export to OpenCLIP.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-data_app = typer.Typer(help="Prepare training data.", no_args_is_help=True)
+data_app = typer.Typer(help="Prepare and inspect training data.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
 ModelArgument = Annotated[
@@ -34,6 +38,8 @@ RawWeights = Annotated[
     bool, typer.Option("--raw-weights", help="The last weights of a run, not their average.")
 ]
 ImageColumn = Annotated[str, typer.Option(help="CSV/TSV column with the image path.")]
+CORES = len(os.sched_getaffinity(0))
+Workers = Annotated[int, typer.Option(min=1, help="Processes.")]
 CaptionColumn = Annotated[str, typer.Option(help="CSV/TSV column with the caption.")]
 
 
@@ -51,16 +57,77 @@ def data_pack(
     max_side: Annotated[
         int | None, typer.Option(min=16, help="Scale larger pictures down, in pixels.")
     ] = None,
+    workers: Workers = CORES,
 ) -> None:
-    """Write WebDataset shards and manifest.json.
+    """Write WebDataset shards and manifest.json; goes on where an interrupted call stopped.
 
     Example: coca-scale data pack photos/ --out shards/
     """
     from coca_scale.data.pack import PackOptions, pack
 
     options = PackOptions(images, image_column, caption_column, shard_samples, max_side)
-    result = pack(source, out, options)
+    with _progress("pictures") as progress:
+        result = pack(source, out, options, workers, progress)
     typer.echo(f"{result.samples} samples in {result.shards} shards in {out}{_skipped(result.bad)}")
+
+
+@data_app.command("inspect")
+def data_inspect(
+    shards: Annotated[
+        list[str], typer.Argument(metavar="SHARDS...", help="Folders, paths, braces, urls, pipe:.")
+    ],
+    decode: Annotated[
+        bool, typer.Option(help="Decode every picture, which is what finds broken ones.")
+    ] = True,
+    picture: Annotated[Path | None, typer.Option(help="PNG with the caption lengths.")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON with all counts.")] = None,
+    write_manifest: Annotated[
+        bool, typer.Option("--write-manifest", help="Write manifest.json beside the shards.")
+    ] = False,
+    workers: Workers = CORES,
+) -> None:
+    """Count what shards hold: samples, sizes, caption lengths, faults by cause.
+
+    Example: coca-scale data inspect "shards/{000000..000009}.tar" --picture lengths.png
+    """
+    from coca_scale.data import inspection
+
+    with _progress("shards") as progress:
+        found = inspection.inspect_shards(shards, decode, workers, progress)
+    typer.echo(found.text())
+    if picture is not None:
+        found.draw(picture)
+        typer.echo(f"picture: {picture}")
+    if out is not None:
+        out.write_text(json.dumps(found.facts(), indent=1) + "\n")
+    if write_manifest:
+        typer.echo(f"wrote {inspection.write_manifest(found)}")
+
+
+@app.command("check")
+def check_command(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML recipe.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE...]", help="Change the recipe.")
+    ] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="Processes of the planned job.")] = 1,
+    device_gigabytes: Annotated[
+        float | None, typer.Option(min=0.1, help="Memory per process; default: as found here.")
+    ] = None,
+) -> None:
+    """Look at recipe, data, model and memory without training; lists every fault, then exits 1.
+
+    Example: coca-scale check recipes/large.yaml --gpus 64 --device-gigabytes 80
+    """
+    from coca_scale.recipe import load_recipe
+    from coca_scale.training.check import check
+
+    loaded = load_recipe(recipe, overrides or ())
+    device_bytes = None if device_gigabytes is None else int(device_gigabytes * 1e9)
+    report = check(loaded, gpus, device_bytes)
+    typer.echo(report.text())
+    if report.faults:
+        raise ValueError(f"{recipe}: {len(report.faults)} fault(s)")
 
 
 @app.command("export")
@@ -142,6 +209,19 @@ def caption_command(
 
 VERIFY_TOLERANCE = 1e-3
 GRID_PICTURES = 30
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal, nothing elsewhere."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (what, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _skipped(bad: Counter[str]) -> str:

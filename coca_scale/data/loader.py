@@ -189,21 +189,24 @@ class TrainLoader:
             batch_size=None,
             num_workers=self._workers,
             persistent_workers=self._workers > 0,
-            pin_memory=torch.cuda.is_available(),
         )
 
     def __iter__(self) -> Iterator[StepBatch]:
-        """Endless.
+        """Endless; loader processes start here.
 
         Raises:
-            DataError: the data cannot be used.
+            DataError: from `next`, if the data cannot be used.
         """
-        pieces = iter(self._loader)
+        return self._steps(iter(self._loader))
+
+    def _steps(self, pieces: Iterator[StepBatch | str]) -> Iterator[StepBatch]:
         while True:
-            step = [next(pieces) for _ in range(max(1, self._workers))]
-            for piece in step:
+            step = []
+            for _ in range(max(1, self._workers)):
+                piece = next(pieces)
                 if isinstance(piece, str):
                     raise DataError(piece)
+                step.append(piece)
             yield _join(step)
 
 

@@ -42,7 +42,7 @@ def _listed(folder: str, options: StorageOptions) -> dict[str, int]:
     for name in (MANIFEST, SIZES):
         path = prefix + name
         try:
-            content = read_whole(path, uncached)
+            content = read_whole(path, uncached).decode("utf-8", "replace")
         except FileNotFoundError:
             continue
         except StorageError:
@@ -50,18 +50,28 @@ def _listed(folder: str, options: StorageOptions) -> dict[str, int]:
                 raise
             continue  # buckets that may not be listed deny what is not there
         try:
-            # one small tuple per shard: 200,000 dictionaries would cost 100 MB
-            parsed = json.loads(content, object_pairs_hook=_slim)
-            pairs = parsed.items() if name == SIZES else parsed["shards"]
-            return {str(shard): int(samples) for shard, samples in pairs}
+            return _sizes(content) if name == SIZES else _samples(content)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{path}: not a list of shards and their sizes") from error
     return {}
 
 
-def _slim(pairs: list[tuple[str, Any]]) -> Any:
-    """(name, samples) of a shard's entry; other objects as they are."""
-    found = dict(pairs)
-    if "samples" in found and "name" in found:
-        return found["name"], found["samples"]
+def _sizes(content: str) -> dict[str, int]:
+    return {str(shard): int(samples) for shard, samples in json.loads(content).items()}
+
+
+def _samples(content: str) -> dict[str, int]:
+    """Sizes out of a manifest; its entries are dropped as they are read, 200,000 take 100 MB."""
+    found: dict[str, int] = {}
+
+    def take(pairs: list[tuple[str, Any]]) -> Any:
+        entry = dict(pairs)
+        if "name" not in entry:
+            return entry
+        found[str(entry["name"])] = int(entry["samples"])
+        return None
+
+    listed = json.loads(content, object_pairs_hook=take)["shards"]
+    if len(listed) != len(found):
+        raise ValueError("shards without a name, or with the same one")
     return found

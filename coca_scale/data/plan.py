@@ -45,20 +45,24 @@ def expand_shards(pattern: str) -> Iterator[str]:
     Raises:
         DataError: a pattern that names nothing.
     """
+    names: Iterator[str]
     try:
         names = braceexpand.braceexpand(pattern)
     except ValueError as error:
         raise DataError(f"{pattern}: unbalanced braces") from error
+    if not is_local(pattern):
+        yield from names
+        return
+    if Path(pattern).is_dir():
+        names = iter([f"{glob.escape(pattern.rstrip('/'))}/*.tar"])
+    elif not any(c in pattern for c in "*?["):
+        yield from names  # there may be 200,000
+        return
     for name in names:
-        if is_local(name) and Path(name).is_dir():
-            name = f"{glob.escape(name.rstrip('/'))}/*.tar"
-        if is_local(name) and any(c in name for c in "*?["):
-            found = sorted(glob.glob(name))
-            if not found:
-                raise DataError(f"{pattern}: matches no file")
-            yield from found
-        else:
-            yield name
+        found = sorted(glob.glob(name))
+        if not found:
+            raise DataError(f"{pattern}: matches no file")
+        yield from found
 
 
 class Part(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from coca_scale.data.sample import BadSample, DataError, Position, RawSample
 from coca_scale.data.storage import PIPE, StorageError, StorageOptions, is_local, open_shard
 from coca_scale.data.tar import Run, TarFault, read_runs
 
+LAST_NUMBER = re.compile(r"(.*?)(\d+)(\D*)")
+MAX_GAPS = 100_000
 WINDOW_BYTES = 2**32  # of a whole job
 
 
@@ -221,6 +224,22 @@ def missing_shards(urls: Iterable[str]) -> list[str]:
         if name not in names[folder]:
             missing.append(url)
     return missing
+
+
+def missing_numbers(urls: Iterable[str]) -> list[str]:
+    """Numbers that the names leave out between their first and last, such as 00007."""
+    found: dict[tuple[str, str, int], list[int]] = {}
+    for url in urls:
+        if match := LAST_NUMBER.fullmatch(url):
+            before, digits, after = match.groups()
+            found.setdefault((before, after, len(digits)), []).append(int(digits))
+    gaps = []
+    for (_, _, width), numbers in found.items():
+        there = set(numbers)
+        every = range(min(numbers), max(numbers) + 1)
+        if len(every) < MAX_GAPS + len(there):  # else they are no running numbers
+            gaps += [f"{number:0{width}d}" for number in every if number not in there]
+    return gaps
 
 
 def _size(entry: RawSample | BadSample) -> int:

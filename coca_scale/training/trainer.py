@@ -8,6 +8,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from coca_scale.data.loader import (
     TrainLoader,
     deal_lanes,
 )
+from coca_scale.data.prefetch import Prefetcher
 from coca_scale.data.sample import DataError, Source
 from coca_scale.data.sources import open_source, train_crop
 from coca_scale.data.tokens import FastTokenizer, make_tokenizer
@@ -115,7 +117,10 @@ class Trainer:
     def _train(self, log: RunLog) -> None:
         if self.recipe.model.pretrained is not None and self.step == 0:
             self._validate(log)  # what there is to lose
-        batches = iter(self._loader())
+        with closing(Prefetcher(iter(self._loader()), self.world.device)) as batches:
+            self._steps(batches, log)
+
+    def _steps(self, batches: Iterator[StepBatch], log: RunLog) -> None:
         meter = _Meter(self.plan.global_batch)
         every = self.recipe.checkpoint.every_steps
         while self.step < self.steps:

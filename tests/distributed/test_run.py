@@ -171,10 +171,11 @@ def test_mistakes_end_all_ranks_with_one_line(overrides, code, message, tmp_path
 def test_bad_data_on_one_rank_ends_the_others_too(tmp_path):
     from tests.data.test_lanes import write_shards
 
-    pattern = write_shards(tmp_path, [40, 40])
-    (tmp_path / "001.tar").write_bytes(b"rotten" * 1000)
+    shard = write_shards(tmp_path, [40])
     code, output = run(
-        f"run.dir={tmp_path / 'r'}", f"data.train={pattern}", "data.val=null", "data.lanes=2"
+        f"run.dir={tmp_path / 'r'}",
+        f"data.train=pipe:test $RANK = 0 && cat {shard}",
+        *("data.retries=0", "data.val=null", "data.lanes=2", "data.train_samples=40"),
     )
     assert code != 0
     assert "no usable sample" in output

@@ -1,0 +1,1 @@
+"""Arithmetic about runs that need not exist."""

@@ -1,0 +1,247 @@
+"""Preflight of a recipe: everything that can be seen to be wrong before a job is queued."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+
+from coca_scale.data.loader import decode_sample
+from coca_scale.data.sample import BadSample, Source
+from coca_scale.data.shards import ShardSource, missing_numbers, missing_shards
+from coca_scale.data.sources import open_source, train_crop
+from coca_scale.data.tokens import Tokenizer, make_tokenizer
+from coca_scale.model import CoCa, ModelConfig
+from coca_scale.model.lock import freeze
+from coca_scale.planning.memory import state_bytes
+from coca_scale.recipe import BatchPlan, Recipe
+from coca_scale.recipe.schema import WeightedShards
+from coca_scale.training.initial import model_config, pretrained_name
+
+TRIED_SAMPLES = 64
+
+
+@dataclass
+class Report:
+    """What was found; `faults` are what would stop or spoil a run."""
+
+    fine: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+
+    def text(self) -> str:
+        """A line per finding, faults last."""
+        marked = (("ok", self.fine), ("note", self.notes), ("fault", self.faults))
+        return "\n".join(f"{mark:<6}{line}" for mark, lines in marked for line in lines)
+
+
+def check(recipe: Recipe, ranks: int, device_bytes: int | None = None) -> Report:
+    """Look at recipe, model, data and memory, without training.
+
+    Args:
+        recipe: a valid recipe.
+        ranks: processes of the planned job.
+        device_bytes: memory per process; found out where None.
+    """
+    report = Report()
+    plan = _batch(recipe, ranks, report)
+    config = _model(recipe, ranks, device_bytes or _memory_here(ranks), report)
+    tokenizer = _tokenizer(config, recipe, report) if config is not None else None
+    for name in ("train", "val"):
+        spec = getattr(recipe.data, name)
+        if spec is not None:
+            _data(name, spec, recipe, plan, config, tokenizer, report)
+    _folder(recipe.run.folder, report)
+    return report
+
+
+def _batch(recipe: Recipe, ranks: int, report: Report) -> BatchPlan | None:
+    try:
+        plan = BatchPlan.from_recipe(recipe, ranks)
+    except ValueError as error:
+        report.faults.append(f"batch: {error}")
+        return None
+    report.fine.append(
+        f"batch: {plan.global_batch:,} = {plan.ranks} ranks × {plan.accumulation} accumulation × "
+        f"{plan.micro_batch} micro-batch; {plan.lanes} lanes, {plan.lanes_per_rank} per rank"
+    )
+    if recipe.data.workers > plan.lanes_per_rank:
+        report.notes.append(
+            f"batch: a rank reads {plan.lanes_per_rank} lanes, so only that many of "
+            f"data.workers={recipe.data.workers} have work"
+        )
+    return plan
+
+
+def _model(recipe: Recipe, ranks: int, device_bytes: int, report: Report) -> ModelConfig | None:
+    try:
+        config = model_config(recipe.model)
+        with torch.device("meta"):
+            model = CoCa(config)
+            freeze(model, recipe.model, recipe.loss)
+    except ValueError as error:
+        report.faults.append(f"model: {error}")
+        return None
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    engine = recipe.engine
+    averaged = recipe.optim.ema_decay is not None
+    need = state_bytes(total, trained, ranks, engine.zero_stage, engine.precision, averaged)
+    text = (
+        f"memory: weights, gradients and optimizer take {need / 1e9:,.2f} GB of "
+        f"{device_bytes / 1e9:,.1f} GB per rank, activations not counted"
+    )
+    report.fine.append(f"model: {recipe.model.name}, {total:,} parameters, {trained:,} trained")
+    if need > device_bytes:
+        hint = "more ranks" if engine.zero_stage == 3 else "engine.zero_stage=3 or more ranks"
+        report.faults.append(f"{text}; use {hint}")
+    else:
+        report.fine.append(text)
+    if recipe.model.pretrained is not None:
+        report.notes.append(f"model: weights {pretrained_name(recipe.model)} were not read")
+    return config
+
+
+def _memory_here(ranks: int) -> int:
+    if torch.cuda.is_available():
+        return int(torch.cuda.get_device_properties(0).total_memory)
+    return int(psutil.virtual_memory().total) // ranks
+
+
+def _tokenizer(config: ModelConfig, recipe: Recipe, report: Report) -> Tokenizer | None:
+    start = recipe.model.pretrained
+    try:
+        tokenizer = make_tokenizer(config, Path(start) if start is not None else None)
+    except ValueError as error:
+        report.faults.append(f"tokenizer: {error}")
+        return None
+    report.fine.append(
+        f"tokenizer: {tokenizer.vocab_size:,} tokens, context of {tokenizer.context_length}"
+    )
+    return tokenizer
+
+
+def _data(
+    name: str,
+    spec: str | Sequence[str | WeightedShards],
+    recipe: Recipe,
+    plan: BatchPlan | None,
+    config: ModelConfig | None,
+    tokenizer: Tokenizer | None,
+    report: Report,
+) -> None:
+    label = f"data.{name}"
+    try:
+        source = open_source(spec, recipe.data, recipe.run.seed)
+    except ValueError as error:
+        report.faults.append(f"{label}: {error}")
+        return
+    if isinstance(source, ShardSource):
+        _shards(label, source, plan, report)
+    try:
+        source.check()
+    except ValueError as error:
+        missing = missing_shards(source.urls) if isinstance(source, ShardSource) else []
+        if not missing:
+            report.faults.append(f"{label}: {error}")
+        if not isinstance(source, ShardSource) or len(missing) in (0, len(source.urls)):
+            return
+    count = source.count()
+    if count is not None:
+        report.fine.append(f"{label}: {count:,} samples per epoch")
+        if name == "train" and plan is not None and count < plan.lanes:
+            report.faults.append(
+                f"{label}: {count} samples for {plan.lanes} lanes; lower data.lanes or "
+                "train.global_batch"
+            )
+    elif name == "train" and recipe.train.epochs and recipe.data.train_samples is None:
+        report.faults.append(
+            f"{label}: train.epochs needs data.train_samples, or a manifest beside the shards "
+            "(coca-scale data inspect SHARDS --write-manifest)"
+        )
+    if config is not None and tokenizer is not None:
+        _samples(label, source, recipe, config, tokenizer, report)
+
+
+def _shards(label: str, source: ShardSource, plan: BatchPlan | None, report: Report) -> None:
+    urls = source.urls
+    missing = missing_shards(urls)
+    if missing:
+        report.faults.append(
+            f"{label}: {len(missing)} of {len(urls)} shards are missing, first: {missing[0]}"
+        )
+    gaps = missing_numbers(urls)
+    if gaps:
+        report.notes.append(f"{label}: no shard with number {_few(gaps)} among the others")
+    report.fine.append(
+        f"{label}: {len(urls):,} shards, "
+        f"{'sizes known' if source.plan.counted else 'sizes unknown (no manifest.json)'}"
+    )
+    if label == "data.train" and plan is not None and not source.plan.counted:
+        if len(urls) < plan.lanes:
+            report.notes.append(
+                f"{label}: {len(urls)} shards for {plan.lanes} lanes: lanes share shards, and each "
+                "reads all of its shard; a manifest (data inspect --write-manifest) cuts them"
+            )
+        elif len(urls) % plan.lanes:
+            report.notes.append(
+                f"{label}: {len(urls)} shards do not deal evenly to {plan.lanes} lanes, so some "
+                "samples come more often than others; a manifest evens that out"
+            )
+
+
+def _samples(
+    label: str,
+    source: Source,
+    recipe: Recipe,
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    report: Report,
+) -> None:
+    """Decode the first samples."""
+    crop = train_crop(recipe.data, config.vision_cfg.image_size)
+    rng = np.random.default_rng(0)
+    skipped: Counter[str] = Counter()
+    good = cut = 0
+    for sample in itertools.islice(source.ordered(0, 1), TRIED_SAMPLES):
+        try:
+            if isinstance(sample, BadSample):
+                raise sample
+            _, tokens = decode_sample(sample, tokenizer, crop, rng)
+        except BadSample as bad:
+            skipped[bad.cause] += 1
+            continue
+        good += 1
+        cut += int(tokens[-1]) != tokenizer.pad_id
+    causes = ", ".join(f"{n} × {cause}" for cause, n in skipped.most_common())
+    if not good:
+        report.faults.append(f"{label}: none of the first samples can be used ({causes})")
+        return
+    report.fine.append(f"{label}: decoded {good} of the first {good + skipped.total()} samples")
+    if skipped:
+        report.notes.append(f"{label}: left out of the first samples: {causes}")
+    if cut:
+        report.notes.append(
+            f"{label}: {cut} of {good} captions fill the context of {tokenizer.context_length} "
+            "tokens or are cut; model.context_length sets it"
+        )
+
+
+def _folder(folder: Path, report: Report) -> None:
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if there.is_dir() and os.access(there, os.W_OK):
+        report.fine.append(f"run folder: {folder}")
+    else:
+        report.faults.append(f"run folder: {there} cannot be written to; set run.dir")
+
+
+def _few(numbers: Sequence[str]) -> str:
+    more = f" and {len(numbers) - 3} more" if len(numbers) > 3 else ""
+    return ", ".join(numbers[:3]) + more
