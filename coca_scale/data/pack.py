@@ -90,6 +90,7 @@ def pack(
     pictures = list_pictures(source, options)
     out.mkdir(parents=True, exist_ok=True)
     _settle(out, source, options, pictures)
+    several = any(len(picture.captions) > 1 for picture in pictures)
     count = -(-len(pictures) // options.shard_samples)
     bounds = [number * len(pictures) // count for number in range(count + 1)]
     done = 0
@@ -105,7 +106,8 @@ def pack(
         jobs = {}
         for number in missing:
             part = pictures[bounds[number] : bounds[number + 1]]
-            jobs[pool.submit(_write_shard, out, number, bounds[number], part, options)] = len(part)
+            job = pool.submit(_write_shard, out, number, bounds[number], part, options, several)
+            jobs[job] = len(part)
         for job in as_completed(jobs):
             job.result()
             done += jobs[job]
@@ -186,9 +188,17 @@ def _receipt(out: Path, number: int) -> Path:
 
 
 def _write_shard(
-    out: Path, number: int, first: int, pictures: Sequence[Picture], options: PackOptions
+    out: Path,
+    number: int,
+    first: int,
+    pictures: Sequence[Picture],
+    options: PackOptions,
+    several: bool,
 ) -> None:
-    """Write one shard, and then the receipt that says it is complete."""
+    """Write one shard, and then the receipt that says it is complete.
+
+    `several` says that some picture has more than one caption, so all list theirs.
+    """
     path = out / f"shard-{number:06d}.tar"
     temporary = path.with_suffix(".tar.tmp")
     bad: list[tuple[str, str]] = []
@@ -196,7 +206,9 @@ def _write_shard(
     with temporary.open("wb") as file, TarWriter(file, mtime=0) as writer:
         for place, picture in enumerate(pictures):
             try:
-                writer.write({"__key__": f"{first + place:09d}", **_files_of(picture, options)})
+                writer.write(
+                    {"__key__": f"{first + place:09d}", **_files_of(picture, options, several)}
+                )
                 count += 1
             except BadSample as error:
                 bad.append((error.cause, str(picture.path)))
@@ -210,12 +222,12 @@ def _write_shard(
     _write_whole(_receipt(out, number), json.dumps(receipt))
 
 
-def _files_of(picture: Picture, options: PackOptions) -> dict[str, bytes]:
+def _files_of(picture: Picture, options: PackOptions, several: bool) -> dict[str, bytes]:
     if not picture.captions:
         raise BadSample("empty_caption", str(picture.path))
     extension, data = _image_bytes(picture.path, options.max_side)
     files = {extension: data, "txt": picture.captions[0].encode("utf-8", "replace")}
-    if len(picture.captions) > 1:
+    if several:
         files["json"] = json.dumps({"captions": picture.captions}).encode()
     return files
 

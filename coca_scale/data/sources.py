@@ -33,8 +33,12 @@ def open_source(spec: str | Sequence[str | WeightedShards], data: DataSection, s
         rules = SampleRules(data.captions, data.filters)
         options = ShardOptions(seed, data.shuffle_window, data.replacement)
         return ShardSource(mixed, rules, options, storage_options(data))
-    if data.replacement or len({source.weight for source in mixed}) > 1:
-        raise DataError(f"{', '.join(patterns)}: weights and data.replacement are for shards")
+    weighted = any(source.weight != 1.0 for source in mixed)
+    if weighted or data.replacement or data.captions or data.filters.fields:
+        raise DataError(
+            f"{', '.join(patterns)}: weights, data.replacement, data.captions and "
+            "data.filters.fields are for shards"
+        )
     if kind == "synthetic":
         if len(patterns) > 1:
             raise DataError("give one synthetic:// source, not a list")

@@ -1,0 +1,184 @@
+"""Packing and inspecting as users do it: interrupted, damaged, with many captions."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from coca_scale.cli import app
+from coca_scale.data.inspection import inspect_shards
+from coca_scale.data.pack import PackOptions, pack
+from coca_scale.data.sample import DataError
+from coca_scale.data.sources import open_source
+from coca_scale.recipe.files import sha256_of
+from tests.conftest import tiny_recipe
+from tests.data.rot import rot_shards, write_rotten_shards
+from tests.data.test_lanes import write_shards
+
+
+def write_pictures(folder, count, size=(300, 200)):
+    folder.mkdir()
+    for number in range(count):
+        image = Image.effect_noise(size, 60).convert("RGB")
+        image.save(folder / f"{number:03d}.jpg", quality=95)
+        (folder / f"{number:03d}.txt").write_text(f"picture number {number}")
+    return folder
+
+
+def contents(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.suffix in (".tar", ".json")}
+
+
+def test_pack_is_the_same_with_any_number_of_processes_and_shards_are_even(tmp_path):
+    pictures = write_pictures(tmp_path / "pictures", 31, (30, 20))
+    for workers in (1, 3):
+        pack(pictures, tmp_path / f"out{workers}", PackOptions(shard_samples=7), workers)
+    assert contents(tmp_path / "out1") == contents(tmp_path / "out3")
+    manifest = json.loads((tmp_path / "out1" / "manifest.json").read_text())
+    assert [shard["samples"] for shard in manifest["shards"]] == [6, 6, 6, 6, 7]
+    for shard in manifest["shards"]:
+        assert sha256_of(tmp_path / "out1" / shard["name"]) == shard["sha256"]
+    assert sorted(p.name for p in (tmp_path / "out1").iterdir()) == [
+        "manifest.json",
+        *(f"shard-{number:06d}.tar" for number in range(5)),
+    ]
+
+
+def test_a_killed_pack_goes_on_and_gives_the_same_shards(tmp_path):
+    pictures = write_pictures(tmp_path / "pictures", 60)
+    options = ["--shard-samples", "6", "--max-side", "64", "--workers", "1"]
+    command = [sys.executable, "-c", "from coca_scale.cli import main; main()"]
+    arguments = ["data", "pack", str(pictures), "--out", str(tmp_path / "out"), *options]
+    process = subprocess.Popen([*command, *arguments], start_new_session=True)
+    deadline = time.monotonic() + 60
+    while len(list((tmp_path / "out").glob("*.tar"))) < 3:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    done = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("shard-*.json")}
+    with pytest.raises(DataError, match="part of a pack of other pictures or options"):
+        pack(pictures, tmp_path / "out", PackOptions(shard_samples=6))
+    kept = {p.with_suffix(".tar"): p.with_suffix(".tar").stat().st_mtime_ns for p in done}
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "60 samples in 10 shards" in result.output
+    assert kept == {p: p.stat().st_mtime_ns for p in kept}  # not written again
+    pack(pictures, tmp_path / "whole", PackOptions(shard_samples=6, max_side=64))
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_captions_of_one_picture_stay_together(tmp_path):
+    pictures = write_pictures(tmp_path / "pictures", 2, (30, 20))
+    coco = {
+        "images": [{"id": 7, "file_name": "000.jpg"}, {"id": 9, "file_name": "001.jpg"}],
+        "annotations": [
+            {"image_id": 7, "caption": "a dog"},
+            {"image_id": 9, "caption": "a cat "},
+            {"image_id": 7, "caption": "a brown dog"},
+            {"image_id": 7, "caption": " a dog"},
+        ],
+    }
+    (tmp_path / "captions.json").write_text(json.dumps(coco))
+    pack(tmp_path / "captions.json", tmp_path / "out", PackOptions(images=pictures))
+    data = tiny_recipe(data__captions={"captions": 1.0}).data
+    found = list(open_source(str(tmp_path / "out"), data, 0).ordered(0, 1))
+    assert [[text for text, _ in sample.captions] for sample in found] == [
+        ["a dog", "a brown dog"],
+        ["a cat"],
+    ]
+
+
+def test_img2dataset_folders_are_understood_as_they_are(tmp_path):
+    """A folder of shards with the side-cars that img2dataset writes beside them."""
+    write_shards(tmp_path, [3, 4])
+    for number in range(2):
+        (tmp_path / f"{number:03d}.tar").rename(tmp_path / f"{number:05d}.tar")
+        (tmp_path / f"{number:05d}_stats.json").write_text(json.dumps({"successes": 3 + number}))
+        (tmp_path / f"{number:05d}.parquet").write_bytes(b"PAR1")
+    source = open_source(str(tmp_path), tiny_recipe().data, 0)
+    assert len(list(source.ordered(0, 1))) == 7
+    assert source.count() is None
+    result = CliRunner().invoke(app, ["data", "inspect", str(tmp_path), "--write-manifest"])
+    assert result.exit_code == 0, result.output
+    assert open_source(str(tmp_path), tiny_recipe().data, 0).count() == 7
+
+
+def test_inspect_counts_what_is_there(tmp_path):
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    planted = write_rotten_shards(folder)
+    lost = rot_shards(folder, planted)
+    arguments = ["data", "inspect", str(folder), "--workers", "2"]
+    outputs = ["--picture", str(tmp_path / "p.png"), "--out", str(tmp_path / "facts.json")]
+    result = CliRunner().invoke(app, [*arguments, *outputs])
+    assert result.exit_code == 0, result.output
+    facts = json.loads((tmp_path / "facts.json").read_text())
+    expected = {cause: len(where) for cause, where in planted.items()}
+    assert facts["bad"] == {**expected, **dict.fromkeys(lost, 2)}
+    assert facts["shards"] == 40
+    assert facts["usable"] == 2400 - sum(lost.values()) - sum(expected.values()) + len(
+        planted["duplicate_key"]
+    )
+    assert facts["samples"] == 2400 - sum(lost.values())
+    assert f"{len(planted['missing_caption'])}  missing_caption" in result.output
+    assert (tmp_path / "p.png").stat().st_size > 5000
+    quick = inspect_shards([str(folder)], decode=False)
+    assert {"broken_image", "huge_image", "tiny_image"}.isdisjoint(quick.causes)
+
+
+def test_check_lists_every_fault_at_once(tmp_path):
+    write_shards(tmp_path, [30, 30, 30])
+    (tmp_path / "001.tar").unlink()
+    (tmp_path / "t.csv").write_text("image,text\na.jpg,word\n")
+    wrong = [
+        f"data.train={tmp_path}/{{000..002}}.tar",
+        f"data.val={tmp_path / 't.csv'}",
+        f"run.dir={tmp_path / 't.csv' / 'run'}",
+        "train.global_batch=30",
+    ]
+    result = CliRunner().invoke(
+        app,
+        ["check", "recipes/tiny.yaml", *wrong, "--gpus", "4", "--device-gigabytes", "0.1"],
+    )
+    assert result.exit_code == 1
+    faults = [line for line in result.output.splitlines() if line.startswith("fault")]
+    assert len(faults) == 4, result.output
+    for fault, words in zip(
+        faults,
+        (
+            "does not divide over 4 ranks",
+            "1 of 3 shards are missing",
+            "no column 'filepath'",
+            "t.csv cannot be written to",
+        ),
+        strict=True,
+    ):
+        assert words in fault
+    assert "decoded" in result.output  # what is there was looked at
+
+
+def test_check_of_a_good_recipe(tmp_path):
+    train = write_shards(tmp_path, [40, 40, 40])
+    result = CliRunner().invoke(
+        app, ["check", "recipes/tiny.yaml", f"data.train={train}", "data.val=null", "--gpus", "2"]
+    )
+    assert result.exit_code == 0, result.output
+    assert "fault" not in result.output
+    assert "decoded 64 of the first 64 samples" in result.output
+    assert "3 shards for 64 lanes" in result.output
+    too_small = ["--gpus", "1", "--device-gigabytes", "1"]
+    result = CliRunner().invoke(
+        app, ["check", "recipes/large.yaml", f"data.train={train}", *too_small]
+    )
+    assert result.exit_code == 1
+    assert "10.22 GB of 1.0 GB" in result.output
