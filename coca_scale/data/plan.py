@@ -122,6 +122,8 @@ class ShardPlan:
             return rng.choice(count, draws, p=self._weights / self._weights.sum())
         before = np.floor(epoch * self._weights + self._turns)
         copies = (np.floor((epoch + 1) * self._weights + self._turns) - before).astype(np.int64)
+        if not copies.any():  # small weights can leave an epoch without a turn
+            copies[np.argmax(self._weights)] = 1
         return rng.permutation(np.repeat(np.arange(count), copies))
 
     def parts(self, lane: int, lanes: int, epoch: int) -> list[Part]:

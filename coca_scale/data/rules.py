@@ -11,7 +11,15 @@ from coca_scale.data.sample import BadSample, RawSample
 from coca_scale.recipe.schema import DataFilters
 
 TEXT, JSON = "txt", "json"
-WANTED = (*IMAGE_EXTENSIONS, TEXT, JSON)
+MAX_IMAGE_BYTES = 2**28
+MAX_TEXT_BYTES = 2**20
+# by extension, what is read of a sample and how much of it at most
+LIMITS = {
+    **dict.fromkeys(IMAGE_EXTENSIONS, MAX_IMAGE_BYTES),
+    TEXT: MAX_TEXT_BYTES,
+    JSON: MAX_TEXT_BYTES,
+}
+MAX_CAPTION_CHARACTERS = 4096  # merging a "word" of n letters takes CLIP's BPE n² steps
 
 
 class SampleRules:
@@ -48,7 +56,11 @@ class SampleRules:
             captions += [(caption, weight / len(found)) for caption in found]
         if not captions:
             raise BadSample("missing_caption", key, shard)
-        captions = [(caption, weight) for caption, weight in captions if caption.strip()]
+        captions = [
+            (caption[:MAX_CAPTION_CHARACTERS], weight)
+            for caption, weight in captions
+            if caption.strip()
+        ]
         if not captions:
             raise BadSample("empty_caption", key, shard)
         return RawSample(key, image, tuple(captions), shard)

@@ -14,7 +14,7 @@ import numpy as np
 
 from coca_scale.data.manifest import shard_counts
 from coca_scale.data.plan import Part, ShardList, ShardPlan, expand_shards
-from coca_scale.data.rules import WANTED, SampleRules
+from coca_scale.data.rules import LIMITS, SampleRules
 from coca_scale.data.sample import BadSample, DataError, Position, RawSample
 from coca_scale.data.storage import PIPE, StorageError, StorageOptions, is_local, open_shard
 from coca_scale.data.tar import Run, TarFault, read_runs
@@ -174,7 +174,7 @@ def _read(
     cause = "truncated_shard"
     try:
         with open_shard(url, storage) as file:
-            for run in read_runs(file, at.byte, WANTED):
+            for run in read_runs(file, at.byte, LIMITS):
                 if part.stop is not None and number >= part.stop:
                     return
                 mine = number >= part.first and (number - part.first) % part.stride == 0

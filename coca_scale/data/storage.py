@@ -14,13 +14,13 @@ import random
 import select
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import aiohttp
 import fsspec
@@ -68,26 +68,19 @@ class _Reader(Protocol):
 
 
 class ShardFile:
-    """A shard opened for reading, as a context manager."""
+    """A shard opened for reading; `open_shard` makes it."""
 
-    def __init__(self, url: str, reader: _Reader, options: StorageOptions, ahead: bool) -> None:
+    def __init__(self, url: str, reader: _Reader, options: StorageOptions) -> None:
         self._url = url
         self._reader = reader
         self._options = options
-        self._ahead = ahead
+        self._ahead = isinstance(reader, _RemoteReader)
         self._position = 0
         self._chunk, self._chunk_begin = b"", 0
         self._next: tuple[int, Future[bytes]] | None = None
 
-    def __enter__(self) -> ShardFile:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Let go of files, commands and what is on its way."""
         if self._next is not None:
             self._next[1].cancel()
         self._reader.reset()
@@ -107,10 +100,10 @@ class ShardFile:
         while size > 0:
             offset = self._position - self._chunk_begin
             if not 0 <= offset < len(self._chunk):
-                self._chunk, self._chunk_begin = self._fetch(), self._position
-                offset = 0
-                if not self._chunk:
+                chunk = self._fetch()
+                if not chunk:  # the last one stays, for who looks back
                     break
+                self._chunk, self._chunk_begin, offset = chunk, self._position, 0
             piece = self._chunk[offset : offset + size]
             pieces.append(piece)
             size -= len(piece)
@@ -168,20 +161,21 @@ def stubbornly(
     raise AssertionError("unreachable")
 
 
-def open_shard(url: str, options: StorageOptions) -> ShardFile:
-    """Open a shard; nothing is read yet.
+@contextmanager
+def open_shard(url: str, options: StorageOptions) -> Iterator[ShardFile]:
+    """A shard, closed at the end of the block; nothing is read yet.
 
     Raises:
-        FileNotFoundError: a local file that is not there.
-        StorageError: the download into the cache failed.
+        FileNotFoundError: there is none, and it was to be downloaded into the cache.
+        StorageError: the download failed.
     """
-    if is_local(url):
-        return ShardFile(url, _LocalReader(url), options, ahead=False)
-    if options.cache_dir is not None:
-        cached = _cached(url, options)
-        if cached is not None:
-            return ShardFile(url, _LocalReader(str(cached)), options, ahead=False)
-    return _open_remote(url, options)
+    path = url if is_local(url) else _cached(url, options)
+    reader = _LocalReader(path) if path is not None else _remote_reader(url, options)
+    file = ShardFile(url, reader, options)
+    try:
+        yield file
+    finally:
+        file.close()
 
 
 def read_whole(url: str, options: StorageOptions) -> bytes:
@@ -203,25 +197,26 @@ def is_local(url: str) -> bool:
     return "://" not in url and not url.startswith(PIPE)
 
 
-def _open_remote(url: str, options: StorageOptions) -> ShardFile:
-    if url.startswith(PIPE):
-        return ShardFile(url, _PipeReader(url, options.timeout_seconds), options, ahead=False)
-    return ShardFile(url, _RemoteReader(url, options.timeout_seconds), options, ahead=True)
+def _remote_reader(url: str, options: StorageOptions) -> _PipeReader | _RemoteReader:
+    kind = _PipeReader if url.startswith(PIPE) else _RemoteReader
+    return kind(url, options.timeout_seconds)
 
 
 class _LocalReader:
     def __init__(self, path: str) -> None:
-        self._path = path
-        self._file = Path(path).open("rb")  # noqa: SIM115 (closed by reset)
+        self._path = Path(path)
+        self._file: BinaryIO | None = None
 
     def read_at(self, position: int, size: int) -> bytes:
-        if self._file.closed:
-            self._file = Path(self._path).open("rb")  # noqa: SIM115
+        if self._file is None:
+            self._file = self._path.open("rb")
         self._file.seek(position)
         return self._file.read(size)
 
     def reset(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
 
 class _RemoteReader:
@@ -239,7 +234,8 @@ class _RemoteReader:
         end = min(position + size, self._size)
         if position >= end:
             return b""
-        data = system.cat_file(path, start=position, end=end, timeout=self._timeout)
+        limit = {"timeout": self._timeout} if system.async_impl else {}
+        data = system.cat_file(path, start=position, end=end, **limit)
         if len(data) > end - position:
             raise NoRangesError(f"{self.url}: the server gives no parts; set data.cache_dir")
         if len(data) < end - position:
@@ -343,13 +339,14 @@ class _PipeReader:
         process.wait()
 
 
-def _cached(url: str, options: StorageOptions) -> Path | None:
-    """A local copy, downloaded if there is room for it."""
-    assert options.cache_dir is not None
+def _cached(url: str, options: StorageOptions) -> str | None:
+    """A local copy, downloaded if there is to be one and there is room for it."""
     folder = options.cache_dir
+    if folder is None:
+        return None
     path = folder / f"{hashlib.sha256(url.encode()).hexdigest()[:32]}.tar"
     if path.is_file():
-        return path
+        return str(path)
     folder.mkdir(parents=True, exist_ok=True)
     if options.cache_bytes is not None:
         kept = sum(entry.stat().st_size for entry in os.scandir(folder))
@@ -361,12 +358,13 @@ def _cached(url: str, options: StorageOptions) -> Path | None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    return path
+    return str(path)
 
 
 def _download(url: str, target: Path, options: StorageOptions) -> None:
     try:
-        with _open_remote(url, options) as file, target.open("wb") as copy:
+        streamed = replace(options, cache_dir=None)
+        with open_shard(url, streamed) as file, target.open("wb") as copy:
             while piece := file.read(CHUNK_BYTES):
                 copy.write(piece)
     except NoRangesError:

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import tarfile
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from webdataset.tariterators import base_plus_ext
 
 BLOCK = tarfile.BLOCKSIZE
-MAX_FILE_BYTES = 2**28
 MAX_HEADER_BYTES = 2**20
 FILES = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 HARMLESS = (tarfile.DIRTYPE,)
@@ -60,10 +59,10 @@ class Run:
     end: int = 0
 
 
-def read_runs(file: TarBytes, start: int, wanted: Collection[str]) -> Iterator[Run]:
+def read_runs(file: TarBytes, start: int, limits: Mapping[str, int]) -> Iterator[Run]:
     """Samples from byte `start` on, which is 0 or the `end` of a sample.
 
-    Content is read for extensions in `wanted`; all else is passed over.
+    Content is read for extensions in `limits`, which say the most bytes; all else is passed over.
 
     Raises:
         TarFault: truncated_shard, broken_shard or empty_shard; samples before it have been given.
@@ -86,8 +85,9 @@ def read_runs(file: TarBytes, start: int, wanted: Collection[str]) -> Iterator[R
             run.copies = max(repeats.values())
             continue
         run.files[extension] = None
-        run.fault = run.fault or _fault_of(member)
-        if run.fault is None and extension in wanted:
+        limit = limits.get(extension)
+        run.fault = run.fault or _fault_of(member, limit)
+        if run.fault is None and limit is not None:
             file.seek(member.begin)
             content = file.read(member.size)
             if len(content) < member.size:
@@ -109,13 +109,13 @@ class _Member:
         return self.begin + -(-self.size // BLOCK) * BLOCK
 
 
-def _fault_of(member: _Member) -> str | None:
+def _fault_of(member: _Member, limit: int | None) -> str | None:
     parts = member.name.replace("\\", "/").split("/")
     if member.name.startswith(("/", "\\")) or ".." in parts or not member.name.isprintable():
         return "unsafe_name"
     if member.kind not in FILES:
         return "unsafe_member"  # links, devices
-    return "oversized_file" if member.size > MAX_FILE_BYTES else None
+    return "oversized_file" if limit is not None and member.size > limit else None
 
 
 def _members(file: TarBytes, position: int) -> Iterator[_Member]:

@@ -56,7 +56,7 @@ def read_pictures(inputs: Sequence[str], data: DataSection) -> Iterator[RawSampl
     suffixes = {f".{extension}" for extension in IMAGE_EXTENSIONS}
     for name in inputs:
         path = Path(name)
-        if path.is_dir():
+        if path.is_dir() and not any(path.glob("*.tar")):
             files = sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes)
             if not files:
                 raise DataError(f"{name}: no pictures in this folder")

@@ -19,7 +19,7 @@ from coca_scale.data.sample import BadSample, Position
 from coca_scale.data.shards import read_shard
 from coca_scale.data.sources import open_source
 from coca_scale.data.storage import StorageOptions
-from coca_scale.data.tokens import make_tokenizer
+from coca_scale.data.tokens import ClipTokenizer, make_tokenizer
 from coca_scale.model import load_model_config
 from tests.conftest import tiny_recipe
 from tests.data.rot import BOMB, rot_shards, write_rotten_shards
@@ -172,3 +172,19 @@ def test_long_names_and_odd_members_are_read_as_tar_writes_them(tmp_path):
             build(tar)
 
         assert shard_of(tmp_path, formed) == [long, "b"]
+
+
+def test_text_without_end_is_refused_or_cut(tmp_path):
+    def build(tar):
+        add(tar, "a.jpg", encoded())
+        add(tar, "a.txt", b"x" * (2**20 + 1))
+        add(tar, "b.jpg", encoded())
+        add(tar, "b.txt", b"x" * 2**20)
+        add(tar, "b.bin", bytes(2**22))  # nobody asks for it
+
+    assert shard_of(tmp_path, build) == ["oversized_file", "b"]
+    rules = SampleRules({}, tiny_recipe().data.filters)
+    sample = list(read_shard(str(tmp_path / "x.tar"), rules, StorageOptions()))[1]
+    assert sample.caption == "x" * 4096  # a word of a million letters takes the BPE hours
+    _, tokens = decode_sample(sample, ClipTokenizer(77), TrainCrop(8, 0.9), RNG)
+    assert tokens[-1] == 49407

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 
 from coca_scale.data import storage
+from coca_scale.data.rules import SampleRules
 from coca_scale.data.sample import DataError
+from coca_scale.data.shards import read_shard
 from coca_scale.data.sources import open_source
 from coca_scale.data.storage import StorageError, StorageOptions, open_shard, read_whole
 from tests.conftest import free_port, tiny_recipe
@@ -207,6 +209,15 @@ def test_a_remote_shard_that_is_not_there(s3, path, message):
             open_source(data.train, data, 0).check()
     finally:
         s3[1].active = True
+
+
+def test_other_kinds_of_urls_and_what_cannot_be_opened(folder, tmp_path):
+    large = folder / "large.tar"
+    assert read_whole(f"file://{large}", STUBBORN) == large.read_bytes()
+    rules = SampleRules({}, tiny_recipe().data.filters)
+    (tmp_path / "folder.tar").mkdir()
+    found = list(read_shard(str(tmp_path / "folder.tar"), rules, StorageOptions(retries=0)))
+    assert [bad.cause for bad in found] == ["unreadable_shard"]
 
 
 def test_a_server_that_is_not_there(folder):
