@@ -8,8 +8,8 @@ workers' pieces together in order gives the rank's share of the step.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -41,6 +41,7 @@ class StepBatch:
         tokens: int64 [n, T].
         keys: sample names.
         epochs: which epoch of its lane each sample belongs to.
+        places: int64 [n], place of each sample in this share before it was arranged.
         lanes: where each of this rank's lanes stands once this batch has been used.
         skipped: samples left out on the way here, by fault or by filter.
     """
@@ -49,6 +50,7 @@ class StepBatch:
     tokens: Tensor
     keys: list[str]
     epochs: list[int]
+    places: Tensor
     lanes: LaneStates
     skipped: list[Skipped]
 
@@ -174,6 +176,7 @@ class TrainDataset(IterableDataset):
             tokens=torch.stack([t.tokens for t in taken]),
             keys=[t.key for t in taken],
             epochs=[t.epoch for t in taken],
+            places=torch.arange(len(taken)),
             lanes={lane: reader.position for lane, reader in readers.items()},
             skipped=skipped,
         )
@@ -182,7 +185,12 @@ class TrainDataset(IterableDataset):
 class TrainLoader:
     """Iterates over this rank's share of every step."""
 
-    def __init__(self, dataset: TrainDataset, workers: int) -> None:
+    def __init__(
+        self, dataset: TrainDataset, workers: int, arrange: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        """`arrange` orders a share, from its token counts int64 [n] to a permutation int64 [n]."""
+        self._arrange = arrange
+        self._pad_id = dataset.tokenizer.pad_id
         self._workers = min(workers, len(dataset.states))
         self._loader = DataLoader(
             dataset,
@@ -207,7 +215,11 @@ class TrainLoader:
                 if isinstance(piece, str):
                     raise DataError(piece)
                 step.append(piece)
-            yield _join(step)
+            batch = _join(step)
+            if self._arrange is not None:
+                lengths = (batch.tokens != self._pad_id).sum(1)
+                batch = _arranged(batch, self._arrange(lengths))
+            yield batch
 
 
 def _join(pieces: Sequence[StepBatch]) -> StepBatch:
@@ -218,8 +230,22 @@ def _join(pieces: Sequence[StepBatch]) -> StepBatch:
         tokens=torch.cat([p.tokens for p in pieces]),
         keys=[key for p in pieces for key in p.keys],
         epochs=[epoch for p in pieces for epoch in p.epochs],
+        places=torch.arange(sum(len(p.keys) for p in pieces)),
         lanes={lane: position for p in pieces for lane, position in p.lanes.items()},
         skipped=[bad for p in pieces for bad in p.skipped],
+    )
+
+
+def _arranged(batch: StepBatch, order: Tensor) -> StepBatch:
+    listed = order.tolist()
+    return replace(
+        batch,
+        # channels stay last in memory, as they came
+        images=batch.images.permute(0, 2, 3, 1)[order].permute(0, 3, 1, 2),
+        tokens=batch.tokens[order],
+        keys=[batch.keys[i] for i in listed],
+        epochs=[batch.epochs[i] for i in listed],
+        places=batch.places[order],
     )
 
 

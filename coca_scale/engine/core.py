@@ -98,7 +98,14 @@ class TrainEngine:
         """Free what DeepSpeed holds."""
         self._engine.destroy()
 
-    def step(self, images: Tensor, tokens: Tensor, lr: float, samples_seen: int = 0) -> StepResult:
+    def step(
+        self,
+        images: Tensor,
+        tokens: Tensor,
+        lr: float,
+        samples_seen: int = 0,
+        places: Tensor | None = None,
+    ) -> StepResult:
         """One optimizer step.
 
         Args:
@@ -106,6 +113,8 @@ class TrainEngine:
             tokens: int64 [n, T].
             lr: learning rate of this step.
             samples_seen: by all ranks before this step; which patches are dropped follows from it.
+            places: int64 [n], where each sample stood in this rank's share before it was arranged;
+                None if they stand there still.
         """
         self._engine.train()
         images = images.to(self.world.device, non_blocking=True)
@@ -115,7 +124,8 @@ class TrainEngine:
         caption_factor = self._recipe.loss.caption_weight / max(total_tokens, 1.0)
         self._set_lr(lr)
         first = samples_seen + self.world.rank * len(tokens)
-        sample_ids = torch.arange(first, first + len(tokens), device=self.world.device)
+        places = torch.arange(len(tokens)) if places is None else places
+        sample_ids = first + places.to(self.world.device)
         sample_ids += (self._recipe.run.seed % 2**23) << 40  # no run has 2^40 samples
         micro = self._plan.micro_batch
         pieces = list(

@@ -9,10 +9,12 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from coca_scale.data.lengths import balanced_order
 from coca_scale.data.loader import (
     LaneStates,
     StepBatch,
@@ -127,7 +129,7 @@ class Trainer:
             batch = self._next_batch(batches, meter)
             lr = learning_rate(self.step, self.steps, self.recipe.optim.lr, self.recipe.schedule)
             seen = self.step * self.plan.global_batch
-            result = self.engine.step(batch.images, batch.tokens, lr, seen)
+            result = self.engine.step(batch.images, batch.tokens, lr, seen, batch.places)
             self.step += 1
             self.lanes = batch.lanes
             self.skipped_steps += not result.applied
@@ -207,7 +209,9 @@ class Trainer:
             samples_per_lane=self.plan.samples_per_lane,
             states=self.lanes,
         )
-        return TrainLoader(dataset, self.recipe.data.workers)
+        arrange = partial(balanced_order, micro_batch=self.plan.micro_batch)
+        several = self.plan.accumulation > 1
+        return TrainLoader(dataset, self.recipe.data.workers, arrange if several else None)
 
     def _make_validation(self) -> Validation | None:
         data, ev = self.recipe.data, self.recipe.eval
