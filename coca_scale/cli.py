@@ -187,7 +187,8 @@ def caption_command(
     from coca_scale.recipe.schema import DataSection
 
     loaded = load_model(model, config, raw_weights)
-    data = DataSection(train=list(inputs), image_column=image_column, caption_column=caption_column)
+    columns = {"image_column": image_column, "caption_column": caption_column}
+    data = DataSection.model_validate({"train": inputs, **columns})
     bad: Counter[str] = Counter()
     pictures = captioning.read_pictures(inputs, data)
     temporary = out.with_name(out.name + ".tmp")

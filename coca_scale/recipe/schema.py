@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -124,18 +124,28 @@ class DataFilters(Section):
     )
 
 
-Shards = str | Annotated[list[str | WeightedShards], Field(min_length=1)]
+def _sources(value: object) -> object:
+    """One pattern, or a list of patterns and weighted ones, as a list of weighted ones."""
+    entries = value if isinstance(value, list) else [value]
+    return [{"shards": entry} if isinstance(entry, str) else entry for entry in entries]
+
+
+Sources = Annotated[
+    list[WeightedShards],
+    Field(min_length=1),
+    BeforeValidator(_sources, json_schema_input_type=str | list[str | WeightedShards]),
+]
 
 
 class DataSection(Section):
     """Where samples come from and in which order they are taken."""
 
-    train: Shards = Field(
+    train: Sources = Field(
         description="WebDataset shards (folder, path, {000..999} braces, glob, http(s)://, s3://, "
         "gs://, pipe:), a list of them or of {shards: …, weight: 2.0}, a .csv/.tsv file, or "
         "synthetic://shapes?count=N."
     )
-    val: Shards | None = Field(
+    val: Sources | None = Field(
         None, description="Validation data, same forms; null turns validation off."
     )
     train_samples: PositiveInt | None = Field(
