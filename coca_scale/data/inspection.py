@@ -154,7 +154,9 @@ def inspect_shards(
     Raises:
         DataError: a pattern that names nothing.
     """
-    urls = ShardList(url for pattern in patterns for url in expand_shards(pattern))
+    urls = ShardList(
+        url for pattern in patterns for url in expand_shards(pattern, StorageOptions())
+    )
     reports: list[ShardReport | None] = [None] * len(urls)
     with ProcessPoolExecutor(min(workers, max(1, len(urls)))) as pool:
         jobs = {pool.submit(_inspect, url, decode): number for number, url in enumerate(urls)}

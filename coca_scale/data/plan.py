@@ -15,7 +15,15 @@ import braceexpand
 import numpy as np
 
 from coca_scale.data.sample import DataError
-from coca_scale.data.storage import is_local
+from coca_scale.data.storage import (
+    PIPE,
+    StorageError,
+    StorageOptions,
+    is_local,
+    list_remote,
+)
+
+UNLISTED = (PIPE, "http://", "https://")
 
 
 class ShardList(Sequence[str]):
@@ -39,29 +47,30 @@ class ShardList(Sequence[str]):
         return self._blob[self._ends[index] : self._ends[index + 1]].decode()
 
 
-def expand_shards(pattern: str) -> Iterator[str]:
+def expand_shards(pattern: str, storage: StorageOptions) -> Iterator[str]:
     """Shard urls and paths named by a brace or glob pattern, or all .tar files of a folder.
 
     Raises:
-        DataError: a pattern that names nothing.
+        DataError: a pattern that names nothing, or a bucket that cannot be listed.
     """
     names: Iterator[str]
     try:
         names = braceexpand.braceexpand(pattern)
     except ValueError as error:
         raise DataError(f"{pattern}: unbalanced braces") from error
-    if not is_local(pattern):
-        yield from names
-        return
-    if Path(pattern).is_dir():
+    local = is_local(pattern)
+    if local and Path(pattern).is_dir():
         names = iter([f"{glob.escape(pattern.rstrip('/'))}/*.tar"])
-    elif not any(c in pattern for c in "*?["):
+    elif not any(c in pattern for c in ("*?[" if local else "*")) or pattern.startswith(UNLISTED):
         yield from names  # there may be 200,000
         return
     for name in names:
-        found = sorted(glob.glob(name))
+        try:
+            found = sorted(glob.glob(name)) if local else list_remote(name, storage)
+        except (StorageError, FileNotFoundError) as error:
+            raise DataError(str(error)) from error
         if not found:
-            raise DataError(f"{pattern}: matches no file")
+            raise DataError(f"{pattern}: matches nothing")
         yield from found
 
 

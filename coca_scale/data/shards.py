@@ -69,7 +69,9 @@ class ShardSource:
         storage: StorageOptions,
     ) -> None:
         """Raises DataError for patterns that name nothing and manifests that are none."""
-        lists = [ShardList(url for p in s.patterns for url in expand_shards(p)) for s in sources]
+        lists = [
+            ShardList(url for p in s.patterns for url in expand_shards(p, storage)) for s in sources
+        ]
         self.urls = lists[0] if len(lists) == 1 else ShardList(itertools.chain(*lists))
         weights = np.concatenate(
             [np.full(len(found), s.weight) for found, s in zip(lists, sources, strict=True)]

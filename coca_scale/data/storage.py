@@ -20,10 +20,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol, TypeVar
 
 import aiohttp
 import fsspec
+
+T = TypeVar("T")
 
 CHUNK_BYTES = 2**22
 READ_AHEAD_THREADS = 32
@@ -135,8 +137,8 @@ class ShardFile:
 
 
 def stubbornly(
-    action: Callable[[], bytes], url: str, retries: int, reset: Callable[[], None]
-) -> bytes:
+    action: Callable[[], T], url: str, retries: int, reset: Callable[[], None] = lambda: None
+) -> T:
     """The result of `action`, tried again with growing pauses while its fault may pass.
 
     Raises:
@@ -190,6 +192,20 @@ def read_whole(url: str, options: StorageOptions) -> bytes:
         while piece := file.read(CHUNK_BYTES):
             pieces.append(piece)
     return b"".join(pieces)
+
+
+def list_remote(pattern: str, options: StorageOptions) -> list[str]:
+    """Urls of a bucket that match a glob pattern, sorted.
+
+    Raises:
+        StorageError: the bucket cannot be listed.
+    """
+
+    def listing() -> list[str]:
+        system, path = file_system(pattern, options.timeout_seconds)
+        return sorted(system.unstrip_protocol(name) for name in system.glob(path))
+
+    return stubbornly(listing, pattern, options.retries)
 
 
 def is_local(url: str) -> bool:
@@ -369,20 +385,16 @@ def _download(url: str, target: Path, options: StorageOptions) -> None:
                 copy.write(piece)
     except NoRangesError:
         stubbornly(
-            lambda: _download_whole(url, target, options.timeout_seconds),
-            url,
-            options.retries,
-            lambda: None,
+            lambda: _download_whole(url, target, options.timeout_seconds), url, options.retries
         )
 
 
-def _download_whole(url: str, target: Path, timeout_seconds: float) -> bytes:
+def _download_whole(url: str, target: Path, timeout_seconds: float) -> None:
     system, path = file_system(url, timeout_seconds)
     system.get_file(path, str(target))
     came, size = target.stat().st_size, _size_of(system, path)
     if came != size:
         raise OSError(f"{came} bytes came where {size} were asked for")
-    return b""
 
 
 @lru_cache(maxsize=1)

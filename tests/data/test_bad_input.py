@@ -32,7 +32,7 @@ RULES = SampleRules({}, DATA.filters)
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("nothing-*.tar", "matches no file"),
+        ("nothing-*.tar", "matches nothing"),
         ("none.csv", "no such file"),
         ("synthetic://cubes", "cubes is not known"),
         ("synthetic://shapes?n=3", "n is not known"),
@@ -55,9 +55,12 @@ def test_missing_shards_are_counted(tmp_path):
 def test_braces_globs_and_lists_expand_in_order(tmp_path):
     write_shards(tmp_path, [1, 1, 1])
     for pattern in ("{000..002}.tar", "00[0-2].tar", ""):
-        names = expand_shards(str(tmp_path / pattern))
+        names = expand_shards(str(tmp_path / pattern), StorageOptions())
         assert [name[-7:] for name in names] == ["000.tar", "001.tar", "002.tar"]
-    assert list(expand_shards("pipe:cat {1..2}.tar")) == ["pipe:cat 1.tar", "pipe:cat 2.tar"]
+    assert list(expand_shards("pipe:cat {1..2}.tar", StorageOptions())) == [
+        "pipe:cat 1.tar",
+        "pipe:cat 2.tar",
+    ]
 
 
 def test_table_without_its_columns(tmp_path):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from coca_scale.data import storage
+from coca_scale.data.plan import expand_shards
 from coca_scale.data.rules import SampleRules
 from coca_scale.data.sample import DataError
 from coca_scale.data.shards import read_shard
@@ -131,6 +132,20 @@ def test_training_from_s3_sees_what_training_from_disk_sees(s3, folder):
     assert found == expected
     assert (same == pixels).all()
     assert sum(proxy.done.values()) > 10
+
+
+def test_a_bucket_is_listed_for_a_glob(s3):
+    url, proxy = s3
+    proxy.active = False
+    try:
+        found = list(expand_shards(f"{url}/00*.tar", STUBBORN))
+        assert found == [f"{url}/{number:03d}.tar" for number in range(10)]
+        with pytest.raises(DataError, match="matches nothing"):
+            list(expand_shards(f"{url}/none-*.tar", STUBBORN))
+        with pytest.raises(DataError, match="nowhere"):
+            list(expand_shards("s3://nowhere/*.tar", STUBBORN))
+    finally:
+        proxy.active = True
 
 
 def test_http_with_faults_and_after_a_resume_in_the_middle(serve, folder):
