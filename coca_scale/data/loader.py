@@ -7,6 +7,7 @@ workers' pieces together in order gives the rank's share of the step.
 
 from __future__ import annotations
 
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -153,6 +154,8 @@ class TrainDataset(IterableDataset):
         mine = sorted(self.states)
         if info is not None:
             torch.set_num_threads(1)
+            for number in (signal.SIGUSR1, signal.SIGTERM):  # the cluster means the ranks
+                signal.signal(number, signal.SIG_IGN)
             count = len(mine)
             mine = mine[
                 info.id * count // info.num_workers : (info.id + 1) * count // info.num_workers

@@ -12,18 +12,23 @@ contrastive loss sees the global batch, and the second pass runs the line above 
 
 from __future__ import annotations
 
+import math
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
 import deepspeed
 import torch
-from safetensors.torch import save_file
+from deepspeed.checkpoint.constants import UNIVERSAL_CHECKPOINT_INFO
+from safetensors.torch import save
 from torch import Tensor
 
 from coca_scale.engine.config import deepspeed_config
 from coca_scale.engine.launch import World
 from coca_scale.engine.optimizer import make_optimizer, make_scale_optimizer
-from coca_scale.engine.weight_average import WeightAverage, master_weights
+from coca_scale.engine.resharding import Layout, load_universal
+from coca_scale.engine.weight_average import AVERAGE_FOLDER, WeightAverage, master_weights
+from coca_scale.engine.writing import Entries, FileWriter
 from coca_scale.losses import ContrastiveResult, FeatureGather, contrastive_loss
 from coca_scale.model import CoCa, LogitScale
 from coca_scale.model.image import normalize_pixels
@@ -46,7 +51,8 @@ class StepResult:
         caption_loss: nats per token that is not padding.
         grad_norm: global norm before clipping, logit scale not included.
         logit_scale: s, after the step.
-        applied: False where DeepSpeed skipped the update because of an overflow.
+        applied: False where a loss or gradient was not finite and nothing was updated.
+        finite_here: whether this rank's own features and caption loss were finite.
     """
 
     loss: float
@@ -55,6 +61,7 @@ class StepResult:
     grad_norm: float
     logit_scale: float
     applied: bool
+    finite_here: bool
 
 
 class TrainEngine:
@@ -84,10 +91,14 @@ class TrainEngine:
         self._scale_optimizer = make_scale_optimizer(self._logit_scale.log_scale, recipe.optim)
         fused = world.device.type == "cuda"
         optimizer, self._lr_scales = make_optimizer(model, recipe.optim, fused)
+        setattr(model, UNIVERSAL_CHECKPOINT_INFO, {})  # without it checkpoints cannot be resharded
         self._engine, self._optimizer, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=deepspeed_config(recipe, plan)
         )
         self.module: CoCa = self._engine.module
+        self._writer = self._engine.checkpoint_engine = FileWriter()
+        # a file beside the writer: on a full disk rank 0 would fail and the others wait for it
+        self._engine._copy_recovery_script = lambda _: None
         cast_statistics(self.module, self.dtype)
         self._average: WeightAverage | None = None
         if recipe.optim.ema_decay is not None:
@@ -142,6 +153,7 @@ class TrainEngine:
             gather = self._start_gather(features)
 
         caption_sum = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        finite = torch.ones((), dtype=torch.bool, device=self.world.device)
         for number, (piece_images, piece_tokens, piece_ids) in enumerate(pieces):
             callback = on_features if len(pieces) == 1 else None
             features, piece_sum = self._engine(
@@ -152,14 +164,14 @@ class TrainEngine:
             if len(pieces) == 1:
                 assert gather is not None
                 contrastive = self._contrastive(gather)
+            finite &= features.detach().isfinite().all()
             grads = contrastive.grad_features[number * micro : (number + 1) * micro]
             surrogate = self._surrogate(features, grads, piece_sum, caption_factor)
             # DeepSpeed averages over ranks; the loss is of the global batch, so undo that
             self._engine.backward(surrogate * self.world.size, scale_wrt_gas=False)
             if number + 1 < len(pieces):
                 self._engine.step()
-        grad_norm = self._update()
-        applied = bool(self._engine.was_step_applied())
+        grad_norm, applied = self._update()
         if applied:
             self._update_scale(contrastive.grad_log_scale)
             if self._average is not None:
@@ -175,6 +187,7 @@ class TrainEngine:
             grad_norm=grad_norm,
             logit_scale=float(self._logit_scale().detach()),
             applied=applied,
+            finite_here=bool(finite) and math.isfinite(float(caption_sum)),
         )
 
     def _surrogate(
@@ -222,17 +235,26 @@ class TrainEngine:
             self._recipe.loss.contrastive_chunk_rows,
         )
 
-    def _update(self) -> float:
-        """The optimizer step; returns the global gradient norm before clipping."""
-        norm = None
-        if self._recipe.engine.zero_stage == 0:  # plain replicas: DeepSpeed does not report it
+    def _update(self) -> tuple[float, bool]:
+        """The optimizer step, left out everywhere if a gradient of any rank is not finite.
+
+        Returns:
+            Global gradient norm before clipping, and whether the weights were updated.
+        """
+        if self._recipe.engine.zero_stage == 0:  # plain replicas: DeepSpeed does not look
             trained = [p for p in self.module.parameters() if p.requires_grad]
             grads = [p.grad for p in trained if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm(grads)
+            norm = float(torch.nn.utils.get_total_norm(grads))
+            applied = math.isfinite(norm)
+            if applied:
+                self._engine.step()
+            else:
+                self._engine.optimizer.zero_grad(set_to_none=True)
+                self._engine.micro_steps += 1
+            return norm, applied
         self._engine.step()
-        if norm is None:
-            norm = self._engine.get_global_grad_norm()
-        return float(norm) if norm is not None else float("nan")
+        norm = self._engine.get_global_grad_norm()
+        return (float(norm) if norm is not None else math.nan), self._engine.was_step_applied()
 
     def _update_scale(self, grad: Tensor) -> None:
         parameter = self._logit_scale.log_scale
@@ -255,41 +277,67 @@ class TrainEngine:
         self._engine.eval()
         return self._prepare(images.to(self.world.device))
 
-    def save_state(self, folder: Path) -> None:
-        """Write weights and optimizer state into `folder`."""
+    @property
+    def layout(self) -> Layout:
+        """How this run cuts its state."""
+        return Layout(self.world.size, self._recipe.engine.zero_stage)
+
+    def add_file(self, path: Path, content: bytes) -> None:
+        """Let the next `save_state` write one more file."""
+        self._writer.add(path, lambda file: file.write(content))
+
+    def save_state(self, folder: Path) -> Future[Entries]:
+        """Copy weights and optimizer state now, and write them into `folder` in a thread.
+
+        Returns:
+            `bytes` and `sha256` of this rank's files, by name. An OSError in it is the disk's.
+        """
         self._engine.save_checkpoint(str(folder), tag=STATE_TAG, save_latest=False)
+        average_folder = None
         if self._average is not None:
-            self._average.save(folder, STATE_TAG, self.world.rank)
+            average_folder = folder / AVERAGE_FOLDER / STATE_TAG
+            state = self._engine.optimizer.state_dict()
+            name = Path(self._engine._get_zero_ckpt_name(str(folder), STATE_TAG)).name
+            self._writer.save(self._average.state(state), average_folder / name)
         if self.world.rank == 0:
             if self._constants:
-                save_file(self._constants, folder / CONSTANTS_FILE)
+                self.add_file(folder / CONSTANTS_FILE, save(self._constants))
             state = {
                 "model": self._logit_scale.state_dict(),
                 "optimizer": self._scale_optimizer.state_dict(),
-                "ranks": self.world.size,
-                "zero_stage": self._recipe.engine.zero_stage,
+                "ranks": self.layout.ranks,
+                "zero_stage": self.layout.zero_stage,
             }
-            torch.save(state, folder / SCALE_FILE)
+            self._writer.save(state, folder / SCALE_FILE)
+        return self._writer.start(folder, average_folder)
 
-    def load_state(self, folder: Path) -> None:
-        """Read what `save_state` wrote, on the same number of ranks and ZeRO stage.
+    def load_state(self, folder: Path, universal: Path | None) -> None:
+        """Read what `save_state` wrote.
+
+        Args:
+            folder: of the checkpoint.
+            universal: its state in DeepSpeed's universal format, where it has another layout.
 
         Raises:
-            ValueError: it was written by another layout.
+            ValueError: the checkpoint lacks something that this run needs.
         """
-        state = torch.load(folder / SCALE_FILE, map_location=self.world.device, weights_only=True)
-        now = (self.world.size, self._recipe.engine.zero_stage)
-        if (state["ranks"], state["zero_stage"]) != now:
-            raise ValueError(
-                f"{folder} was written by {state['ranks']} ranks at ZeRO stage "
-                f"{state['zero_stage']}; this run has {now[0]} ranks at stage {now[1]}. "
-                "Resume with the same layout, or start anew with checkpoint.resume=never"
-            )
-        self._engine.load_checkpoint(str(folder), tag=STATE_TAG)
+        saved = torch.load(folder / SCALE_FILE, map_location=self.world.device, weights_only=True)
+        self._logit_scale.load_state_dict(saved["model"])
+        self._scale_optimizer.load_state_dict(saved["optimizer"])
+        if universal is None:
+            self._engine.load_checkpoint(str(folder), tag=STATE_TAG)
+        else:
+            load_universal(self._engine, universal, self._optimizer_steps())
         if self._average is not None:
-            self._average.load(folder, STATE_TAG, self.world.rank)
-        self._logit_scale.load_state_dict(state["model"])
-        self._scale_optimizer.load_state_dict(state["optimizer"])
+            if universal is None:
+                self._average.load(folder, STATE_TAG, self.world.rank)
+            else:
+                self._average.load_resharded(folder, STATE_TAG, self._engine)
+
+    def _optimizer_steps(self) -> int:
+        """Updates of the logit scale, which are those of all other weights."""
+        states = list(self._scale_optimizer.state.values())
+        return int(states[0]["step"]) if states else 0
 
 
 def _constants(model: CoCa) -> dict[str, Tensor]:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import socket
+import subprocess
+import time
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from torch.distributed import distributed_c10d
 
 _LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _SLURM_VARIABLES = {
@@ -23,6 +31,10 @@ class AgreedError(RuntimeError):
     """Something that ends the run, raised by every rank together: one rank may report it."""
 
 
+class LaunchError(RuntimeError):
+    """The ranks do not come together; rank 0's says who is missing or does not fit."""
+
+
 @dataclass(frozen=True)
 class World:
     """The processes of a run.
@@ -33,6 +45,7 @@ class World:
         group: all ranks.
         gather_group: all ranks again, for collectives that run beside the others.
         device: where this rank computes.
+        hosts: host name of every rank.
     """
 
     rank: int
@@ -40,6 +53,7 @@ class World:
     group: dist.ProcessGroup
     gather_group: dist.ProcessGroup
     device: torch.device
+    hosts: tuple[str, ...]
 
     def sum(self, *values: float) -> list[float]:
         """Each value summed over all ranks, in fp64. A collective."""
@@ -67,6 +81,18 @@ class World:
         """Wait for all ranks."""
         self.sum(0.0)
 
+    def name_of(self, rank: int) -> str:
+        """A rank as a person looks for it."""
+        return f"rank {rank} on {self.hosts[rank]}"
+
+    def set_timeout(self, seconds: float) -> None:
+        """How long any collective may take from now on, in every group. A collective."""
+        self.barrier()  # nobody is still in one that began under the old limit
+        # public since torch 2.15
+        set_timeout = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout
+        for group in list(distributed_c10d._world.pg_map):
+            set_timeout(timedelta(seconds=seconds), group)
+
 
 def planned_size() -> int:
     """Number of processes of this launch, known before they have met."""
@@ -84,28 +110,207 @@ def planned_rank() -> int:
     return 0
 
 
-def start_world() -> World:
-    """Join the process group: DeepSpeed launcher, torchrun, srun, mpirun, or a single process."""
-    if "SLURM_PROCID" in os.environ and "MASTER_ADDR" in os.environ and "RANK" not in os.environ:
-        for name, slurm_name in _SLURM_VARIABLES.items():
-            os.environ[name] = os.environ[slurm_name]
-    by_mpi = any(name in os.environ for name in _MPI_MARKERS)
-    if not by_mpi and "RANK" not in os.environ:
-        defaults = ("0", "0", "1", "127.0.0.1", "29500")
-        for name, value in zip(_LAUNCHER_VARIABLES, defaults, strict=True):
-            os.environ.setdefault(name, value)
+def start_world(timeout_seconds: float = 900.0) -> World:
+    """Join the process group: DeepSpeed launcher, torchrun, srun, mpirun, or a single process.
+
+    Before the first collective every rank says through a key-value store that it is there and what
+    it runs on, so that one that is missing or does not fit is named and not waited for for ever.
+
+    Args:
+        timeout_seconds: longest wait for the other ranks, and for a first collective.
+
+    Raises:
+        LaunchError: ranks are missing, or differ in version or device.
+    """
+    _find_rank()
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     accelerator = get_accelerator()
-    deepspeed.init_distributed(accelerator.communication_backend_name(), verbose=False)
     local_rank = int(os.environ["LOCAL_RANK"])
     if accelerator.device_name() != "cpu":
         accelerator.set_device(local_rank)
     device = torch.device(accelerator.current_device_name())
-    world, gather_group = dist.group.WORLD, dist.new_group()
-    assert isinstance(world, dist.ProcessGroup)
+    store = _open_store(rank, timeout_seconds)
+    hosts = roll_call(store, rank, size, device, timeout_seconds)
+    backend = accelerator.communication_backend_name()
+    dist.init_process_group(
+        backend,
+        store=dist.PrefixStore("ranks", store),
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=timeout_seconds),
+        device_id=device if device.type == "cuda" and size > 1 else None,
+    )
+    deepspeed.init_distributed(backend, verbose=False, timeout=timedelta(seconds=timeout_seconds))
+    group, gather_group = dist.group.WORLD, dist.new_group()
+    assert isinstance(group, dist.ProcessGroup)
     assert isinstance(gather_group, dist.ProcessGroup)
-    return World(dist.get_rank(), dist.get_world_size(), world, gather_group, device)
+    return World(rank, size, group, gather_group, device, tuple(hosts))
 
 
 def end_world() -> None:
     """Leave the process group after a run that went well."""
     dist.destroy_process_group()
+
+
+def _find_rank() -> None:
+    """Set the variables that torch's launcher sets, whoever started this process."""
+    if "SLURM_PROCID" in os.environ and "MASTER_ADDR" in os.environ and "RANK" not in os.environ:
+        for name, slurm_name in _SLURM_VARIABLES.items():
+            os.environ[name] = os.environ[slurm_name]
+    if "RANK" in os.environ:
+        return
+    if any(name in os.environ for name in _MPI_MARKERS):
+        port = int(os.environ.get("MASTER_PORT", "29500"))
+        deepspeed.comm.mpi_discovery(distributed_port=port, verbose=False)
+        return
+    defaults = ("0", "0", "1", "127.0.0.1", "29500")
+    for name, value in zip(_LAUNCHER_VARIABLES, defaults, strict=True):
+        os.environ.setdefault(name, value)
+
+
+def connect_store(timeout_seconds: float) -> dist.Store:
+    """One more connection to the job's key-value store; a thread needs its own.
+
+    Raises:
+        DistNetworkError: nobody serves it any more.
+    """
+    return _open_store(-1, timeout_seconds)
+
+
+def _open_store(rank: int, timeout_seconds: float) -> dist.Store:
+    """The key-value store of the job: rank 0's, or the one that torchrun serves.
+
+    Raises:
+        LaunchError: its address cannot be reached or is taken.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    try:
+        store = dist.TCPStore(
+            address,
+            port,
+            is_master=rank == 0 and not served,
+            timeout=timedelta(seconds=timeout_seconds),
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        first = str(error).splitlines()[0]
+        raise LaunchError(
+            f"rank {rank} on {socket.gethostname()} cannot reach {address}:{port}: {first}. "
+            "Is rank 0 alive, MASTER_ADDR its host, and MASTER_PORT free and not blocked?"
+        ) from error
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"coca-scale/{attempt}", store)
+
+
+def roll_call(
+    store: dist.Store, rank: int, size: int, device: torch.device, timeout_seconds: float
+) -> list[str]:
+    """Wait until every rank has reported, and see that they fit together.
+
+    Returns:
+        Host name of every rank.
+
+    Raises:
+        LaunchError: on every rank that is there, with what rank 0 found.
+    """
+    store.set(f"here/{rank}", json.dumps(_about_this_rank(device)))
+    if rank == 0:
+        facts = _collect(store, size, timeout_seconds)
+        problem = _problem(facts, size)
+        hosts = [facts[r]["host"] if r in facts else "?" for r in range(size)]
+        store.set("verdict", json.dumps({"problem": problem, "hosts": hosts}))
+    try:
+        store.wait(["verdict"], timedelta(seconds=timeout_seconds + 30))
+    except (dist.DistStoreError, dist.DistNetworkError) as error:
+        raise LaunchError(f"rank {rank}: rank 0 does not answer") from error
+    verdict = json.loads(store.get("verdict"))
+    if verdict["problem"] is not None:
+        raise LaunchError(verdict["problem"])
+    hosts = verdict["hosts"]
+    assert isinstance(hosts, list)
+    return hosts
+
+
+def _about_this_rank(device: torch.device) -> dict[str, Any]:
+    about: dict[str, Any] = {
+        "host": os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
+        "torch": torch.__version__,
+        "deepspeed": deepspeed.__version__,
+        "device": device.type if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "fault": None,
+    }
+    try:
+        ones = torch.ones(256, 256, device=device)
+        if float((ones @ ones).sum()) != 256.0**3:
+            about["fault"] = "computes a wrong product"
+    except RuntimeError as error:
+        about["fault"] = str(error).splitlines()[0]
+    return about
+
+
+def _collect(store: dist.Store, size: int, timeout_seconds: float) -> dict[int, dict[str, Any]]:
+    deadline = time.monotonic() + timeout_seconds
+    facts: dict[int, dict[str, Any]] = {}
+    while len(facts) < size and time.monotonic() < deadline:
+        missing = [r for r in range(size) if r not in facts]
+        for r in missing:
+            if store.check([f"here/{r}"]):
+                facts[r] = json.loads(store.get(f"here/{r}"))
+        if len(facts) < size:
+            time.sleep(0.1)
+    return facts
+
+
+def _problem(facts: dict[int, dict[str, Any]], size: int) -> str | None:
+    missing = [r for r in range(size) if r not in facts]
+    if missing:
+        nodes = expected_hosts(size)
+        where = ""
+        if nodes is not None:
+            where = f" ({', '.join(dict.fromkeys(nodes[r] for r in missing))})"
+        return (
+            f"{len(missing)} of {size} ranks did not start in time: {_listed(missing)}{where}; "
+            "look at their logs, and leave out the node if it is at fault"
+        )
+    broken = [f"rank {r} on {f['host']}: {f['fault']}" for r, f in facts.items() if f["fault"]]
+    if broken:
+        return "a device does not work: " + "; ".join(broken[:8])
+    for key in ("torch", "deepspeed", "device"):
+        values = [facts[r][key] for r in range(size)]
+        usual = max(set(values), key=values.count)
+        odd = [r for r in range(size) if values[r] != usual]
+        if odd:
+            r = odd[0]
+            return (
+                f"ranks differ in {key}: {values[r]} for {_listed(odd)} ({facts[r]['host']}), "
+                f"{usual} elsewhere"
+            )
+    return None
+
+
+def _listed(ranks: list[int]) -> str:
+    shown = ", ".join(str(r) for r in ranks[:16])
+    return f"rank {shown}" + (", …" if len(ranks) > 16 else "")
+
+
+def expected_hosts(size: int) -> list[str] | None:
+    """Where SLURM starts each rank; None elsewhere."""
+    nodes, tasks = os.environ.get("SLURM_JOB_NODELIST"), os.environ.get("SLURM_TASKS_PER_NODE")
+    if nodes is None or tasks is None:
+        return None
+    try:
+        done = subprocess.run(
+            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    counts: list[int] = []
+    for entry in tasks.split(","):  # 8(x3),4
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", entry)
+        if match is None:
+            return None
+        counts += [int(match[1])] * int(match[2] or 1)
+    hosts = [h for h, n in zip(done.stdout.split(), counts, strict=False) for _ in range(n)]
+    return hosts if len(hosts) == size else None

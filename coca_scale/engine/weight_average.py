@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import shutil
+import contextlib
+import io
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,13 @@ from deepspeed.checkpoint.constants import (
     SINGLE_PARTITION_OF_FP32_GROUPS,
     ZERO_STAGE,
 )
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from torch import Tensor
 
+from coca_scale.engine.resharding import set_state
+
 AVERAGE_FOLDER = "average"
+NO_AVERAGE = "{} holds no average of the weights; resume without optim.ema_decay"
 
 
 def master_weights(engine: Any, zero_stage: int) -> list[Tensor]:
@@ -46,27 +50,19 @@ class WeightAverage:
         masters = [master.detach() for master in self._masters]
         torch._foreach_lerp_(self._average, masters, 1 - decay)
 
-    def save(self, folder: Path, tag: str, rank: int) -> None:
-        """Write this rank's shard in DeepSpeed's format, next to the state it has saved already.
+    def state(self, optimizer_state: dict[str, Any]) -> dict[str, Any]:
+        """This rank's shard in DeepSpeed's format, so that its own tool puts the average together.
 
-        So its own tool puts the average together as it does the weights.
+        Args:
+            optimizer_state: state dict of DeepSpeed's optimizer, which says how the shard is cut.
         """
-        target = folder / AVERAGE_FOLDER / tag
-        target.mkdir(parents=True, exist_ok=True)
-        saved = _shard(folder / tag, rank)
-        assert saved is not None, "the average is saved after the weights"
-        # DeepSpeed's own pickle, written by this process a moment ago
-        state = torch.load(saved, map_location="cpu", weights_only=False, mmap=True)
-        state = state[OPTIMIZER_STATE_DICT]
         names = (ZERO_STAGE, PARTITION_COUNT, PARAM_ALIGNMENT_PADDINGS)
-        kept = {name: state[name] for name in names if name in state}
-        key = FP32_FLAT_GROUPS if FP32_FLAT_GROUPS in state else SINGLE_PARTITION_OF_FP32_GROUPS
-        assert [t.shape for t in state[key]] == [t.shape for t in self._average]
+        kept: dict[str, Any] = {n: optimizer_state[n] for n in names if n in optimizer_state}
+        flat = FP32_FLAT_GROUPS in optimizer_state
+        key = FP32_FLAT_GROUPS if flat else SINGLE_PARTITION_OF_FP32_GROUPS
+        assert [t.shape for t in optimizer_state[key]] == [t.shape for t in self._average]
         kept[key] = self._average
-        torch.save({OPTIMIZER_STATE_DICT: kept, "updates": self._updates}, target / saved.name)
-        if rank == 0:
-            for file in (folder / tag).glob("*model_states.pt"):
-                _link(file, target / file.name)
+        return {OPTIMIZER_STATE_DICT: kept, "updates": self._updates}
 
     def load(self, folder: Path, tag: str, rank: int) -> None:
         """Read what `save` wrote.
@@ -76,9 +72,7 @@ class WeightAverage:
         """
         file = _shard(folder / AVERAGE_FOLDER / tag, rank)
         if file is None:
-            raise ValueError(
-                f"{folder} holds no average of the weights; resume without optim.ema_decay"
-            )
+            raise ValueError(NO_AVERAGE.format(folder))
         state = torch.load(file, map_location="cpu", weights_only=False)
         self._updates = state["updates"]
         shards = state[OPTIMIZER_STATE_DICT]
@@ -86,12 +80,25 @@ class WeightAverage:
         for mine, saved in zip(self._average, averages, strict=True):
             mine.copy_(saved)
 
+    def load_resharded(self, folder: Path, tag: str, engine: Any) -> None:
+        """Read what runs of another layout wrote.
 
-def _link(file: Path, target: Path) -> None:
-    try:
-        os.link(file, target)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(file, target)
+        Raises:
+            ValueError: the checkpoint has no average.
+        """
+        source = folder / AVERAGE_FOLDER
+        first = _shard(source / tag, 0)
+        if first is None:
+            raise ValueError(NO_AVERAGE.format(folder))
+        self._updates = torch.load(first, map_location="cpu", weights_only=False)["updates"]
+        silence = io.StringIO()  # DeepSpeed prints its progress
+        with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
+            full = get_fp32_state_dict_from_zero_checkpoint(str(source), tag, lazy_mode=True)
+        kept = [master.detach().clone() for master in self._masters]
+        set_state(engine, lambda name: full[name].contiguous())
+        for mine, master, before in zip(self._average, self._masters, kept, strict=True):
+            mine.copy_(master.detach())
+            master.data.copy_(before)
 
 
 def _shard(folder: Path, rank: int) -> Path | None:

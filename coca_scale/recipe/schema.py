@@ -288,6 +288,15 @@ class EngineSection(Section):
     activation_checkpointing: Literal["none", "full"] = Field(
         "none", description="full: recompute every transformer block in the backward pass."
     )
+    start_timeout_minutes: Annotated[float, Field(gt=0.0)] = Field(
+        30.0, description="Longest wait for all ranks to come together and build the model."
+    )
+    step_timeout_minutes: Annotated[float, Field(gt=0.0)] = Field(
+        10.0, description="Longest step; a longer one is a hang, and ends the run."
+    )
+    save_timeout_minutes: Annotated[float, Field(gt=0.0)] = Field(
+        60.0, description="Longest save, load, validation or export."
+    )
     deepspeed: dict[str, Any] = Field(
         default_factory=dict,
         description="Raw DeepSpeed configuration, merged over the generated one.",
@@ -306,13 +315,44 @@ class CheckpointSection(Section):
     every_steps: PositiveInt | None = Field(
         1000, description="Steps between checkpoints; null saves at the end only."
     )
+    every_minutes: Annotated[float, Field(gt=0.0)] | None = Field(
+        None, description="Also save when so many minutes have passed since the last save."
+    )
     keep: PositiveInt | None = Field(
         3, description="Newest checkpoints that are kept; null keeps all."
+    )
+    keep_every_steps: PositiveInt | None = Field(
+        None, description="Checkpoints of these steps are kept for good."
+    )
+    background: bool = Field(
+        True, description="Write while training goes on; false waits for the disk."
     )
     resume: str = Field(
         "auto",
         description="auto: newest complete checkpoint of the run folder if there is one; "
         "never: start anew in an empty run folder; or a checkpoint folder.",
+    )
+
+
+class HealthSection(Section):
+    """What a run makes of steps that go wrong."""
+
+    max_bad_steps: PositiveInt = Field(
+        10, description="Steps in a row without a finite loss and gradient that end the run."
+    )
+    rollbacks: NonNegativeInt = Field(
+        0,
+        description="How often, instead of ending, a run goes back to its last checkpoint and on "
+        "with the data behind the bad stretch; spikes that last count as one then.",
+    )
+    spike_deviations: Annotated[float, Field(gt=0.0)] | None = Field(
+        8.0,
+        description="A loss so many standard deviations above its running mean is reported as a "
+        "spike; null looks for none.",
+    )
+    straggler_factor: Annotated[float, Field(gt=0.0)] = Field(
+        0.2,
+        description="A rank for which the others wait longer than this share of the time is named.",
     )
 
 
@@ -345,6 +385,7 @@ class Recipe(Section):
     train: TrainSection
     engine: EngineSection = Field(default_factory=EngineSection)
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
+    health: HealthSection = Field(default_factory=HealthSection)
     eval: EvalSection = Field(default_factory=EvalSection)
     log: LogSection = Field(default_factory=LogSection)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import sys
 from datetime import timedelta
@@ -15,6 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
+from coca_scale.training.appending import append, warn_once
+from coca_scale.training.bad_steps import BAD_STEPS
 from coca_scale.training.skipped import BAD_SAMPLES
 from coca_scale.training.validation import ValidationResult
 
@@ -61,7 +64,7 @@ class RunLog:
     def resume_at(self, step: int) -> None:
         """Forget what was written about steps after `step`, which will be run again."""
         if self._active:
-            for name in ("metrics.jsonl", BAD_SAMPLES):
+            for name in ("metrics.jsonl", BAD_SAMPLES, BAD_STEPS):
                 _forget_after(self._folder / name, step)
 
     def say(self, message: str) -> None:
@@ -76,26 +79,36 @@ class RunLog:
         """One line of metrics.jsonl, TensorBoard scalars, and the progress display."""
         if not self._active:
             return
-        with (self._folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(values) + "\n")
-        if self._writer is not None:
-            for name, value in values.items():
-                if name != "step" and isinstance(value, int | float):
-                    self._writer.add_scalar(f"train/{name}", value, values["step"])
+        append(self._folder / "metrics.jsonl", json.dumps(values) + "\n")
+        self._scalars(values)
+        loss, contrastive, caption = (
+            math.nan if values[name] is None else values[name]
+            for name in ("loss", "contrastive_loss", "caption_loss")
+        )
         text = (
-            f"loss {values['loss']:.3f} = contrastive {values['contrastive_loss']:.3f}, "
-            f"caption {values['caption_loss']:.3f}; {values['samples_per_second']:.0f} samples/s"
+            f"loss {loss:.3f} = contrastive {contrastive:.3f}, "
+            f"caption {caption:.3f}; {values['samples_per_second']:.0f} samples/s"
         )
         if self._bar is not None:
             short = (
-                f"loss {values['loss']:.2f} (contrastive {values['contrastive_loss']:.2f} "
-                f"caption {values['caption_loss']:.2f}) {values['samples_per_second']:.0f}/s"
+                f"loss {loss:.2f} (contrastive {contrastive:.2f} "
+                f"caption {caption:.2f}) {values['samples_per_second']:.0f}/s"
             )
             self._bar.update(self._task, completed=values["step"], description=short)
         else:
             rate = values["samples_per_second"] / max(1, values["global_batch"])
             left = timedelta(seconds=round((self._steps - values["step"]) / max(rate, 1e-9)))
             self.say(f"step {values['step']}/{self._steps}: {text}; {left} left")
+
+    def _scalars(self, values: dict[str, Any]) -> None:
+        if self._writer is None:
+            return
+        try:
+            for name, value in values.items():
+                if name != "step" and isinstance(value, int | float):
+                    self._writer.add_scalar(f"train/{name}", value, values["step"])
+        except OSError as error:
+            warn_once(self._folder / "tensorboard", error)
 
     def validation(self, step: int, result: ValidationResult) -> None:
         """Retrieval scores and captioned pictures."""

@@ -14,14 +14,18 @@ import torch
 from coca_scale.engine.config import deepspeed_config
 from coca_scale.engine.launch import (
     AgreedError,
+    LaunchError,
+    World,
     end_world,
     planned_rank,
     planned_size,
     start_world,
 )
+from coca_scale.engine.watchdog import NoWatchdog, Watchdog
 from coca_scale.model import CoCa
 from coca_scale.model.lock import freeze
 from coca_scale.recipe import BatchPlan, Recipe, load_recipe
+from coca_scale.training.bad_steps import Rollback
 from coca_scale.training.initial import model_config, pretrained_name
 from coca_scale.training.trainer import Trainer
 
@@ -29,21 +33,49 @@ USUAL_RANKS = (1, 2, 8, 64, 384, 512, 4096)
 
 
 def train(recipe: Recipe) -> int:
-    """Run to the end; returns 0, or 1 after one readable line about what went wrong.
+    """Run to the end, or until the cluster wants its nodes back.
 
-    Anything that is not a fault of recipe or data raises as it is, with its traceback.
+    Returns:
+        0; 1 after one readable line about what went wrong; REQUEUE_CODE if the job should be
+        started again. An error that is neither the recipe's nor the data's ends this process here,
+        with its traceback if it was the first on any rank.
     """
-    world = start_world()
-    code = 0
     try:
-        Trainer(recipe, world).run()
+        world = start_world(recipe.engine.start_timeout_minutes * 60)
+    except LaunchError as error:
+        if planned_rank() == 0 or str(error).startswith("rank "):
+            print(f"coca-scale: {error}", file=sys.stderr, flush=True)
+        return 1
+    watch = Watchdog(world, recipe.run.folder)
+    try:
+        code = _with_rollbacks(recipe, world, watch)
     except AgreedError as error:
         if world.rank == 0:
             print(f"coca-scale: {error}", file=sys.stderr, flush=True)
-        world.barrier()  # the launcher ends everyone as soon as one rank is gone
         code = 1
+    except Exception as error:  # noqa: BLE001 - every rank must end, and the first say why
+        watch.fail(error)
+    world.barrier()  # the launcher ends everyone as soon as one rank is gone
+    watch.stop()
     end_world()
     return code
+
+
+def _with_rollbacks(recipe: Recipe, world: World, watch: Watchdog | NoWatchdog) -> int:
+    """Train, and after a bad stretch again from the last checkpoint, with the data behind it."""
+    left, lanes = recipe.health.rollbacks, None
+    while True:
+        trainer = Trainer(recipe, world, watch, left, lanes)
+        try:
+            return trainer.run()
+        except Rollback as bad:
+            left -= 1
+            lanes = trainer.lanes
+            if world.rank == 0:
+                print(f"going back to the last checkpoint: {bad}", file=sys.stderr, flush=True)
+            trainer.close()
+            again = recipe.checkpoint.model_copy(update={"resume": "auto"})
+            recipe = recipe.model_copy(update={"checkpoint": again})
 
 
 def train_recipe(recipe: Recipe | str | Path, *overrides: str) -> Path:
@@ -64,8 +96,7 @@ def train_recipe(recipe: Recipe | str | Path, *overrides: str) -> Path:
         recipe = load_recipe(recipe, overrides)
     elif overrides:
         raise ValueError("overrides are for the path of a recipe; change a loaded one itself")
-    world = start_world()
-    Trainer(recipe, world).run()
+    _with_rollbacks(recipe, start_world(recipe.engine.start_timeout_minutes * 60), NoWatchdog())
     return recipe.run.folder
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from coca_scale.data.sample import Skipped
 from coca_scale.engine.launch import AgreedError, World
+from coca_scale.training.appending import append
 
 BAD_SAMPLES = "bad_samples.jsonl"
 MAX_LISTED = 1_000_000
@@ -83,9 +84,7 @@ class SkipLog:
         lines = lines[: max(0, MAX_LISTED - self._listed)]
         self._listed += len(lines)
         if lines and self._world.rank == 0:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a") as file:
-                file.write("\n".join(lines) + "\n")
+            append(self._path, "\n".join(lines) + "\n")
 
     def summary(self) -> str:
         """Counts by cause, the most frequent first."""

@@ -23,22 +23,31 @@ from coca_scale.data.loader import (
     deal_lanes,
 )
 from coca_scale.data.prefetch import Prefetcher
-from coca_scale.data.sample import DataError, Source
+from coca_scale.data.sample import DataError, Position, Source
 from coca_scale.data.sources import open_source, train_crop
 from coca_scale.data.tokens import FastTokenizer, make_tokenizer
 from coca_scale.engine.checkpoint import (
+    CheckpointWriter,
     find_checkpoint,
+    fitting_state,
+    newest_intact,
     read_progress,
-    save_checkpoint,
-    verify_checkpoint,
+    sweep,
+    verify_together,
 )
 from coca_scale.engine.core import StepResult, TrainEngine
 from coca_scale.engine.export import export
-from coca_scale.engine.launch import AgreedError, World
+from coca_scale.engine.launch import World
 from coca_scale.engine.loading import load_model
+from coca_scale.engine.watchdog import NoWatchdog, Watchdog
 from coca_scale.recipe import BatchPlan, Recipe, dump_recipe
+from coca_scale.training.bad_steps import BadSteps
 from coca_scale.training.initial import initial_model, model_config
 from coca_scale.training.log import RunLog, peak_memory_bytes
+from coca_scale.training.meter import Meter
+from coca_scale.training.preflight import preflight, room_for_checkpoints
+from coca_scale.training.requests import REQUEUE_CODE, Asked, Requests
+from coca_scale.training.saving import Saver
 from coca_scale.training.schedule import learning_rate, total_steps
 from coca_scale.training.skipped import SkipLog
 from coca_scale.training.validation import Validation
@@ -47,8 +56,22 @@ from coca_scale.training.validation import Validation
 class Trainer:
     """One run, from its recipe to its last checkpoint."""
 
-    def __init__(self, recipe: Recipe, world: World) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        world: World,
+        watch: Watchdog | NoWatchdog | None = None,
+        rollbacks: int = 0,
+        lanes: LaneStates | None = None,
+    ) -> None:
         """Prepare everything, resuming if the recipe says so.
+
+        Args:
+            recipe: what to do.
+            world: the ranks.
+            watch: limits the time of every phase; None limits nothing.
+            rollbacks: how often a stretch of bad steps may raise `Rollback` from `run`.
+            lanes: where this rank's data goes on, and not where the checkpoint says.
 
         Raises:
             AgreedError: the recipe does not fit the model, the data or the number of ranks, or
@@ -56,16 +79,29 @@ class Trainer:
         """
         self.recipe = recipe
         self.world = world
+        self.watch = watch or NoWatchdog()
         self.step = 0
-        self.skipped_steps = 0
-        self.skips = SkipLog(world, recipe.run.folder, recipe.data.max_bad_fraction)
+        self.folder = recipe.run.folder
+        self.skips = SkipLog(world, self.folder, recipe.data.max_bad_fraction)
+        self.bad_steps = BadSteps(world, self.folder, recipe.health, rollbacks)
         self.lanes: LaneStates = {}
         self.notes: list[str] = []
-        world.agree(_message_of(self._prepare))
-        self.resumed = self._agreed_checkpoint()
-        coca, logit_scale = initial_model(recipe, self.config, self.resumed, world, self.notes)
-        self.engine = TrainEngine(coca, logit_scale, recipe, self.plan, world)
-        world.agree(_message_of(self._load))
+        engine = recipe.engine
+        self._step_seconds = engine.step_timeout_minutes * 60
+        self._slow_seconds = engine.save_timeout_minutes * 60
+        with self.watch.phase("starting", engine.start_timeout_minutes * 60):
+            world.agree(_message_of(self._prepare))
+            preflight(world, self.folder, self._sources())
+            self.resumed = self._agreed_checkpoint()
+            model = initial_model(recipe, self.config, self.resumed, world, self.notes)
+            room = room_for_checkpoints(self.folder, sum(p.numel() for p in model[0].parameters()))
+            self.notes += [room] if room is not None else []
+            self.engine = TrainEngine(*model, recipe, self.plan, world)
+            world.set_timeout(max(self._step_seconds, self._slow_seconds) + 120)
+        with self.watch.phase("loading the checkpoint", self._slow_seconds):
+            world.agree(_message_of(self._load))
+        if lanes is not None:
+            self.lanes = lanes
 
     def _prepare(self) -> None:
         """Everything that needs no other rank.
@@ -80,124 +116,158 @@ class Trainer:
         self.config = model_config(recipe.model)
         start = recipe.model.pretrained
         self.tokenizer = make_tokenizer(self.config, Path(start) if start is not None else None)
-        self.folder = recipe.run.folder
         self.source = open_source(recipe.data.train, recipe.data, recipe.run.seed)
         self.validation = self._make_validation()
-        if world.rank == 0:
-            for source in self._sources():
-                source.check()
         samples_per_epoch = recipe.data.train_samples or self.source.count()
         self.steps = total_steps(recipe.train, samples_per_epoch)
 
-    def run(self) -> None:
-        """Train to the end and leave a final checkpoint."""
-        resumed = self.resumed
+    def close(self) -> None:
+        """Free what the engine holds."""
+        self.engine.close()
+
+    def run(self) -> int:
+        """Train to the end, or until asked to leave, and leave a checkpoint.
+
+        Returns:
+            Exit code: 0, or REQUEUE_CODE if the job is to be started again.
+
+        Raises:
+            AgreedError: data cannot be used, too many steps are bad, or the disk is full.
+            Rollback: too many steps are bad, and the recipe wants to go back.
+        """
         active = self.world.rank == 0
         if active:
             self._write_recipe()
         log = RunLog(self.folder, self.steps, self.recipe.log.tensorboard, active)
         log.resume_at(self.step)
-        with log:
-            if resumed is not None:
-                log.say(f"resumed from {resumed} at step {self.step}")
+        requests = Requests(self.folder, self.recipe.checkpoint.every_minutes, self.world.rank)
+        with log, requests:
             for note in self.notes:
                 log.say(note)
-            if resumed is None or self.step < self.steps:
-                self._train(log)
-                final = self._save()
-            else:
-                final = resumed
-            if active:
+            saver = self._make_saver(log)
+            if self.step < self.steps or self.resumed is None:
+                asked = self._train(log, saver, requests)
+                saver.last(self.step)
+                if asked.leave or asked.stop:
+                    back = ", to be started again" if asked.leave else " as asked"
+                    log.say(f"left after step {self.step} of {self.steps}{back}")
+                    return REQUEUE_CODE if asked.leave else 0
+            self._finish(log)
+        return 0
+
+    def _finish(self, log: RunLog) -> None:
+        with self.watch.phase("exporting", self._slow_seconds):
+            if self.world.rank == 0:
+                final = find_checkpoint(self.folder / "checkpoints") or self.resumed
                 obstacle = export(load_model(str(final)), self.folder / "export")
                 if obstacle is not None:
                     log.say(f"{self.folder / 'export'} is for coca-scale alone: {obstacle}")
             self.world.barrier()
-            if self.skips.causes:
-                log.say(f"skipped samples: {self.skips.summary()}")
-            log.say(f"finished {self.step} steps; run folder {self.folder}")
+        if self.skips.causes:
+            log.say(f"skipped samples: {self.skips.summary()}")
+        log.say(f"finished {self.step} steps; run folder {self.folder}")
 
-    def _train(self, log: RunLog) -> None:
+    def _train(self, log: RunLog, saver: Saver, requests: Requests) -> Asked:
+        """Steps until the end; what the run was asked for if that is why it ended."""
         if self.recipe.model.pretrained is not None and self.step == 0:
             self._validate(log)  # what there is to lose
+        recipe = self.recipe
+        meter = Meter(self.world, self.plan.global_batch, recipe.health.straggler_factor)
+        limit = max(self._step_seconds, recipe.engine.start_timeout_minutes * 60)  # compiles, reads
         with closing(Prefetcher(iter(self._loader()), self.world.device)) as batches:
-            self._steps(batches, log)
+            while self.step < self.steps:
+                with self.watch.phase(f"step {self.step + 1}", limit):
+                    batch, asked = self._next_batch(batches, meter, saver, requests)
+                    if asked.leave or asked.stop:
+                        return asked
+                    self._train_step(batch, meter, log)
+                limit = self._step_seconds
+                if saver.due(self.step) and self.step < self.steps:
+                    saver.save()
+                    requests.saved()
+                every = recipe.eval.every_steps
+                if (every is not None and self.step % every == 0) or self.step == self.steps:
+                    self._validate(log)
+                    meter.restart()
+        return Asked()
 
-    def _steps(self, batches: Iterator[StepBatch], log: RunLog) -> None:
-        meter = _Meter(self.plan.global_batch)
-        every = self.recipe.checkpoint.every_steps
-        while self.step < self.steps:
-            batch = self._next_batch(batches, meter)
-            lr = learning_rate(self.step, self.steps, self.recipe.optim.lr, self.recipe.schedule)
-            seen = self.step * self.plan.global_batch
-            result = self.engine.step(batch.images, batch.tokens, lr, seen, batch.places)
-            self.step += 1
-            self.lanes = batch.lanes
-            self.skipped_steps += not result.applied
-            if not math.isfinite(result.loss):
-                raise AgreedError(
-                    f"the loss is not finite at step {self.step} "
-                    f"(contrastive {result.contrastive_loss}, caption {result.caption_loss}); "
-                    "lower optim.lr, or look at the samples of this step"
-                )
-            meter.steps += 1
-            if self.step % self.recipe.log.every_steps == 0 or self.step == self.steps:
-                log.metrics(self._metrics(result, lr, meter))
-                self.skips.flush(self.step)
-            last = self.step == self.steps
-            if every is not None and self.step % every == 0 and not last:
-                self._save()
-            eval_every = self.recipe.eval.every_steps
-            due = eval_every is not None and self.step % eval_every == 0
-            if due or last:
-                self._validate(log)
-                meter.restart()
+    def _train_step(self, batch: StepBatch, meter: Meter, log: RunLog) -> None:
+        lr = learning_rate(self.step, self.steps, self.recipe.optim.lr, self.recipe.schedule)
+        seen = self.step * self.plan.global_batch
+        result = self.engine.step(batch.images, batch.tokens, lr, seen, batch.places)
+        self.step += 1
+        self.lanes = batch.lanes
+        meter.steps += 1
+        note = self.bad_steps.look(self.step, result, batch.keys)
+        if note is not None:
+            log.say(note)
+        if self.step % self.recipe.log.every_steps == 0 or self.step == self.steps:
+            times, note = meter.read()
+            log.metrics(self._metrics(result, lr, times))
+            if note is not None:
+                log.say(note)
+            self.skips.flush(self.step)
 
     def _validate(self, log: RunLog) -> None:
         if self.validation is not None:
-            log.validation(self.step, self.validation.run(self.engine))
+            with self.watch.phase("validating", self._slow_seconds):
+                log.validation(self.step, self.validation.run(self.engine))
 
-    def _next_batch(self, batches: Iterator[StepBatch], meter: _Meter) -> StepBatch:
-        """This rank's next batch, once every rank has one.
+    def _next_batch(
+        self, batches: Iterator[StepBatch], meter: Meter, saver: Saver, requests: Requests
+    ) -> tuple[StepBatch, Asked]:
+        """This rank's next batch once every rank has one, and what any rank was asked for.
+
+        The one place where ranks agree on what comes next; saves begin and end here.
 
         Raises:
             AgreedError: the data of a rank cannot be used, or too many samples are bad.
         """
-        started = time.perf_counter()
         batch, error = None, None
-        try:
-            batch = next(batches)
-        except DataError as fault:
-            error = str(fault)
-        meter.waited_seconds += time.perf_counter() - started
+        with meter.waiting_for_data():
+            try:
+                batch = next(batches)
+            except DataError as fault:
+                error = str(fault)
         here = self.skips.add(batch.skipped) if batch is not None else (0, 0)
-        failures, bad, filtered = self.world.sum(float(error is not None), *here)
+        mine = requests.poll()
+        flags = (error is not None, mine.leave, mine.stop, mine.save, saver.written_here)
+        with meter.waiting_for_others():
+            sums = self.world.sum(*here, *(float(flag) for flag in flags))
+        bad, filtered, failures, leave, stop, save, written = sums
         if failures:
             self.world.agree(error)
+        asked = Asked(leave=leave > 0, stop=stop > 0, save=save > 0)
+        requests.answered(asked)
         assert batch is not None
         good = (self.step + 1) * self.plan.global_batch
         self.skips.total(int(bad), int(filtered), good, self.step + 1)
-        return batch
+        if written == self.world.size:
+            saver.finish()
+        if asked.save and not (asked.leave or asked.stop):
+            saver.save()
+            requests.saved()
+        return batch, asked
 
-    def _metrics(self, result: StepResult, lr: float, meter: _Meter) -> dict[str, Any]:
-        rate, wait = meter.read()
-        return {
+    def _metrics(self, result: StepResult, lr: float, times: dict[str, Any]) -> dict[str, Any]:
+        values = {
             "step": self.step,
             "samples_seen": self.step * self.plan.global_batch,
             "loss": result.loss,
             "contrastive_loss": result.contrastive_loss,
             "caption_loss": result.caption_loss,
             "lr": lr,
-            "grad_norm": result.grad_norm if math.isfinite(result.grad_norm) else None,
+            "grad_norm": result.grad_norm,
             "logit_scale": result.logit_scale,
             "global_batch": self.plan.global_batch,
-            "samples_per_second": rate,
-            "samples_per_second_per_rank": rate / self.plan.ranks,
-            "data_wait_fraction": wait,
+            **times,
             "peak_memory_bytes": peak_memory_bytes(),
-            "skipped_steps": self.skipped_steps,
+            "skipped_steps": self.bad_steps.skipped,
+            "loss_spikes": self.bad_steps.spikes,
             "bad_samples": self.skips.bad,
             "filtered_samples": self.skips.filtered,
         }
+        return {k: v if _writable(v) else None for k, v in values.items()}
 
     def _loader(self) -> TrainLoader:
         dataset = TrainDataset(
@@ -225,65 +295,74 @@ class Trainer:
         return [self.source] if self.validation is None else [self.source, self._val_source]
 
     def _agreed_checkpoint(self) -> Path | None:
-        """The checkpoint the recipe asks for; all ranks the same one, or none."""
-        choices: list[Path | None] = []
-        self.world.agree(
-            _message_of(lambda: choices.append(self._choose())) if self.world.rank == 0 else None
-        )
-        chosen = self.world.gather(choices[0] if choices else None)[0]
-        assert chosen is None or isinstance(chosen, Path)
-        return chosen
-
-    def _choose(self) -> Path | None:
-        """The checkpoint to start from, verified.
+        """The checkpoint the recipe asks for, whole; all ranks the same one, or none.
 
         Raises:
-            ValueError: it is damaged, or the run folder is not empty and should be.
+            AgreedError: the one asked for is damaged, or the run folder should be empty.
         """
-        resume = self.recipe.checkpoint.resume
-        found = find_checkpoint(self.folder / "checkpoints")
-        if resume == "never" and found is not None:
-            raise ValueError(
+        resume, parent = self.recipe.checkpoint.resume, self.folder / "checkpoints"
+        if self.world.rank == 0:
+            sweep(parent)
+        self.world.barrier()
+        if resume == "auto":
+            return newest_intact(parent, self.world, self.notes)
+        if resume == "never":
+            found = find_checkpoint(parent) if self.world.rank == 0 else None
+            self.world.agree(
                 f"{self.folder} holds checkpoints already; choose another run.dir, "
                 "or checkpoint.resume=auto to go on from there"
+                if found is not None
+                else None
             )
-        chosen = found if resume == "auto" else None if resume == "never" else Path(resume)
-        if chosen is not None:
-            verify_checkpoint(chosen)
-        return chosen
+            return None
+        self.world.agree(verify_together(Path(resume), self.world))
+        return Path(resume)
 
     def _load(self) -> None:
         """Optimizer, counters and this rank's lanes, from the checkpoint or from the start.
 
         Raises:
-            ValueError: it was written by another layout, the same on every rank.
+            ValueError: it does not fit this run, the same on every rank.
         """
         saved = None
         if self.resumed is not None:
+            started = time.perf_counter()
             progress = read_progress(self.resumed)
             saved = progress["lanes"]
-            self.engine.load_state(self.resumed)
+            scratch = self.folder / "checkpoints"
+            with fitting_state(self.resumed, self.engine.layout, scratch, self.world) as universal:
+                self.engine.load_state(self.resumed, universal)
             self.step = progress["step"]
-            self.skipped_steps = progress["skipped_steps"]
+            self.bad_steps.load(progress["bad_steps"])
             self.skips.load(progress["skips"])
+            seconds = time.perf_counter() - started
+            how = " after changing its layout" if universal is not None else ""
+            self.notes.append(
+                f"resumed from {self.resumed} at step {self.step}; loaded in {seconds:.1f} s{how}"
+            )
         self.lanes = deal_lanes(self.plan.lanes, self.world.rank, self.world.size, saved)
 
-    def _save(self) -> Path:
+    def _make_saver(self, log: RunLog) -> Saver:
+        section = self.recipe.checkpoint
+        parent = self.folder / "checkpoints"
+        writer = CheckpointWriter(self.engine, parent, section.keep, section.keep_every_steps)
+        return Saver(writer, section, self._progress, log, self.watch, self._slow_seconds)
+
+    def _progress(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the loop. A collective."""
         self.skips.flush(self.step)
-        lanes: dict[int, Any] = {}
+        lanes: dict[int, Position] = {}
         for part in self.world.gather(self.lanes):
             assert isinstance(part, dict)
             lanes |= part
-        progress = {
+        return {
             "step": self.step,
             "samples_seen": self.step * self.plan.global_batch,
-            "skipped_steps": self.skipped_steps,
+            "bad_steps": self.bad_steps.state(),
             "skips": self.skips.state(),
             "lanes": [list(lanes[lane]) for lane in sorted(lanes)],
             "model_cfg": self.config.to_dict(),
         }
-        keep = self.recipe.checkpoint.keep
-        return save_checkpoint(self.engine, self.folder / "checkpoints", progress, keep)
 
     def _write_recipe(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -296,25 +375,9 @@ class Trainer:
         (self.folder / "versions.json").write_text(json.dumps(about, indent=1) + "\n")
 
 
-class _Meter:
-    """Throughput and the share of time spent waiting for data since the last reading."""
-
-    def __init__(self, global_batch: int) -> None:
-        self._global_batch = global_batch
-        self.restart()
-
-    def restart(self) -> None:
-        """Begin a new interval."""
-        self._started = time.perf_counter()
-        self.steps = 0
-        self.waited_seconds = 0.0
-
-    def read(self) -> tuple[float, float]:
-        """Samples per second over all ranks, and the waiting share; begins a new interval."""
-        seconds = time.perf_counter() - self._started
-        rate, wait = self.steps * self._global_batch / seconds, self.waited_seconds / seconds
-        self.restart()
-        return rate, min(1.0, wait)
+def _writable(value: Any) -> bool:
+    """Whether JSON has this value: it has neither infinity nor NaN."""
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _message_of(action: Callable[[], None]) -> str | None:

@@ -1,0 +1,192 @@
+"""A thread per rank that ends the run when a rank dies, fails or hangs, and says which and where.
+
+Collectives wait for ranks that are gone, and then every rank complains about its neighbour. The
+threads talk through the job's key-value store instead, which works while collectives do not: every
+rank leaves a sign of life there, the first failure is written once, and all others end quietly.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+import torch.distributed as dist
+
+from coca_scale.engine.launch import World, connect_store
+
+BEAT_SECONDS = 2.0
+DEAD_AFTER_SECONDS = 20.0
+STUCK_ANSWERS_SECONDS = 6.0
+STORE_SECONDS = 10.0
+FAILURE = "failure"
+STACKS = "stacks"
+LOST_CONTACT = ("closed by peer", "reset by peer", "nccl", "gloo", "timed out", "aborted")
+
+
+class Watchdog:
+    """Watches this rank's main thread and, on rank 0, the signs of life of all ranks."""
+
+    def __init__(self, world: World, folder: Path) -> None:
+        """Stacks of a hang are written into `folder`/stacks."""
+        self._world = world
+        self._folder = folder / STACKS
+        self._main = threading.main_thread().ident
+        self._phase: tuple[str, float, float] | None = None
+        self._stopped = threading.Event()
+        self._store = dist.PrefixStore("health", connect_store(STORE_SECONDS))
+        self._beats: dict[int, tuple[bytes, float]] = {}
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+
+    @contextmanager
+    def phase(self, name: str, seconds: float) -> Iterator[None]:
+        """The block must be through in `seconds`; blocks inside it have limits of their own."""
+        outer = self._phase
+        self._phase = (name, time.monotonic() + seconds, seconds)
+        try:
+            yield
+        finally:
+            self._phase = outer
+            if outer is not None:  # what was inside does not count
+                self._phase = (outer[0], time.monotonic() + outer[2], outer[2])
+
+    def stop(self) -> None:
+        """The run is over on this rank."""
+        self._stopped.set()
+        self._thread.join()
+
+    def fail(self, error: BaseException) -> NoReturn:
+        """End this process after an unexpected error, which is told if it was the first."""
+        self._stopped.set()
+        self._thread.join()
+        text = "".join(traceback.format_exception(error)).rstrip()
+        lost = any(word in str(error).lower() for word in LOST_CONTACT)
+        first = f"{self._world.name_of(self._world.rank)} failed first:\n{text}"
+        try:
+            if lost:  # who is really at fault may still say so, or be found out
+                self._wait_for_cause()
+                first = (
+                    f"{self._world.name_of(self._world.rank)} lost contact to another rank, which "
+                    f"said nothing (killed? out of memory?):\n{text}"
+                )
+            known = self._publish(first)
+        except (dist.DistNetworkError, dist.DistStoreError):
+            known = first  # rank 0, which keeps the store, is gone too
+        self._end(first if known == first else None)
+
+    def _end(self, message: str | None) -> NoReturn:
+        if message is not None:
+            print(f"coca-scale: {message}", file=sys.stderr, flush=True)
+            time.sleep(BEAT_SECONDS)  # let the others read it before the store goes
+        if self._world.rank == 0:
+            time.sleep(2 * BEAT_SECONDS)
+        os._exit(1)
+
+    def _publish(self, text: str) -> str:
+        """Write the failure if there is none; returns the one that was first."""
+        known: bytes = self._store.compare_set(FAILURE, "", text)
+        return known.decode()
+
+    def _wait_for_cause(self) -> None:
+        deadline = time.monotonic() + DEAD_AFTER_SECONDS + 3 * BEAT_SECONDS
+        while time.monotonic() < deadline and not self._store.check([FAILURE]):
+            self._look_at_others()
+            time.sleep(BEAT_SECONDS / 4)
+
+    def _watch(self) -> None:
+        lost_since = None
+        while not self._stopped.wait(BEAT_SECONDS):
+            try:
+                self._store.set(f"beat/{self._world.rank}", repr(time.time()))
+                self._look_at_others()
+                if self._store.check([FAILURE]):
+                    self._end(None)
+                if self._phase is not None and time.monotonic() > self._phase[1]:
+                    self._report_hang(self._phase[0], self._phase[2])
+                lost_since = None
+            except (dist.DistNetworkError, dist.DistStoreError):
+                lost_since = lost_since or time.monotonic()
+                if time.monotonic() - lost_since > DEAD_AFTER_SECONDS:
+                    name = self._world.name_of(0)
+                    self._end(
+                        f"{name}, or the launcher there, is gone; ended by rank {self._world.rank}"
+                    )
+
+    def _look_at_others(self) -> None:
+        """Rank 0 publishes who has given no sign of life."""
+        if self._world.rank != 0:
+            return
+        now = time.monotonic()
+        names = [f"beat/{r}" for r in range(self._world.size)]
+        there = [r for r, name in enumerate(names) if self._store.check([name])]
+        for r, value in zip(there, self._store.multi_get([names[r] for r in there]), strict=True):
+            if r not in self._beats or self._beats[r][0] != value:
+                self._beats[r] = (value, now)
+        silent = [r for r, (_, at) in self._beats.items() if now - at > DEAD_AFTER_SECONDS and r]
+        if silent:
+            named = ", ".join(self._world.name_of(r) for r in silent[:8])
+            text = (
+                f"{named}: no sign of life for {DEAD_AFTER_SECONDS:.0f} s (killed? out of memory? "
+                "node down?); all ranks end"
+            )
+            if self._publish(text) == text:
+                self._end(text)
+
+    def _report_hang(self, phase: str, seconds: float) -> NoReturn:
+        """Every rank writes its stacks, and the first to have all answers tells them."""
+        rank = self._world.rank
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with (self._folder / f"rank_{rank:05d}.txt").open("w") as file:
+            print(f"{self._world.name_of(rank)}, {phase}, {time.ctime()}", file=file, flush=True)
+            faulthandler.dump_traceback(file)
+        self._store.set(f"stuck/{rank}", json.dumps([phase, self._place()]))
+        time.sleep(STUCK_ANSWERS_SECONDS)
+        places: dict[str, list[int]] = {}
+        for r in range(self._world.size):
+            place = "does not answer"
+            if self._store.check([f"stuck/{r}"]):
+                at, where = json.loads(self._store.get(f"stuck/{r}"))
+                place = f"{where} during {at}"
+            places.setdefault(place, []).append(r)
+        lines = [f"no progress for {seconds:.0f} s in {phase}; stacks are in {self._folder}"]
+        for place, ranks in sorted(places.items(), key=lambda item: len(item[1])):
+            named = ", ".join(self._world.name_of(r) for r in ranks[:8])
+            lines.append(f"  {named}{', …' if len(ranks) > 8 else ''}: {place}")
+        text = "\n".join(lines)
+        self._end(text if self._publish(text) == text else None)
+
+    def _place(self) -> str:
+        """The collective that the main thread waits in, or its innermost line, and our code."""
+        assert self._main is not None
+        frame = sys._current_frames().get(self._main)
+        return describe(frame) if frame is not None else "no main thread"
+
+
+def describe(frame: FrameType) -> str:
+    """Where a thread is: the collective and the line of this package that called it."""
+    stack = traceback.extract_stack(frame)
+    collective = next((f.name for f in stack if f.filename.endswith("distributed_c10d.py")), None)
+    ours = next((f for f in reversed(stack) if "coca_scale" in f.filename), stack[-1])
+    at = f"{Path(ours.filename).name}:{ours.lineno} {ours.name}"
+    if collective is not None:
+        return f"waits in {collective} ← {at}"
+    return f"is at {Path(stack[-1].filename).name}:{stack[-1].lineno} {stack[-1].name} ← {at}"
+
+
+class NoWatchdog:
+    """Where nobody watches: a run inside another program, which keeps its own order."""
+
+    @contextmanager
+    def phase(self, *_: object) -> Iterator[None]:
+        """Nothing is limited."""
+        yield

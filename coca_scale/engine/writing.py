@@ -1,0 +1,152 @@
+"""Files of a checkpoint: copied at once, and written behind the steps that follow."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import os
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
+from torch.utils._pytree import tree_map
+
+Entries = dict[str, dict[str, Any]]
+MODEL_STATES = "model_states.pt"
+
+
+class FileWriter(CheckpointEngine):
+    """What DeepSpeed hands its files to: tensors are copied to the host, a thread does the rest.
+
+    So a save costs the run a copy of each rank's shard; the disk's time passes while it trains.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.name = "coca-scale"
+        self._waiting: list[tuple[Path, Callable[[Any], Any]]] = []
+        self._pool = ThreadPoolExecutor(1, "checkpoint")
+
+    def create(self, _: Any) -> None:
+        """DeepSpeed begins a checkpoint."""
+
+    def commit(self, _: Any) -> bool:
+        """DeepSpeed has handed over everything; `checkpoint.py` decides what is complete."""
+        return True
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        """A file of an own run's checkpoint: DeepSpeed's pickle, not an exchange format."""
+        return torch.load(path, map_location=map_location, weights_only=False)
+
+    def save(self, state_dict: Any, path: str | Path) -> None:
+        """Copy `state_dict` now; `start` writes it."""
+        state = tree_map(_host_copy, state_dict, is_leaf=_is_size)
+        self.add(Path(path), lambda file: torch.save(state, file))
+
+    def add(self, path: Path, write: Callable[[Any], Any]) -> None:
+        """Let `write(file)` make one more file; it must not depend on what training changes."""
+        self._waiting.append((path, write))
+
+    def start(self, folder: Path, model_states_too: Path | None = None) -> Future[Entries]:
+        """Write everything that was saved into `folder` and below it, in a thread.
+
+        Args:
+            folder: of the checkpoint.
+            model_states_too: folder in which DeepSpeed's model states get a second name.
+
+        Returns:
+            `bytes` and `sha256` of this rank's files, by name. An OSError in it is the disk's.
+        """
+        waiting, self._waiting = self._waiting, []
+        return self._pool.submit(_write_all, waiting, folder, model_states_too)
+
+
+def _is_size(node: Any) -> bool:
+    return isinstance(node, torch.Size)  # pytree would make a plain tuple of it
+
+
+def _host_copy(leaf: Any) -> Any:
+    if isinstance(leaf, torch.Tensor):
+        return leaf.detach().to("cpu", copy=True)
+    return copy.deepcopy(leaf)
+
+
+def _write_all(
+    waiting: list[tuple[Path, Callable[[Any], Any]]], folder: Path, second: Path | None
+) -> Entries:
+    written: Entries = {}
+    while waiting:
+        path, write = waiting.pop(0)  # memory goes back file by file
+        entry = written[str(path.relative_to(folder))] = write_hashed(path, write)
+        if second is not None and path.name.endswith(MODEL_STATES):
+            other = second / path.name
+            written[str(other.relative_to(folder))] = _link(path, other, entry)
+    return written
+
+
+def write_hashed(path: Path, write: Callable[[Any], Any]) -> dict[str, Any]:
+    """Let `write(file)` fill a file, and see it onto the disk; returns `bytes` and `sha256`.
+
+    Raises:
+        OSError: the disk is full or gone.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb", buffering=0) as file:
+        hashed = _Hashing(file)
+        write(hashed)
+        if hashed.error is not None:
+            raise hashed.error
+        os.fsync(file.fileno())
+    return {"bytes": hashed.bytes, "sha256": hashed.digest.hexdigest()}
+
+
+class _Hashing:
+    """A file to write to. An error of the disk is kept: torch's zip writer would not survive it."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self.digest = hashlib.sha256()
+        self.bytes = 0
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        self.bytes += len(view)
+        self.digest.update(view)
+        rest = view
+        while rest and self.error is None:
+            try:
+                rest = rest[self._file.write(rest) :]
+            except OSError as error:
+                self.error = error
+        return len(view)
+
+    def flush(self) -> None:
+        """Nothing is buffered."""
+
+
+def _link(source: Path, path: Path, entry: dict[str, Any]) -> dict[str, Any]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, path)
+    except OSError:  # a file system without hard links
+        return write_hashed(path, lambda file: _copy(source, file))
+    return entry
+
+
+def _copy(source: Path, file: IO[bytes]) -> None:
+    with source.open("rb") as content:
+        while piece := content.read(2**24):
+            file.write(piece)
+
+
+def sync_folder(folder: Path) -> None:
+    """See names and renames in a folder onto the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,106 @@
+"""One run over several allocations: other ranks, other ZeRO stages, damaged and missing pieces."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import on_ranks, tiny_recipe
+
+STEPS = 12
+
+
+def part_of_a_run(rank, ranks, folder, until, changes):
+    """Train on from what is in `folder` and leave after step `until`; keys of every step."""
+    from coca_scale.engine.launch import end_world, start_world
+    from coca_scale.training.requests import Asked, Requests
+    from coca_scale.training.trainer import Trainer
+
+    recipe = tiny_recipe(
+        run__dir=folder,
+        train__steps=STEPS,
+        train__micro_batch=4,
+        optim__ema_decay=0.9,
+        optim__layer_decay=0.9,
+        schedule__warmup_steps=3,
+        **changes,
+    )
+    keys: dict[int, list[str]] = {}
+
+    class Watched(Trainer):
+        def _train_step(self, batch, meter, log):
+            super()._train_step(batch, meter, log)
+            keys[self.step] = batch.keys
+
+    world = start_world(60)
+    trainer = Watched(recipe, world)
+
+    def poll(self):
+        return Asked(leave=trainer.step >= until)
+
+    Requests.poll = poll
+    code = trainer.run()
+    notes = trainer.notes
+    end_world()
+    return code, keys, notes
+
+
+def allocate(folder, ranks, until, **changes):
+    """One allocation; exit code, keys of all ranks by step, notes."""
+    results = on_ranks(part_of_a_run, ranks, str(folder), until, changes)
+    codes = {code for code, _, _ in results}
+    assert len(codes) == 1
+    keys = {step: sorted(k for _, ks, _ in results for k in ks[step]) for step in results[0][1]}
+    return codes.pop(), keys, results[0][2]
+
+
+def curve(folder):
+    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    return [(line["loss"], line["grad_norm"], line["logit_scale"]) for line in lines]
+
+
+def average(folder):
+    from coca_scale.engine.checkpoint import find_checkpoint, read_weights
+
+    return read_weights(find_checkpoint(Path(folder) / "checkpoints"))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    code, keys, _ = allocate(folder, 2, STEPS)
+    assert code == 0
+    return folder, keys
+
+
+@pytest.mark.slow
+def test_other_ranks_and_stages_give_the_same_run(whole, tmp_path):
+    folder = tmp_path / "run"
+    seen: dict[int, list[str]] = {}
+    allocations = [(2, 3, 3), (4, 3, 5), (1, 2, 8), (2, 1, 10), (2, 3, STEPS)]
+    for ranks, stage, until in allocations:
+        code, keys, notes = allocate(folder, ranks, until, engine__zero_stage=stage)
+        assert code == (0 if until == STEPS else 75)
+        assert not seen.keys() & keys.keys()
+        assert until == 3 or any("after changing its layout" in note for note in notes)
+        seen |= keys
+    assert seen == whole[1]
+    for changed, expected in zip(curve(folder), curve(whole[0]), strict=True):
+        assert changed == pytest.approx(expected, rel=1e-3)
+    for name, value in average(whole[0]).items():
+        assert average(folder)[name].allclose(value, rtol=1e-3, atol=1e-4), name
+    leftovers = [p.name for p in (folder / "checkpoints").iterdir() if "universal" in p.name]
+    assert not leftovers
+
+
+@pytest.mark.slow
+def test_the_same_layout_again_is_bit_exact(whole, tmp_path):
+    folder = tmp_path / "run"
+    for until in (4, 9, STEPS):
+        allocate(folder, 2, until)
+    assert curve(folder) == curve(whole[0])
+    for name, value in average(whole[0]).items():
+        assert average(folder)[name].equal(value), name
