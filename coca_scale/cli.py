@@ -208,6 +208,32 @@ def caption_command(
         typer.echo(f"picture: {picture}")
 
 
+@app.command("doctor")
+def doctor_command(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="No compiling and no all-reduce; for health checks.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of the table.")] = False,
+) -> None:
+    """Say what of this machine works, what does not, and the fix; exit 1 if training cannot work.
+
+    Example: coca-scale doctor
+    """
+    from coca_scale.engine.doctor import diagnose
+    from coca_scale.engine.report import show
+
+    diagnosis = diagnose(quick)
+    if as_json:
+        typer.echo(diagnosis.json())
+    else:
+        show(diagnosis.rows)
+    if diagnosis.faults:
+        raise ValueError(f"training does not work here: {', '.join(diagnosis.faults)}")
+    if not as_json:
+        left_out = "; the op was not loaded and no all-reduce was done" if quick else ""
+        typer.echo(f"training works here{left_out}")
+
+
 VERIFY_TOLERANCE = 1e-3
 GRID_PICTURES = 30
 

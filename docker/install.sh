@@ -1,0 +1,41 @@
+#!/bin/sh
+# What every image needs, shared by Dockerfile and coca-scale.def:
+#   install.sh system              Debian or Ubuntu packages
+#   install.sh python LOCK VENV    virtual environment VENV with the pins of LOCK
+# From the environment: UV_VERSION; DEEPSPEED_CUDA_OPS and TORCH_CUDA_ARCH_LIST for bases with nvcc.
+set -eu
+
+system() {
+  export DEBIAN_FRONTEND=noninteractive
+  apt-get update -qq
+  # g++ and python3-dev: Triton and DeepSpeed compile at run time. openmpi-bin has mpi4py's library,
+  # openssh-client its way to other nodes. The last four let NCCL use InfiniBand, RoCE and EFA.
+  apt-get install -y -qq --no-install-recommends \
+    g++ python3 python3-dev python3-venv \
+    openmpi-bin openssh-client \
+    rdma-core libibverbs1 ibverbs-providers librdmacm1
+  rm -rf /var/lib/apt/lists/*
+}
+
+python() {
+  lock=$1 venv=$2
+  python3 -m venv "$venv"
+  "$venv/bin/pip" install --quiet --no-cache-dir --disable-pip-version-check "uv==$UV_VERSION"
+  export VIRTUAL_ENV="$venv" UV_NO_CACHE=1 UV_COMPILE_BYTECODE=1 PATH="$venv/bin:$PATH"
+  grep -v '^deepspeed==' "$lock" >/tmp/others.lock
+  uv pip install --quiet -r /tmp/others.lock
+  rm /tmp/others.lock
+
+  # DeepSpeed finds built ops for one accelerator only. On CPUs a run loads the shared-memory op, on
+  # GPUs none, unless its recipe turns on more: QUANTIZER for ZeRO++'s zero_quantized_*. CPU Adam is
+  # not built: its code is for the very machine that compiles it, and may not run on another.
+  if [ -n "${DEEPSPEED_CUDA_OPS:-}" ]; then
+    export DS_ACCELERATOR=cuda
+    for op in $DEEPSPEED_CUDA_OPS; do export "DS_BUILD_$op=1"; done
+  else
+    export DS_ACCELERATOR=cpu DS_BUILD_SHM_COMM=1
+  fi
+  uv pip install --quiet --no-deps --no-build-isolation "$(grep '^deepspeed==' "$lock")"
+}
+
+"$@"
