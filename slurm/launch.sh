@@ -78,7 +78,6 @@ as_rank() {
 # on_all_ranks COMMAND...: one task per GPU; the code of the first rank that failed
 on_all_ranks() {
   local code
-  # shellcheck disable=SC2016
   "${SRUN[@]}" bash -c "$(declare -f as_rank); as_rank \"\$@\"" rank "$LOGS" "$EXIT_FILE" \
     ${INSIDE[@]+"${INSIDE[@]}"} "$@"
   code=$?
@@ -105,13 +104,13 @@ come_back() {
       exit "$2"
       ;;
   esac
+  say "$1; job $SLURM_JOB_ID goes back into the queue and on from the newest checkpoint"
+  trap - TERM
   if scontrol requeue "$SLURM_JOB_ID"; then
-    say "$1; job $SLURM_JOB_ID is queued again and goes on from the newest checkpoint"
-    trap - TERM
     sleep 300  # SLURM ends this script
   else
-    say "$1; SLURM did not requeue the job. Submitted again by hand it goes on from the newest" \
-      "checkpoint: sbatch $(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=//p')"
+    say "SLURM did not requeue the job; submitted again by hand it goes on as well: sbatch" \
+      "$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=//p')"
   fi
   exit "$2"
 }
