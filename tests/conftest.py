@@ -20,6 +20,7 @@ import torch
 import torch.multiprocessing as mp
 
 from tests.cluster import testbed
+from tests.cluster.runs import Data, TrainingJob
 from tests.cluster.testbed import Cluster
 
 torch.set_num_threads(1)
@@ -87,3 +88,19 @@ def cluster() -> Iterator[Cluster]:
         running.stop()
         forget_hosts()
         shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def cluster_data(tmp_path_factory: pytest.TempPathFactory) -> Data:
+    """What the jobs of the cluster train on."""
+    return Data(tmp_path_factory.mktemp("shards"))
+
+
+@pytest.fixture(scope="session")
+def undisturbed(
+    cluster: Cluster, cluster_data: Data, tmp_path_factory: pytest.TempPathFactory
+) -> TrainingJob:
+    """A finished job that nothing happened to."""
+    job = TrainingJob(cluster, tmp_path_factory.mktemp("jobs") / "undisturbed", cluster_data)
+    job.finish()
+    return job

@@ -188,18 +188,19 @@ class Cluster:
         """What `scontrol show job` says."""
         return dict(re.findall(r"(\S+?)=(\S*)", self.output("scontrol", "show", "job", job)))
 
+    def hurried_job(self, job: str) -> dict[str, str]:
+        """The same; SLURM waits two minutes after a requeue, which is not needed here."""
+        found = self.job(job)
+        if found["JobState"] == "PENDING" and found["Reason"] == "BeginTime":
+            self.output("scontrol", "update", f"JobId={job}", "StartTime=now")
+        return found
+
     def wait_job(self, job: str, seconds: float, log: Path | None = None) -> str:
-        """The state of a job that is over; a requeued one is hurried on."""
+        """The state of a job once it is over."""
         over = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
-
-        def ended() -> bool:
-            found = self.job(job)
-            if found["JobState"] == "PENDING" and found["Reason"] == "BeginTime":
-                # after a requeue SLURM waits two minutes, for the nodes to be clean again
-                self.output("scontrol", "update", f"JobId={job}", "StartTime=now")
-            return found["JobState"] in over
-
-        self.wait(ended, seconds, f"job {job}", log)
+        self.wait(
+            lambda: self.hurried_job(job)["JobState"] in over, seconds, f"the end of job {job}", log
+        )
         return self.job(job)["JobState"]
 
     def wait(
