@@ -95,12 +95,17 @@ latest() { cat "$1/checkpoints/latest" 2>/dev/null; }
 
 # come_back REASON CODE: put the job into the queue again, which ends this script
 come_back() {
-  local state
-  state=$(scontrol show job --oneliner "$SLURM_JOB_ID" | grep -o 'JobState=[A-Z_]*')
-  case ${state#JobState=} in
-    RUNNING | TIMEOUT) ;;
+  local job='' state
+  for _ in {1..12}; do  # a controller may be busy, and a signal to the job ends scontrol as well
+    job=$(scontrol show job --oneliner "$SLURM_JOB_ID")
+    [ -z "$job" ] || break
+    sleep 5
+  done
+  state=$(grep -o 'JobState=[A-Z_]* Reason=[A-Za-z]*' <<<"$job")
+  case $state in
+    *=RUNNING\ * | *\ Reason=TimeLimit) ;;
     *)  # cancelled by someone, or SLURM requeues it itself
-      say "$1; the job is ${state#JobState=}, so it is left to SLURM"
+      say "$1; SLURM has the job as ${state:-unknown}, and it is left at that"
       exit "$2"
       ;;
   esac

@@ -19,7 +19,7 @@ SLURM_PROCID=0 SLURMD_NODENAME=n1 exec "$@"
 case $1 in
   requeue) echo requeued >>$STATE/requeued; [ ! -e $STATE/refuse ] || exit 1; kill -TERM $PPID ;;
   show) [ $2 = hostnames ] && printf 'n1\\nn2\\n' \\
-    || printf 'JobState=%s\\n Command=/x/job.sh a=1\\n' $(cat $STATE/job_state) ;;
+    || printf 'JobState=%s Reason=%s\\n Command=/x/job.sh a=1\\n' $(cat $STATE/job_state) ;;
 esac
 """,
     "python": """
@@ -48,7 +48,7 @@ class Job:
             program.parent.mkdir(exist_ok=True)
             program.write_text("#!/usr/bin/env bash\n" + text)
             program.chmod(0o755)
-        self.set(job_state="RUNNING")
+        self.set(job_state="RUNNING None")
         self.env = {
             **{k: v for k, v in os.environ.items() if not k.startswith("SLURM_")},
             "PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}",
@@ -137,13 +137,19 @@ def test_a_refused_requeue_says_what_to_type(job):
     assert "sbatch /x/job.sh a=1" in done.stderr
 
 
-@pytest.mark.parametrize("state", ["CANCELLED", "PREEMPTED"])
+@pytest.mark.parametrize("state", ["CANCELLED None", "COMPLETING None", "PREEMPTED None"])
 def test_a_cancelled_job_stays_away(job, state):
     job.set(code=75, job_state=state)
     done = job.run()
     assert done.returncode == 75
-    assert f"the job is {state}" in done.stderr
+    assert f"SLURM has the job as JobState={state.split()[0]}" in done.stderr
     assert not job.has("requeued")
+
+
+def test_a_job_that_ran_out_of_time_while_saving_comes_back(job):
+    job.set(code=143, job_state="COMPLETING TimeLimit")
+    assert job.run().returncode == -15
+    assert job.has("requeued")
 
 
 def test_a_wrong_recipe_never_reaches_the_ranks(job):
