@@ -64,8 +64,8 @@ class TrainingJob:
         """Wait until the job runs for the given time."""
 
         def runs() -> bool:
-            found = self.cluster.hurried_job(self.id)
-            assert found["JobState"] not in ("FAILED", "CANCELLED"), self.log.read_text()[-6000:]
+            assert self.cluster.ended(self.id) is None, self.log.read_text()[-6000:]
+            found = self.cluster.job(self.id)
             return found["JobState"] == "RUNNING" and int(found["Restarts"]) >= restarts
 
         self.cluster.wait(runs, seconds, f"start {restarts} of job {self.id}", self.log)

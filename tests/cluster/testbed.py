@@ -21,6 +21,7 @@ from pathlib import Path
 NODES = 8
 HOSTS = Path("/etc/hosts")
 HOSTS_MARK = "# coca-scale test cluster"
+OVER = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 CHECKOUT = Path(__file__).parents[2]
 
@@ -195,12 +196,17 @@ class Cluster:
             self.output("scontrol", "update", f"JobId={job}", "StartTime=now")
         return found
 
+    def ended(self, job: str) -> str | None:
+        """The state of a job that is over, None before."""
+        if self.hurried_job(job)["JobState"] not in OVER:
+            return None
+        time.sleep(2)  # a requeue passes through some of these states
+        state = self.job(job)["JobState"]
+        return state if state in OVER else None
+
     def wait_job(self, job: str, seconds: float, log: Path | None = None) -> str:
         """The state of a job once it is over."""
-        over = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
-        self.wait(
-            lambda: self.hurried_job(job)["JobState"] in over, seconds, f"the end of job {job}", log
-        )
+        self.wait(lambda: self.ended(job) is not None, seconds, f"the end of job {job}", log)
         return self.job(job)["JobState"]
 
     def wait(
