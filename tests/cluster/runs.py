@@ -64,7 +64,8 @@ class TrainingJob:
         """Wait until the job runs for the given time."""
 
         def runs() -> bool:
-            assert self.cluster.ended(self.id) is None, self.log.read_text()[-6000:]
+            state = self.cluster.ended(self.id)
+            assert state is None, f"{state}\n{self.log.read_text()[-6000:]}"
             found = self.cluster.job(self.id)
             return found["JobState"] == "RUNNING" and int(found["Restarts"]) >= restarts
 

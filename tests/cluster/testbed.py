@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from datetime import datetime
 from pathlib import Path
 
 NODES = 8
@@ -190,10 +191,12 @@ class Cluster:
         return dict(re.findall(r"(\S+?)=(\S*)", self.output("scontrol", "show", "job", job)))
 
     def hurried_job(self, job: str) -> dict[str, str]:
-        """The same; SLURM waits two minutes after a requeue, which is not needed here."""
+        """The same; SLURM waits two minutes after a requeue, and here four seconds are enough."""
         found = self.job(job)
         if found["JobState"] == "PENDING" and found["Reason"] == "BeginTime":
-            self.output("scontrol", "update", f"JobId={job}", "StartTime=now")
+            wait = datetime.fromisoformat(found["EligibleTime"]) - datetime.now()
+            if wait.total_seconds() > 6:
+                self.output("scontrol", "update", f"JobId={job}", "StartTime=now+4seconds")
         return found
 
     def ended(self, job: str) -> str | None:
