@@ -4,10 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := runs/demo
-# one copy of the compiled DeepSpeed op for all checkouts of a user
+# checkouts that share the compiled DeepSpeed op would build it over and over: its rules hold their path
+export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-image lint clean
+.PHONY: demo test test-cluster test-image lint clean
 
 $(READY): requirements.lock setup.py
 	@$(PYTHON) -m venv $(VENV) || { echo "cannot make a virtual environment; on Debian: apt-get install python3-venv" >&2; exit 1; }
@@ -21,6 +22,10 @@ demo: $(READY)
 
 test: $(READY)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 python -m pytest $(PYTEST_ARGS)
+
+# needs root and Debian's slurmctld, slurmd, slurm-client, munge and openmpi-bin; some 13 minutes
+test-cluster: $(READY)
+	@PATH="$(CURDIR)/$(BIN):/usr/sbin:$$PATH" OMP_NUM_THREADS=1 python -m pytest -m cluster tests/cluster tests/distributed $(PYTEST_ARGS)
 
 # needs root and Debian's buildah and debootstrap
 test-image: $(READY)

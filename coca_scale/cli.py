@@ -234,6 +234,38 @@ def doctor_command(
         typer.echo(f"training works here{left_out}")
 
 
+@app.command("slurm")
+def slurm_command(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML recipe.")],
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs of the job, one rank each.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE...]", help="Change the recipe.")
+    ] = None,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of a node.")] = 8,
+    time: Annotated[
+        str, typer.Option(help="Time limit; the job saves and queues itself again before it.")
+    ] = "24:00:00",
+    out: Annotated[Path | None, typer.Option(help="File to write instead of the screen.")] = None,
+    send: Annotated[bool, typer.Option("--submit", help="Send it with sbatch.")] = False,
+) -> None:
+    """Write the sbatch script of a recipe, and with --submit send it.
+
+    Example: coca-scale slurm recipes/large.yaml --gpus 64 --time 2-00:00:00 --submit
+    """
+    from coca_scale.planning import slurm
+
+    script = slurm.render(
+        recipe, overrides or (), gpus=gpus, gpus_per_node=gpus_per_node, time=time
+    )
+    if out is not None:
+        out.write_text(script)
+        typer.echo(f"wrote {out}")
+    if send:
+        typer.echo(f"job {slurm.submit(script, out)}")
+    elif out is None:
+        typer.echo(script, nl=False)
+
+
 VERIFY_TOLERANCE = 1e-3
 GRID_PICTURES = 30
 

@@ -4,13 +4,16 @@ deepspeed coca_scale/train.py --recipe recipes/tiny.yaml [key.path=value ...] [-
 """
 
 import argparse
+import os
 import sys
+import types
 from pathlib import Path
 
 if not __package__:  # started as a file: import the package, not the modules beside this one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from coca_scale.recipe import RecipeError, load_recipe
+from coca_scale.recipe.exits import CRASHED
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -41,5 +44,16 @@ def main(arguments: list[str] | None = None) -> int:
     return dry_run(recipe) if options.dry_run else train(recipe)
 
 
+def _crash(
+    kind: type[BaseException], error: BaseException, trace: types.TracebackType | None
+) -> None:
+    """Before ranks watch each other: print the traceback and end, reaching for nobody again."""
+    sys.__excepthook__(kind, error, trace)
+    if issubclass(kind, Exception):
+        sys.stderr.flush()
+        os._exit(CRASHED)
+
+
 if __name__ == "__main__":
+    sys.excepthook = _crash
     sys.exit(main())

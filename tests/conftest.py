@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 os.environ["DS_ACCELERATOR"] = "cpu"
@@ -12,8 +15,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import pytest
 import torch
 import torch.multiprocessing as mp
+
+from tests.cluster import testbed
+from tests.cluster.runs import Data, TrainingJob
+from tests.cluster.testbed import Cluster
 
 torch.set_num_threads(1)
 
@@ -62,3 +70,37 @@ def tiny_recipe(**changes: Any) -> Any:
         section, _, key = name.partition("__")
         raw.setdefault(section, {})[key] = value
     return recipe_from_dict(raw)
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """A SLURM of eight nodes, stopped at the end of the tests."""
+    reason = testbed.obstacle()
+    if reason is not None:
+        pytest.skip(reason)
+    forget_hosts = testbed.add_hosts()
+    folder = Path(tempfile.mkdtemp(prefix="coca-slurm-", dir="/tmp"))  # a socket's path is short
+    running = testbed.Cluster(folder)
+    try:
+        running.start()
+        yield running
+    finally:
+        running.stop()
+        forget_hosts()
+        shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def cluster_data(tmp_path_factory: pytest.TempPathFactory) -> Data:
+    """What the jobs of the cluster train on."""
+    return Data(tmp_path_factory.mktemp("shards"))
+
+
+@pytest.fixture(scope="session")
+def undisturbed(
+    cluster: Cluster, cluster_data: Data, tmp_path_factory: pytest.TempPathFactory
+) -> TrainingJob:
+    """A finished job that nothing happened to."""
+    job = TrainingJob(cluster, tmp_path_factory.mktemp("jobs") / "undisturbed", cluster_data)
+    job.finish()
+    return job

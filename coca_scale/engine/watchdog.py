@@ -23,6 +23,7 @@ from typing import NoReturn
 import torch.distributed as dist
 
 from coca_scale.engine.launch import World, connect_store
+from coca_scale.recipe.exits import CRASHED
 
 BEAT_SECONDS = 2.0
 DEAD_AFTER_SECONDS = 20.0
@@ -90,7 +91,7 @@ class Watchdog:
             time.sleep(BEAT_SECONDS)  # let the others read it before the store goes
         if self._world.rank == 0:
             time.sleep(2 * BEAT_SECONDS)
-        os._exit(1)
+        os._exit(CRASHED)
 
     def _publish(self, text: str) -> str:
         """Write the failure if there is none; returns the one that was first."""

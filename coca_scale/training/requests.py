@@ -13,7 +13,6 @@ from typing import Any
 
 STOP_FILE = "STOP"
 SAVE_FILE = "SAVE"
-REQUEUE_CODE = 75  # EX_TEMPFAIL of sysexits.h: try again later
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 
 

@@ -25,6 +25,7 @@ from coca_scale.engine.watchdog import NoWatchdog, Watchdog
 from coca_scale.model import CoCa
 from coca_scale.model.lock import freeze
 from coca_scale.recipe import BatchPlan, Recipe, load_recipe
+from coca_scale.recipe.exits import CRASHED
 from coca_scale.training.bad_steps import Rollback
 from coca_scale.training.initial import model_config, pretrained_name
 from coca_scale.training.trainer import Trainer
@@ -36,16 +37,16 @@ def train(recipe: Recipe) -> int:
     """Run to the end, or until the cluster wants its nodes back.
 
     Returns:
-        0; 1 after one readable line about what went wrong; REQUEUE_CODE if the job should be
-        started again. An error that is neither the recipe's nor the data's ends this process here,
-        with its traceback if it was the first on any rank.
+        0; 1 after one readable line about what went wrong; CRASHED if the ranks did not come
+        together; REQUEUE if the job should be started again. An error that is neither the recipe's
+        nor the data's ends this process here, with its traceback if it was the first on any rank.
     """
     try:
         world = start_world(recipe.engine.start_timeout_minutes * 60)
     except LaunchError as error:
         if planned_rank() == 0 or str(error).startswith("rank "):
             print(f"coca-scale: {error}", file=sys.stderr, flush=True)
-        return 1
+        return CRASHED
     watch = Watchdog(world, recipe.run.folder)
     try:
         code = _with_rollbacks(recipe, world, watch)

@@ -41,12 +41,13 @@ from coca_scale.engine.launch import World
 from coca_scale.engine.loading import load_model
 from coca_scale.engine.watchdog import NoWatchdog, Watchdog
 from coca_scale.recipe import BatchPlan, Recipe, dump_recipe
+from coca_scale.recipe.exits import REQUEUE
 from coca_scale.training.bad_steps import BadSteps
 from coca_scale.training.initial import initial_model, model_config
 from coca_scale.training.log import RunLog, peak_memory_bytes
 from coca_scale.training.meter import Meter
 from coca_scale.training.preflight import preflight, room_for_checkpoints
-from coca_scale.training.requests import REQUEUE_CODE, Asked, Requests
+from coca_scale.training.requests import Asked, Requests
 from coca_scale.training.saving import Saver
 from coca_scale.training.schedule import learning_rate, total_steps
 from coca_scale.training.skipped import SkipLog
@@ -129,7 +130,7 @@ class Trainer:
         """Train to the end, or until asked to leave, and leave a checkpoint.
 
         Returns:
-            Exit code: 0, or REQUEUE_CODE if the job is to be started again.
+            Exit code: 0, or REQUEUE if the job is to be started again.
 
         Raises:
             AgreedError: data cannot be used, too many steps are bad, or the disk is full.
@@ -151,7 +152,7 @@ class Trainer:
                 if asked.leave or asked.stop:
                     back = ", to be started again" if asked.leave else " as asked"
                     log.say(f"left after step {self.step} of {self.steps}{back}")
-                    return REQUEUE_CODE if asked.leave else 0
+                    return REQUEUE if asked.leave else 0
             self._finish(log)
         return 0
 

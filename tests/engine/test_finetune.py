@@ -286,7 +286,7 @@ def average_on_rank(rank, ranks, layouts, folder):
                     if rank == 0:
                         target.mkdir()
                     world.barrier()
-                    engine.save_state(target)
+                    engine.save_state(target).result()
         engine.close()
         curves.append(curve)
     return curves

@@ -1,0 +1,153 @@
+"""Job scripts for SLURM: the one way in which those of `slurm/` are made."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from coca_scale.recipe import BatchPlan, load_recipe
+
+DEFAULT_TIME = "24:00:00"
+SAVE_SECONDS = 300  # before the time limit; a checkpoint must be written within
+CORES_BESIDE_WORKERS = 4  # the rank itself, its copies to the GPU, its communication
+LAUNCH_FILE = Path("slurm") / "launch.sh"
+_TIME = re.compile(r"\d+(:\d{1,2}){0,2}|\d+-\d{1,2}(:\d{1,2}){0,2}")
+
+_SCRIPT = """\
+#!/usr/bin/env bash
+# {recipe} on {gpus} GPUs: {nodes} node{s} × {tasks} tasks, one task per GPU.
+#   sbatch [--account=... --partition=...] THIS_FILE [key.path=value ...]
+# Settings of the cluster: slurm/site.example.sh. Written by
+#   {command}
+#SBATCH --job-name={name}
+#SBATCH --nodes={nodes}
+#SBATCH --ntasks-per-node={tasks}
+#SBATCH --cpus-per-task={cores}
+#SBATCH --gres=gpu:{tasks}
+{memory}#SBATCH --time={time}
+#SBATCH --signal=USR1@{save_seconds}
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.out
+
+# shellcheck source=/dev/null
+. "${{COCA_SCALE_HOME:-${{SLURM_SUBMIT_DIR:?is not set: submit this script with sbatch}}}}/{launch}"
+
+launch_training "${{RECIPE:-{recipe}}}" {overrides}"$@"
+"""
+
+_SUBMIT = """\
+site=${SITE:-slurm/site.sh}
+[ ! -f "$site" ] || . "$site"
+sbatch --parsable "$0"
+"""
+
+
+def render(
+    recipe: Path,
+    overrides: Sequence[str] = (),
+    *,
+    gpus: int,
+    gpus_per_node: int = 8,
+    time: str = DEFAULT_TIME,
+) -> str:
+    """The sbatch script that trains a recipe.
+
+    Args:
+        recipe: YAML file; inside the checkout it is named relative to it, as the job runs there.
+        overrides: `key.path=value`, written into the script.
+        gpus: ranks of the job.
+        gpus_per_node: of the cluster; a job of several nodes takes whole ones.
+        time: limit in a form of sbatch: minutes, HH:MM:SS, D-HH:MM:SS.
+
+    Raises:
+        ValueError: the recipe is wrong, its batch does not divide over the ranks, the ranks do not
+            fill whole nodes, or the time is not one.
+    """
+    loaded = load_recipe(recipe, overrides)
+    BatchPlan.from_recipe(loaded, gpus)
+    nodes = -(-gpus // gpus_per_node)
+    if nodes > 1 and gpus % gpus_per_node:
+        raise ValueError(
+            f"{gpus} GPUs do not fill whole nodes of {gpus_per_node}; use a multiple of "
+            f"{gpus_per_node}, or --gpus-per-node"
+        )
+    if not _TIME.fullmatch(time):
+        raise ValueError(f"time {time!r}: write it as minutes, HH:MM:SS or D-HH:MM:SS")
+    tasks = gpus // nodes
+    where = _from_checkout(recipe)
+    options = {"--gpus": gpus}
+    if gpus_per_node != 8:
+        options["--gpus-per-node"] = gpus_per_node
+    words = [f"{name} {value}" for name, value in options.items()]
+    words += [f"--time {time}"] if time != DEFAULT_TIME else []
+    quoted = [shlex.quote(override) for override in overrides]
+    return _SCRIPT.format(
+        recipe=where,
+        gpus=gpus,
+        nodes=nodes,
+        s="" if nodes == 1 else "s",
+        tasks=tasks,
+        command=" ".join(["coca-scale slurm", shlex.quote(where), *words, *quoted]),
+        name=re.sub(r"[^\w.-]", "_", loaded.run.name),
+        cores=loaded.data.workers + CORES_BESIDE_WORKERS,
+        # whole nodes with all their memory; a part of a node gets what the site gives a core
+        memory="#SBATCH --mem=0\n" if tasks == gpus_per_node else "",
+        time=time,
+        save_seconds=SAVE_SECONDS,
+        launch=LAUNCH_FILE.as_posix(),
+        overrides="".join(f"{override} " for override in quoted),
+    )
+
+
+def submit(script: str, file: Path | None) -> str:
+    """Send a script to SLURM, from the checkout and with the site file's settings.
+
+    Args:
+        script: as `render` gives it.
+        file: where it has been written, None if nowhere.
+
+    Returns:
+        The job id.
+
+    Raises:
+        ValueError: there is no sbatch, no checkout, or sbatch refused the job.
+    """
+    if shutil.which("sbatch") is None:
+        raise ValueError("there is no sbatch here; write the script with --out and submit it there")
+    home = checkout()
+    if not (home / LAUNCH_FILE).is_file():
+        raise ValueError(
+            f"{home / LAUNCH_FILE} is missing, which every job needs; "
+            "set COCA_SCALE_HOME to a checkout of coca-scale"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        if file is None:
+            file = Path(folder) / "job.sh"
+            file.write_text(script)
+        done = subprocess.run(
+            ["bash", "-c", _SUBMIT, str(file.absolute())],
+            cwd=home,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    if done.returncode:
+        raise ValueError(f"sbatch refused the job: {' '.join(done.stderr.split())}")
+    return done.stdout.split()[-1].partition(";")[0]
+
+
+def checkout() -> Path:
+    """The folder with `slurm/` and `recipes/`: COCA_SCALE_HOME, or where this package lies."""
+    return Path(os.environ.get("COCA_SCALE_HOME") or Path(__file__).parents[2]).resolve()
+
+
+def _from_checkout(recipe: Path) -> str:
+    path, home = recipe.resolve(), checkout()
+    return str(path.relative_to(home)) if path.is_relative_to(home) else str(path)

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# recipes/small.yaml on 8 GPUs: 1 node × 8 tasks, one task per GPU.
+#   sbatch [--account=... --partition=...] THIS_FILE [key.path=value ...]
+# Settings of the cluster: slurm/site.example.sh. Written by
+#   coca-scale slurm recipes/small.yaml --gpus 8
+#SBATCH --job-name=coca_b32_cc12m
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=8
+#SBATCH --cpus-per-task=12
+#SBATCH --gres=gpu:8
+#SBATCH --mem=0
+#SBATCH --time=24:00:00
+#SBATCH --signal=USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.out
+
+# shellcheck source=/dev/null
+. "${COCA_SCALE_HOME:-${SLURM_SUBMIT_DIR:?is not set: submit this script with sbatch}}/slurm/launch.sh"
+
+launch_training "${RECIPE:-recipes/small.yaml}" "$@"

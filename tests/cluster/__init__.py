@@ -1,0 +1,1 @@
+"""SLURM jobs on a real cluster of pretended nodes."""

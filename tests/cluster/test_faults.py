@@ -1,0 +1,121 @@
+"""Jobs on several nodes of a real SLURM: to their end, and through faults without a trace."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from datetime import datetime, timedelta
+
+import pytest
+
+from tests.cluster.runs import SCRIPT, STEPS, TrainingJob, curve, submit
+
+pytestmark = [pytest.mark.slow, pytest.mark.cluster]
+
+
+def test_zero3_over_two_nodes_to_its_end(undisturbed):
+    losses = curve(undisturbed.run)
+    assert len(losses) == STEPS
+    assert losses[-1][0] < losses[0][0]
+    assert (undisturbed.run / "export" / "open_clip_model.safetensors").is_file()
+    log = undisturbed.log.read_text()
+    assert "start 0 of job" in log
+    assert f"0: finished {STEPS} steps" in log
+    logs = {
+        file.stem: file.read_text() for file in (undisturbed.log.parent / "logs").rglob("*.log")
+    }
+    assert len(logs) == 2, "a log for each node"
+    assert sorted(f"0: step {STEPS}/{STEPS}" in text for text in logs.values()) == [False, True]
+
+
+def test_the_shipped_layout_of_eight_nodes(cluster, cluster_data, tmp_path):
+    changes = ["train.steps=2", "train.micro_batch=2", "data.lanes=8", "data.shuffle_window=2"]
+    options = ["--nodes=8", "--ntasks-per-node=1"]
+    job = submit(cluster, tmp_path, SCRIPT, *options, arguments=[*cluster_data.overrides, *changes])
+    log = tmp_path / "job.out"
+    assert cluster.wait_job(job, 400, log) == "COMPLETED", log.read_text()[-6000:]
+    assert cluster.job(job)["TresPerNode"] == "gres:gpu:8"
+    assert "8 ranks" in log.read_text()
+    assert len(list((tmp_path / "logs").rglob("n*.log"))) == 8
+    assert len(curve(tmp_path / "run")) == 2
+
+
+def test_requeued_then_a_rank_killed_then_a_node_lost(cluster, cluster_data, undisturbed, tmp_path):
+    cluster_data.pause(0.7)
+    job = TrainingJob(cluster, tmp_path / "faults", cluster_data)
+    job.wait_step(4, restarts=0)
+    cluster.output("scontrol", "requeue", job.id)
+
+    job.wait_step(8, restarts=1)
+    os.kill(job.rank(1), signal.SIGKILL)
+
+    job.wait_step(13, restarts=2)
+    lost = job.nodes()[1]
+    cluster.kill_node(lost)
+    try:
+        job.wait_restart(3)
+        cluster_data.pause(0)
+        job.finish()
+    finally:
+        cluster_data.pause(0)
+        cluster.start_node(lost)
+    log = job.log.read_text()
+    assert "a rank died (exit code 137)" in log
+    assert log.count("launch: start ") == 4
+    assert log.count("resumed from") == 3
+    assert curve(job.run) == curve(undisturbed.run)
+
+
+def test_told_to_stop_then_out_of_time(cluster, cluster_data, undisturbed, tmp_path):
+    cluster_data.pause(1.5)
+    job = TrainingJob(cluster, tmp_path / "signals", cluster_data, "--signal=USR1@10")
+    try:
+        job.wait_step(2, restarts=0)
+        cluster.output("scancel", "--signal=TERM", job.id)
+
+        job.wait_step(4, restarts=1)
+        # SLURM looks at the time every 30 seconds, and signals up to 30 seconds early
+        end = datetime.now() + timedelta(seconds=38)
+        cluster.output("scontrol", "update", f"JobId={job.id}", f"EndTime={end:%Y-%m-%dT%H:%M:%S}")
+        job.wait_restart(2)
+        cluster.output("scontrol", "update", f"JobId={job.id}", "TimeLimit=20")
+    finally:
+        cluster_data.pause(0)
+    job.finish()
+    log = job.log.read_text()
+    assert log.count("was told to stop, and saved") == 2
+    assert "TIMEOUT" not in log
+    assert curve(job.run) == curve(undisturbed.run)
+
+
+def test_the_stop_file_ends_a_job_for_good(cluster, cluster_data, tmp_path):
+    cluster_data.pause(0.7)
+    job = TrainingJob(cluster, tmp_path / "stop", cluster_data)
+    try:
+        job.wait_step(2, restarts=0)
+        (job.run / "STOP").touch()
+    finally:
+        cluster_data.pause(0.3)
+    job.finish()
+    assert cluster.job(job.id)["Restarts"] == "0"
+    assert 2 <= len(curve(job.run)) < STEPS
+    assert (job.run / "checkpoints" / "latest").is_file()
+
+
+def test_evaluation_array(cluster, undisturbed, tmp_path):
+    data = "synthetic://shapes?split=val&count=4&size=48"
+    job = cluster.submit(
+        *("--array=0-1", "--cpus-per-task=1", "--mem=500", f"--output={tmp_path}/%a.out"),
+        *("slurm/eval_array.sh", str(undisturbed.run), data),
+        PYTHON=sys.executable,
+        LOG_DIR=str(tmp_path / "logs"),
+    )
+    cluster.wait(lambda: not cluster.output("squeue", "-h", "-j", job), 300, "the array")
+    checkpoints = sorted(p.name for p in (undisturbed.run / "checkpoints").glob("step_*"))
+    assert len(checkpoints) == 2
+    for checkpoint in checkpoints:
+        (table,) = (undisturbed.run / "eval").glob(f"{checkpoint}.*.txt")
+        assert "retrieval R@1: image to text" in table.read_text()
+        assert len(table.with_suffix(".jsonl").read_text().splitlines()) == 4
+    assert len(list(tmp_path.glob("*.out"))) == 2

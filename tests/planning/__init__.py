@@ -1,0 +1,1 @@
+"""Tests of coca_scale.planning."""
