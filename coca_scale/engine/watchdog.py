@@ -68,40 +68,39 @@ class Watchdog:
 
     def fail(self, error: BaseException) -> NoReturn:
         """End this process after an unexpected error, which is told if it was the first."""
-        self._stopped.set()
-        self._thread.join()
         text = "".join(traceback.format_exception(error)).rstrip()
-        lost = any(word in str(error).lower() for word in LOST_CONTACT)
-        first = f"{self._world.name_of(self._world.rank)} failed first:\n{text}"
+        told = f"{self._world.name_of(self._world.rank)} failed first:\n{text}"
         try:
-            if lost:  # who is really at fault may still say so, or be found out
-                self._wait_for_cause()
-                first = (
+            if any(word in str(error).lower() for word in LOST_CONTACT):
+                self._wait_for_cause()  # who is really at fault may still say so, or be found out
+                told = (
                     f"{self._world.name_of(self._world.rank)} lost contact to another rank, which "
-                    f"said nothing (killed? out of memory?):\n{text}"
+                    f"said nothing:\n{text}"
                 )
-            known = self._publish(first)
+            self._stopped.set()
+            self._thread.join()
+            first = self._publish(told)
         except (dist.DistNetworkError, dist.DistStoreError):
-            known = first  # rank 0, which keeps the store, is gone too
-        self._end(first if known == first else None)
+            first = True  # rank 0, which keeps the store, is gone too
+        self._end(told if first else None)
 
     def _end(self, message: str | None) -> NoReturn:
         if message is not None:
             print(f"coca-scale: {message}", file=sys.stderr, flush=True)
-            time.sleep(BEAT_SECONDS)  # let the others read it before the store goes
         if self._world.rank == 0:
-            time.sleep(2 * BEAT_SECONDS)
+            time.sleep(3 * BEAT_SECONDS)  # let the others read it before the store goes
         os._exit(CRASHED)
 
-    def _publish(self, text: str) -> str:
-        """Write the failure if there is none; returns the one that was first."""
-        known: bytes = self._store.compare_set(FAILURE, "", text)
-        return known.decode()
+    def _publish(self, text: str) -> bool:
+        """Write the failure; whether there was none before."""
+        mine = f"{self._world.rank}\n{text}"
+        known: bytes = self._store.compare_set(FAILURE, "", mine)
+        return known.decode() == mine
 
     def _wait_for_cause(self) -> None:
+        """The thread goes on meanwhile, and ends this process once the cause is known."""
         deadline = time.monotonic() + DEAD_AFTER_SECONDS + 3 * BEAT_SECONDS
-        while time.monotonic() < deadline and not self._store.check([FAILURE]):
-            self._look_at_others()
+        while time.monotonic() < deadline:
             time.sleep(BEAT_SECONDS / 4)
 
     def _watch(self) -> None:
@@ -140,7 +139,7 @@ class Watchdog:
                 f"{named}: no sign of life for {DEAD_AFTER_SECONDS:.0f} s (killed? out of memory? "
                 "node down?); all ranks end"
             )
-            if self._publish(text) == text:
+            if self._publish(text):
                 self._end(text)
 
     def _report_hang(self, phase: str, seconds: float) -> NoReturn:
@@ -164,7 +163,7 @@ class Watchdog:
             named = ", ".join(self._world.name_of(r) for r in ranks[:8])
             lines.append(f"  {named}{', …' if len(ranks) > 8 else ''}: {place}")
         text = "\n".join(lines)
-        self._end(text if self._publish(text) == text else None)
+        self._end(text if self._publish(text) else None)
 
     def _place(self) -> str:
         """The collective that the main thread waits in, or its innermost line, and our code."""

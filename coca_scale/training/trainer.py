@@ -37,12 +37,12 @@ from coca_scale.engine.checkpoint import (
 )
 from coca_scale.engine.core import StepResult, TrainEngine
 from coca_scale.engine.export import export
-from coca_scale.engine.launch import World
+from coca_scale.engine.launch import AgreedError, World
 from coca_scale.engine.loading import load_model
 from coca_scale.engine.watchdog import NoWatchdog, Watchdog
 from coca_scale.recipe import BatchPlan, Recipe, dump_recipe
 from coca_scale.recipe.exits import REQUEUE
-from coca_scale.training.bad_steps import BadSteps
+from coca_scale.training.bad_steps import BadSteps, Rollback
 from coca_scale.training.initial import initial_model, model_config
 from coca_scale.training.log import RunLog, peak_memory_bytes
 from coca_scale.training.meter import Meter
@@ -147,7 +147,11 @@ class Trainer:
                 log.say(note)
             saver = self._make_saver(log)
             if self.step < self.steps or self.resumed is None:
-                asked = self._train(log, saver, requests)
+                try:
+                    asked = self._train(log, saver, requests)
+                except (AgreedError, Rollback):
+                    saver.finish()  # all ranks are here, and what was begun is worth having
+                    raise
                 saver.last(self.step)
                 if asked.leave or asked.stop:
                     back = ", to be started again" if asked.leave else " as asked"

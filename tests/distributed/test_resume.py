@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -80,7 +81,7 @@ def whole(tmp_path_factory):
 def test_other_ranks_and_stages_give_the_same_run(whole, tmp_path):
     folder = tmp_path / "run"
     seen: dict[int, list[str]] = {}
-    allocations = [(2, 3, 3), (4, 3, 5), (1, 2, 8), (2, 1, 10), (2, 3, STEPS)]
+    allocations = [(2, 3, 3), (4, 2, 6), (1, 1, 9), (2, 3, STEPS)]
     for ranks, stage, until in allocations:
         code, keys, notes = allocate(folder, ranks, until, engine__zero_stage=stage)
         assert code == (0 if until == STEPS else 75)
@@ -99,8 +100,32 @@ def test_other_ranks_and_stages_give_the_same_run(whole, tmp_path):
 @pytest.mark.slow
 def test_the_same_layout_again_is_bit_exact(whole, tmp_path):
     folder = tmp_path / "run"
-    for until in (4, 9, STEPS):
+    for until in (5, STEPS):
         allocate(folder, 2, until)
     assert curve(folder) == curve(whole[0])
     for name, value in average(whole[0]).items():
         assert average(folder)[name].equal(value), name
+
+
+def damaged_checkpoint(rank, ranks, parent):
+    from coca_scale.engine.checkpoint import newest_intact
+    from coca_scale.engine.launch import end_world, start_world
+
+    world, notes = start_world(60), []
+    found = newest_intact(Path(parent), world, notes)
+    end_world()
+    return found.name if found is not None else None, notes
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_set_aside_for_an_older_one(whole, tmp_path):
+    newest = whole[0] / "checkpoints" / f"step_{STEPS:08d}"
+    older = tmp_path / "step_00000006"
+    shutil.copytree(newest, older)
+    shutil.copytree(newest, tmp_path / newest.name)
+    victim = max((tmp_path / newest.name).rglob("*.pt"), key=lambda p: p.stat().st_size)
+    victim.write_bytes(victim.read_bytes()[:-1])
+    found = on_ranks(damaged_checkpoint, 2, str(tmp_path))
+    assert [name for name, _ in found] == [older.name, older.name]
+    assert "going back to an older checkpoint" in found[0][1][0]
+    assert (tmp_path / f"{newest.name}.damaged").is_dir()

@@ -1,0 +1,233 @@
+"""Steps that are not finite, ranks that die or hang, disks that are full."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from coca_scale.engine.checkpoint import sweep
+from coca_scale.engine.writing import write_hashed
+from coca_scale.recipe.files import sha256_of
+from coca_scale.training.bad_steps import _Spread
+from coca_scale.training.requests import SAVE_FILE, STOP_FILE, Asked, Requests
+from tests.conftest import free_port, on_ranks, tiny_recipe
+
+
+def train_with_poison(rank, ranks, folder, poisoned, changes):
+    """A run in which rank 1's caption loss is NaN at the given forward passes."""
+    from coca_scale.engine.launch import AgreedError, end_world, start_world
+    from coca_scale.training import run
+    from coca_scale.training.trainer import Trainer
+
+    calls = []
+
+    class Poisoned(Trainer):
+        def _train_step(self, batch, meter, log):
+            calls.append(self.step + 1)
+            super()._train_step(batch, meter, log)
+
+        def _load(self):
+            super()._load()
+            self.engine.module.caption_head.register_forward_hook(poison)
+
+    def poison(module, inputs, output):
+        return output * float("nan") if rank == 1 and len(calls) in poisoned else output
+
+    run.Trainer = Poisoned
+    recipe = tiny_recipe(run__dir=folder, train__micro_batch=8, **changes)
+    world = start_world(60)
+    try:
+        run._with_rollbacks(recipe, world, run.NoWatchdog())
+        message = None
+    except AgreedError as error:
+        message = str(error)
+    end_world()
+    return message, calls
+
+
+def lines_of(file):
+    return [json.loads(line) for line in Path(file).read_text().splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_step_that_is_not_finite_is_skipped_and_listed(stage, tmp_path):
+    changes = {"train__steps": 4, "engine__zero_stage": stage}
+    results = on_ranks(train_with_poison, 2, str(tmp_path), [2], changes)
+    assert [message for message, _ in results] == [None, None]
+    metrics = lines_of(tmp_path / "metrics.jsonl")
+    assert [line["skipped_steps"] for line in metrics] == [0, 1, 1, 1]
+    assert metrics[1]["loss"] is None
+    assert metrics[3]["loss"] < metrics[0]["loss"]
+    (bad,) = lines_of(tmp_path / "bad_steps.jsonl")
+    assert (bad["step"], bad["ranks"]) == (2, [1])
+    assert len(bad["samples"]["1"]) == 8
+
+
+@pytest.mark.slow
+def test_a_bad_stretch_ends_the_run_or_is_gone_around(tmp_path):
+    changes = {"train__steps": 6, "checkpoint__every_steps": 2, "health__max_bad_steps": 2}
+    stopped = on_ranks(train_with_poison, 2, str(tmp_path / "stop"), [4, 5], changes)
+    assert "2 steps in a row were skipped, the last at step 5" in stopped[0][0]
+    changes["health__rollbacks"] = 1
+    back = on_ranks(train_with_poison, 2, str(tmp_path / "back"), [4, 5], changes)
+    assert back[0][0] is None
+    assert back[0][1] == [1, 2, 3, 4, 5, 5, 6]  # step 4 was saved, skipped as it was
+    metrics = lines_of(tmp_path / "back" / "metrics.jsonl")
+    assert [line["step"] for line in metrics] == [1, 2, 3, 4, 5, 6]
+    assert metrics[-1]["loss"] is not None
+
+
+def test_spikes_are_told_from_noise():
+    spread = _Spread()
+    usual = [spread.add(5.0 + 0.1 * ((7 * i) % 5)) for i in range(200)]
+    assert max(usual) < 8
+    assert spread.add(7.0) > 8
+    again = _Spread(*json.loads(json.dumps(spread.state())))
+    assert again.add(7.0) == pytest.approx(spread.add(7.0))
+
+
+def test_what_a_run_is_asked_for(tmp_path):
+    with Requests(tmp_path, None, 0) as requests:
+        assert requests.poll() == Asked()
+        (tmp_path / SAVE_FILE).touch()
+        assert requests.poll() == Asked(save=True)
+        requests.answered(Asked(save=True))
+        assert requests.poll() == Asked()
+        (tmp_path / STOP_FILE).touch()
+        assert requests.poll() == Asked(stop=True)
+        requests.answered(Asked(stop=True))
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert requests.poll() == Asked(leave=True)
+    assert Requests(tmp_path, 1e-9, 0).poll().save
+    (tmp_path / STOP_FILE).touch()
+    assert Requests(tmp_path, 1e-9, 1).poll() == Asked()  # rank 0 looks for all
+
+
+WATCHED = """
+import sys, time
+from pathlib import Path
+from coca_scale.engine.launch import start_world
+from coca_scale.engine.watchdog import Watchdog
+world = start_world(60)
+watch = Watchdog(world, Path(sys.argv[1]))
+print("ready", flush=True)
+try:
+    with watch.phase("step 7", float(sys.argv[3])):
+        for _ in range(10000):
+            if world.rank == 1 and sys.argv[2] == "hang":
+                time.sleep(1000)
+            if world.rank == 1 and sys.argv[2] == "raise":
+                raise RuntimeError("the disk of this node is broken")
+            world.barrier()
+            time.sleep(0.05)
+except Exception as error:
+    watch.fail(error)
+"""
+
+
+def watched(tmp_path, kind, seconds):
+    """Three ranks in lockstep, the middle one with a fault; exit codes, error texts, seconds."""
+    environment = {**os.environ, "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1"}
+    environment |= {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", WATCHED, str(tmp_path), kind, str(seconds)]
+    ranks = [
+        subprocess.Popen(
+            command,
+            env={**environment, "RANK": str(r), "LOCAL_RANK": str(r)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for r in range(3)
+    ]
+    for process in ranks:
+        while process.stdout.readline().strip() != "ready":
+            assert process.poll() is None
+    if kind == "kill":
+        time.sleep(3)
+        ranks[1].kill()
+    errors = [process.communicate(timeout=100)[1] for process in ranks]
+    return [process.returncode for process in ranks], errors
+
+
+@pytest.mark.slow
+def test_a_killed_rank_is_named_and_ends_the_others(tmp_path):
+    codes, errors = watched(tmp_path, "kill", 90)
+    assert codes == [70, -9, 70]
+    told = "".join(errors)
+    assert len(re.findall(r"rank 1 on \S+: no sign of life", told)) == 1
+    assert "Traceback" not in told
+
+
+@pytest.mark.slow
+def test_the_first_error_is_told_once(tmp_path):
+    codes, errors = watched(tmp_path, "raise", 90)
+    assert codes == [70, 70, 70]
+    assert "rank 1 on" in errors[1]
+    assert "failed first" in errors[1]
+    assert "the disk of this node is broken" in errors[1]
+    assert "".join(errors).count("Traceback") == 1
+
+
+@pytest.mark.slow
+def test_a_hang_names_the_rank_and_the_collective(tmp_path):
+    codes, errors = watched(tmp_path, "hang", 5)
+    assert codes == [70, 70, 70]
+    told = "".join(errors)
+    assert told.count("no progress for 5 s in step 7") == 1
+    assert re.search(r"rank 1 on \S+: is at", told)
+    assert re.search(r"rank 0 on \S+, rank 2 on \S+: waits in all_reduce ← launch.py", told)
+    assert (
+        "sleep" in (tmp_path / "stacks" / "rank_00001.txt").read_text()
+        or "<string>" in (tmp_path / "stacks" / "rank_00001.txt").read_text()
+    )
+
+
+def missing_rank(rank, ranks):
+    from datetime import timedelta
+
+    import torch
+    import torch.distributed as dist
+
+    from coca_scale.engine.launch import LaunchError, roll_call
+
+    port = int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore("127.0.0.1", port, None, rank == 0, timedelta(seconds=30), False)
+    try:
+        roll_call(store, rank, 3, torch.device("cpu"), 4.0)
+    except LaunchError as error:
+        text = str(error)
+    store.set(f"told/{rank}", "")
+    store.wait(["told/0", "told/1"])
+    return text
+
+
+def test_a_rank_that_does_not_start_is_named():
+    for text in on_ranks(missing_rank, 2):
+        assert text.startswith("1 of 3 ranks did not start in time: rank 2")
+
+
+def test_an_error_of_the_disk_comes_out_of_torch_save(tmp_path):
+    import torch
+
+    entry = write_hashed(tmp_path / "good.pt", lambda file: torch.save(torch.ones(9), file))
+    assert entry["sha256"] == sha256_of(tmp_path / "good.pt")
+    with pytest.raises(OSError, match="No space left"), Path("/dev/full").open("wb"):
+        write_hashed(Path("/dev/full"), lambda file: torch.save(torch.ones(99999), file))
+
+
+def test_leftovers_of_a_killed_run_are_swept(tmp_path):
+    for name in ("step_00000002.incomplete", "step_00000004.replaced", "step_00000006.replaced"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "step_00000006").mkdir()
+    sweep(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000004", "step_00000006"]
