@@ -1,0 +1,103 @@
+"""Runs killed at any moment, inside saves too, and runs on a disk that is full."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from coca_scale.engine.checkpoint import complete_checkpoints, verify_checkpoint
+from tests.conftest import free_port
+
+SMALL = [
+    "data.train=synthetic://shapes?count=512&size=48",
+    *("data.val=null", "data.workers=0", "train.global_batch=4", "train.micro_batch=4"),
+    *("log.every_steps=1", "log.tensorboard=false", "checkpoint.every_steps=1"),
+]
+
+
+def start(folder, *arguments):
+    command = [sys.executable, "coca_scale/train.py", "--recipe", "recipes/tiny.yaml", *SMALL]
+    return subprocess.Popen(
+        [*command, f"run.dir={folder}", *arguments],
+        env={**os.environ, "MASTER_PORT": str(free_port())},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def kill_again_and_again(folder, kills):
+    """After every kill: what is named as complete is whole, and nothing complete is lost."""
+    seed = random.randrange(10**6)
+    chance = random.Random(seed)
+    checkpoints = folder / "checkpoints"
+    known: set[str] = set()
+    inside_saves = 0
+    for number in range(kills):
+        process = start(folder, "train.steps=100000", "checkpoint.keep=null")
+        deadline = time.monotonic() + 120
+        while {p.name for p in complete_checkpoints(checkpoints)} <= known:
+            assert time.monotonic() < deadline, f"no progress, seed {seed}, kill {number}"
+            assert process.poll() is None, process.communicate()[0][-3000:]
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0, 1.5))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        inside_saves += any(p.name.endswith(".incomplete") for p in checkpoints.iterdir())
+        found = complete_checkpoints(checkpoints)
+        assert known <= {p.name for p in found}, f"seed {seed}, kill {number}"
+        for folder_ in found:
+            verify_checkpoint(folder_)
+        for old in found[3:]:  # or the disk would fill
+            known.discard(old.name)
+            subprocess.run(["rm", "-r", str(old)], check=True)
+        known |= {p.name for p in found[:3]}
+    return inside_saves
+
+
+@pytest.mark.slow
+def test_killed_anywhere(tmp_path):
+    kill_again_and_again(tmp_path, 3)
+
+
+@pytest.mark.long
+def test_killed_at_a_hundred_moments(tmp_path):
+    inside = kill_again_and_again(tmp_path, 100)
+    print(f"{inside} of 100 kills came inside a save")
+    assert inside > 10
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 80 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=80m", "tmpfs", str(disk)]
+    if subprocess.run(command, check=False, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.slow
+def test_a_full_disk_leaves_the_run_alive_and_old_checkpoints_whole(small_disk):
+    process = start(small_disk / "run", "train.steps=8", "checkpoint.keep=null")
+    output, _ = process.communicate(timeout=300)
+    assert "warning: step_00000003 could not be saved: rank 0: [Errno 28]" in output
+    assert "step 8/8" in output  # it went on
+    assert "the last checkpoint cannot be saved" in output
+    assert "Traceback" not in output
+    assert process.returncode == 1
+    found = complete_checkpoints(small_disk / "run" / "checkpoints")
+    assert [p.name for p in found] == ["step_00000002", "step_00000001"]
+    for folder in found:
+        verify_checkpoint(folder)
+    left = {p.name for p in Path(small_disk / "run" / "checkpoints").iterdir()}
+    assert left == {"step_00000001", "step_00000002", "latest"}
