@@ -26,7 +26,7 @@ from coca_scale.engine.launch import World, connect_store
 from coca_scale.recipe.exits import CRASHED
 
 BEAT_SECONDS = 2.0
-DEAD_AFTER_SECONDS = 20.0
+DEAD_AFTER_SECONDS = 30.0
 STUCK_ANSWERS_SECONDS = 6.0
 STORE_SECONDS = 10.0
 FAILURE = "failure"
@@ -45,6 +45,7 @@ class Watchdog:
         self._phase: tuple[str, float, float] | None = None
         self._stopped = threading.Event()
         self._store = dist.PrefixStore("health", connect_store(STORE_SECONDS))
+        self._seen: set[int] = set()
         self._beats: dict[int, tuple[bytes, float]] = {}
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
@@ -105,7 +106,11 @@ class Watchdog:
 
     def _watch(self) -> None:
         lost_since = None
+        last = time.monotonic()
         while not self._stopped.wait(BEAT_SECONDS):
+            asleep, last = time.monotonic() - last - BEAT_SECONDS, time.monotonic()
+            if asleep > DEAD_AFTER_SECONDS / 3:
+                self._wake_up(asleep)
             try:
                 self._store.set(f"beat/{self._world.rank}", repr(time.time()))
                 self._look_at_others()
@@ -122,14 +127,24 @@ class Watchdog:
                         f"{name}, or the launcher there, is gone; ended by rank {self._world.rank}"
                     )
 
+    def _wake_up(self, asleep: float) -> None:
+        """The job was suspended, all of it: nobody is late for that."""
+        self._beats.clear()
+        if self._phase is not None:
+            name, deadline, seconds = self._phase
+            self._phase = (name, deadline + asleep, seconds)
+
     def _look_at_others(self) -> None:
         """Rank 0 publishes who has given no sign of life."""
         if self._world.rank != 0:
             return
         now = time.monotonic()
-        names = [f"beat/{r}" for r in range(self._world.size)]
-        there = [r for r, name in enumerate(names) if self._store.check([name])]
-        for r, value in zip(there, self._store.multi_get([names[r] for r in there]), strict=True):
+        for r in set(range(self._world.size)) - self._seen:
+            if self._store.check([f"beat/{r}"]):
+                self._seen.add(r)
+        there = sorted(self._seen)
+        values = self._store.multi_get([f"beat/{r}" for r in there])  # one message for all
+        for r, value in zip(there, values, strict=True):
             if r not in self._beats or self._beats[r][0] != value:
                 self._beats[r] = (value, now)
         silent = [r for r, (_, at) in self._beats.items() if now - at > DEAD_AFTER_SECONDS and r]
