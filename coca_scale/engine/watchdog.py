@@ -73,7 +73,9 @@ class Watchdog:
         told = f"{self._world.name_of(self._world.rank)} failed first:\n{text}"
         try:
             if any(word in str(error).lower() for word in LOST_CONTACT):
-                self._wait_for_cause()  # who is really at fault may still say so, or be found out
+                # who is really at fault may still say so, or be found out: the thread goes on
+                # meanwhile, and ends this process once the cause is known
+                time.sleep(DEAD_AFTER_SECONDS + 3 * BEAT_SECONDS)
                 told = (
                     f"{self._world.name_of(self._world.rank)} lost contact to another rank, which "
                     f"said nothing:\n{text}"
@@ -97,12 +99,6 @@ class Watchdog:
         mine = f"{self._world.rank}\n{text}"
         known: bytes = self._store.compare_set(FAILURE, "", mine)
         return known.decode() == mine
-
-    def _wait_for_cause(self) -> None:
-        """The thread goes on meanwhile, and ends this process once the cause is known."""
-        deadline = time.monotonic() + DEAD_AFTER_SECONDS + 3 * BEAT_SECONDS
-        while time.monotonic() < deadline:
-            time.sleep(BEAT_SECONDS / 4)
 
     def _watch(self) -> None:
         lost_since = None
