@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,40 +16,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from tests.cluster import testbed
 from tests.cluster.runs import Data, TrainingJob
 from tests.cluster.testbed import Cluster
 
 torch.set_num_threads(1)
-
-
-def free_port() -> int:
-    """A port of the loopback interface that nobody listens on."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
-def _entry(rank: int, function: Callable[..., Any], ranks: int, port: int, results: Any, args: Any):
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(ranks),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
-    torch.set_num_threads(1)
-    results[rank] = function(rank, ranks, *args)
-
-
-def on_ranks(function: Callable[..., Any], ranks: int, *args: Any) -> list[Any]:
-    """Run `function(rank, ranks, *args)` in `ranks` fresh processes; results in rank order."""
-    with mp.Manager() as manager:
-        results = manager.dict()
-        mp.spawn(_entry, (function, ranks, free_port(), results, args), nprocs=ranks)
-        return [results[rank] for rank in range(ranks)]
 
 
 def tiny_recipe(**changes: Any) -> Any:

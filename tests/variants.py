@@ -90,7 +90,12 @@ def _raw(name: str, folder: Path) -> dict[str, Any]:
     if name == "correct_mask":
         return raw_config("coca_tiny", text_cfg__correct_cls_mask=True)
     if name.startswith("timm"):
-        model = {"timm_vit": "test_vit", "timm_resnet": "resnet50_gn", "timm_bn": "test_resnet"}
+        model = {
+            "timm_vit": "test_vit",
+            "timm_conv": "test_efficientnet_gn",
+            "timm_resnet": "resnet50_gn",
+            "timm_bn": "test_resnet",
+        }
         raw = raw_config("coca_tiny")
         raw["vision_cfg"] = {"timm_model_name": model[name], "image_size": 48}
         raw["vision_cfg"] |= {"attentional_pool": True, "attn_pooler_queries": 9}

@@ -75,6 +75,7 @@ def test_told_to_stop_then_out_of_time(cluster, cluster_data, undisturbed, tmp_p
         cluster.output("scancel", "--signal=TERM", job.id)
 
         job.wait_step(4, restarts=1)
+        cluster_data.pause(4)  # or the job would be through before its time is
         # SLURM looks at the time every 30 seconds, and signals up to 30 seconds early
         end = datetime.now() + timedelta(seconds=38)
         cluster.output("scontrol", "update", f"JobId={job.id}", f"EndTime={end:%Y-%m-%dT%H:%M:%S}")

@@ -18,9 +18,10 @@ from coca_scale.data.sample import DataError
 from coca_scale.data.shards import read_shard
 from coca_scale.data.sources import open_source
 from coca_scale.data.storage import StorageError, StorageOptions, open_shard, read_whole
-from tests.conftest import free_port, tiny_recipe
+from tests.conftest import tiny_recipe
 from tests.data.faulty_server import FAULTS, FaultyProxy
 from tests.data.test_lanes import steps, write_shards
+from tests.ranks import free_port
 
 SHARDS = 24
 STUBBORN = StorageOptions(retries=6, timeout_seconds=1.0)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import random
-import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from coca_scale.engine.checkpoint import complete_checkpoints, verify_checkpoint
-from tests.conftest import free_port
+from tests.ranks import TrainingRanks
 
 SMALL = [
     "data.train=synthetic://shapes?count=512&size=48",
@@ -22,15 +19,9 @@ SMALL = [
 ]
 
 
-def start(folder, *arguments):
-    command = [sys.executable, "coca_scale/train.py", "--recipe", "recipes/tiny.yaml", *SMALL]
-    return subprocess.Popen(
-        [*command, f"run.dir={folder}", *arguments],
-        env={**os.environ, "MASTER_PORT": str(free_port())},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+def start(folder, log, *arguments):
+    common = ("--recipe", "recipes/tiny.yaml", *SMALL, f"run.dir={folder}")
+    return TrainingRanks(log, *common, *arguments, ranks=1)
 
 
 def kill_again_and_again(folder, kills):
@@ -41,15 +32,14 @@ def kill_again_and_again(folder, kills):
     known: set[str] = set()
     inside_saves = 0
     for number in range(kills):
-        process = start(folder, "train.steps=100000", "checkpoint.keep=null")
+        job = start(folder, folder.with_suffix(".log"), "train.steps=100000", "checkpoint.keep=null")
         deadline = time.monotonic() + 120
         while {p.name for p in complete_checkpoints(checkpoints)} <= known:
             assert time.monotonic() < deadline, f"no progress, seed {seed}, kill {number}"
-            assert process.poll() is None, process.communicate()[0][-3000:]
+            assert job.alive, job.output[-3000:]
             time.sleep(0.01)
         time.sleep(chance.uniform(0, 1.5))
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        job.kill()
         inside_saves += any(p.name.endswith(".incomplete") for p in checkpoints.iterdir())
         found = complete_checkpoints(checkpoints)
         assert known <= {p.name for p in found}, f"seed {seed}, kill {number}"
@@ -87,14 +77,14 @@ def small_disk(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_full_disk_leaves_the_run_alive_and_old_checkpoints_whole(small_disk):
-    process = start(small_disk / "run", "train.steps=8", "checkpoint.keep=null")
-    output, _ = process.communicate(timeout=300)
+def test_a_full_disk_leaves_the_run_alive_and_old_checkpoints_whole(small_disk, tmp_path):
+    job = start(small_disk / "run", tmp_path / "log", "train.steps=8", "checkpoint.keep=null")
+    assert job.wait() == 1
+    output = job.output
     assert "warning: step_00000003 could not be saved: rank 0: [Errno 28]" in output
     assert "step 8/8" in output  # it went on
     assert "the last checkpoint cannot be saved" in output
     assert "Traceback" not in output
-    assert process.returncode == 1
     found = complete_checkpoints(small_disk / "run" / "checkpoints")
     assert [p.name for p in found] == ["step_00000002", "step_00000001"]
     for folder in found:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.runs import curve, launch
-from tests.conftest import free_port
+from tests.ranks import free_port
 
 BIN = Path(sys.executable).parent
 

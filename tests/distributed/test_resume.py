@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import on_ranks, tiny_recipe
+from tests.conftest import tiny_recipe
+from tests.ranks import on_ranks
 
 STEPS = 12
 

@@ -1,11 +1,9 @@
-"""Whole runs under the deepspeed launcher: killed and resumed, exported, refused."""
+"""Whole runs: under the deepspeed launcher, killed and resumed, exported, refused."""
 
 from __future__ import annotations
 
 import json
-import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -16,7 +14,7 @@ from typer.testing import CliRunner
 
 from coca_scale.cli import app
 from coca_scale.engine.checkpoint import find_checkpoint, verify_checkpoint
-from tests.conftest import free_port
+from tests.ranks import TrainingRanks, free_port
 
 TINY = [
     "data.train=synthetic://shapes?count=512&size=48",
@@ -30,26 +28,28 @@ TINY = [
 ]
 
 
-def launch(*arguments, ranks=2, **popen):
+def under_deepspeed(*arguments):
+    """A whole run on two ranks, as users start it; exit code and output."""
     command = [
         str(Path(sys.executable).with_name("deepspeed")),
-        *("--num_gpus", str(ranks), "--master_port", str(free_port())),
+        *("--num_gpus=2", f"--master_port={free_port()}"),
         *("coca_scale/train.py", "--recipe", "recipes/tiny.yaml", *TINY, *arguments),
     ]
-    return subprocess.Popen(
+    done = subprocess.run(
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        start_new_session=True,
-        **popen,
+        check=False,
+        timeout=300,
     )
+    return done.returncode, done.stdout
 
 
-def run(*arguments, ranks=2):
-    process = launch(*arguments, ranks=ranks)
-    output, _ = process.communicate(timeout=300)
-    return process.returncode, output
+def start(folder, *arguments):
+    """The same without a launcher."""
+    common = ("--recipe", "recipes/tiny.yaml", *TINY, f"run.dir={folder}")
+    return TrainingRanks(folder.with_suffix(".log"), *common, *arguments)
 
 
 def losses(folder):
@@ -61,7 +61,7 @@ def losses(folder):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "whole"
-    code, output = run(f"run.dir={folder}")
+    code, output = under_deepspeed(f"run.dir={folder}")
     assert code == 0, output[-3000:]
     return folder, output
 
@@ -91,19 +91,17 @@ def test_killed_at_a_random_moment_and_resumed_is_the_same_run(finished, tmp_pat
     folder = tmp_path / "killed"
     seed = random.randrange(10**6)
     wait_for, extra = random.Random(seed).randint(3, 9), random.Random(seed).random() * 0.5
-    process = launch(f"run.dir={folder}")
+    first = start(folder)
     metrics = folder / "metrics.jsonl"
     deadline = time.monotonic() + 200
-    while time.monotonic() < deadline and process.poll() is None:
+    while time.monotonic() < deadline and first.alive:
         if metrics.is_file() and len(metrics.read_text().splitlines()) >= wait_for:
             break
         time.sleep(0.02)
     time.sleep(extra)
-    os.killpg(process.pid, signal.SIGKILL)
-    subprocess.run(["pkill", "-9", "-f", str(folder)], check=False)
-    process.communicate(timeout=60)
-    code, output = run(f"run.dir={folder}")
-    assert code == 0, output[-3000:]
+    first.kill()
+    again = start(folder)
+    assert again.wait() == 0, again.output[-3000:]
     assert losses(folder) == expected, f"seed {seed}"
 
 
@@ -161,8 +159,9 @@ def test_damaged_checkpoints_are_refused(finished, tmp_path):
     ],
 )
 def test_mistakes_end_all_ranks_with_one_line(overrides, code, message, tmp_path):
-    exit_code, output = run(f"run.dir={tmp_path / 'r'}", *overrides)
-    assert exit_code != 0
+    job = start(tmp_path / "r", *overrides)
+    assert job.wait() == code
+    output = job.output
     assert output.count(message) == (1 if code == 1 else 2)  # a wrong recipe ends before ranks meet
     assert "Traceback" not in output
 
@@ -172,14 +171,14 @@ def test_bad_data_on_one_rank_ends_the_others_too(tmp_path):
     from tests.data.test_lanes import write_shards
 
     shard = write_shards(tmp_path, [40])
-    code, output = run(
-        f"run.dir={tmp_path / 'r'}",
+    job = start(
+        tmp_path / "r",
         f"data.train=pipe:test $RANK = 0 && cat {shard}",
         *("data.retries=0", "data.val=null", "data.lanes=2", "data.train_samples=40"),
     )
-    assert code != 0
-    assert "no usable sample" in output
-    assert "Traceback" not in output
+    assert job.wait() == 1
+    assert "no usable sample" in job.output
+    assert "Traceback" not in job.output
 
 
 def test_dry_run_prints_the_plan_and_trains_nothing(tmp_path):

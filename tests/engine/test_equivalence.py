@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import on_ranks, tiny_recipe
+from tests.conftest import tiny_recipe
+from tests.ranks import on_ranks
 
 BATCH, STEPS = 16, 20
 

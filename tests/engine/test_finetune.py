@@ -17,7 +17,8 @@ from coca_scale.model import CoCa, load_model_config
 from coca_scale.model.lock import freeze, layer_scales
 from coca_scale.model.weights import LOGIT_SCALE
 from coca_scale.openclip.folder import write_folder
-from tests.conftest import on_ranks, tiny_recipe
+from tests.conftest import tiny_recipe
+from tests.ranks import on_ranks
 from tests.variants import config_file, variant
 
 CONTRASTIVE_ONLY = ("image.projection", "text.projection", "text.class_embedding")
@@ -212,7 +213,7 @@ def test_unlocked_groups_count_as_openclips():
         freeze(coca, recipe.model, recipe.loss)
 
 
-@pytest.mark.parametrize("kind", ["coca", "base", "cascade", "roberta", "timm_vit", "timm_resnet"])
+@pytest.mark.parametrize("kind", ["coca", "base", "cascade", "roberta", "timm_vit", "timm_conv"])
 def test_layer_groups_hold_every_parameter_once(kind, tmp_path):
     coca = CoCa(variant(kind, tmp_path))
     scales = layer_scales(coca, 0.5)

@@ -18,7 +18,8 @@ from coca_scale.engine.writing import write_hashed
 from coca_scale.recipe.files import sha256_of
 from coca_scale.training.bad_steps import _Spread
 from coca_scale.training.requests import SAVE_FILE, STOP_FILE, Asked, Requests
-from tests.conftest import free_port, on_ranks, tiny_recipe
+from tests.conftest import tiny_recipe
+from tests.ranks import free_port, on_ranks
 
 
 def train_with_poison(rank, ranks, folder, poisoned, changes):

@@ -6,7 +6,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from coca_scale.losses import FeatureGather, chunked_cross_entropy, contrastive_loss
-from tests.conftest import on_ranks
+from tests.ranks import on_ranks
 
 BATCH, WIDTH, WORDS = 24, 16, 37
 

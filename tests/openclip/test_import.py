@@ -21,7 +21,8 @@ from coca_scale.openclip.folder import write_folder
 from coca_scale.openclip.hub import registry_file
 from coca_scale.openclip.names import to_openclip
 from coca_scale.training.initial import pretrained_name
-from tests.conftest import on_ranks, tiny_recipe
+from tests.conftest import tiny_recipe
+from tests.ranks import on_ranks
 from tests.variants import config_file, variant
 
 

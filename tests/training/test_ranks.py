@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import on_ranks
+from tests.ranks import on_ranks
 
 
 def look_around(rank, ranks, folder):
