@@ -24,7 +24,7 @@ from coca_scale.model import load_model_config
 from tests.conftest import tiny_recipe
 from tests.data.rot import BOMB, rot_shards, write_rotten_shards
 from tests.data.test_lanes import encoded
-from tests.distributed.test_run import run
+from tests.distributed.test_run import start
 
 LANES = 8
 RNG = np.random.default_rng(0)
@@ -74,10 +74,10 @@ def test_a_run_over_rot_ends_and_lists_it(rotten, tmp_path):
         *(f"data.train={folder}", "data.val=null", "data.lanes=16", "data.workers=1"),
         *("data.max_bad_fraction=0.8", "train.steps=20", "log.every_steps=5"),
         *("train.global_batch=64", "train.micro_batch=32"),
-        *("checkpoint.every_steps=null", f"run.dir={tmp_path / 'run'}"),
+        "checkpoint.every_steps=null",
     ]
-    code, output = run(*overrides)
-    assert code == 0, output[-3000:]
+    job = start(tmp_path / "run", *overrides)
+    assert job.wait() == 0, job.output[-3000:]
     lines = (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()
     listed = [json.loads(line) for line in lines]
     found = defaultdict(set)
@@ -93,14 +93,18 @@ def test_a_run_over_rot_ends_and_lists_it(rotten, tmp_path):
     counts = Counter()
     for line in listed:
         counts[line["cause"]] += line["samples"]
-    assert "skipped samples: " + ", ".join(f"{n} × {c}" for c, n in counts.most_common(1)) in output
+    assert (
+        "skipped samples: " + ", ".join(f"{n} × {c}" for c, n in counts.most_common(1))
+        in job.output
+    )
 
 
 @pytest.mark.slow
 def test_too_much_rot_stops_the_run_and_says_where(rotten, tmp_path):
     folder = rotten[0]
-    code, output = run(f"data.train={folder}", "data.val=null", f"run.dir={tmp_path / 'run'}")
-    assert code == 1
+    job = start(tmp_path / "run", f"data.train={folder}", "data.val=null")
+    assert job.wait() == 1
+    output = job.output
     assert "more than data.max_bad_fraction=0.1 allows" in output
     assert "Traceback" not in output
     assert (tmp_path / "run" / "bad_samples.jsonl").is_file()
