@@ -32,7 +32,9 @@ def kill_again_and_again(folder, kills):
     known: set[str] = set()
     inside_saves = 0
     for number in range(kills):
-        job = start(folder, folder.with_suffix(".log"), "train.steps=100000", "checkpoint.keep=null")
+        job = start(
+            folder, folder.with_suffix(".log"), "train.steps=100000", "checkpoint.keep=null"
+        )
         deadline = time.monotonic() + 120
         while {p.name for p in complete_checkpoints(checkpoints)} <= known:
             assert time.monotonic() < deadline, f"no progress, seed {seed}, kill {number}"
