@@ -17,6 +17,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,33 +99,40 @@ def captions(batch: int, vocabulary: int) -> Tensor:
     return tokens
 
 
-def contenders(model: str, batch: int, checkpointing: str) -> list[Contender]:
-    """The four of them."""
+def contenders(model: str, batch: int, checkpointing: str) -> dict[str, Callable[[], Contender]]:
+    """What builds each of the four; they are large, so only those that are needed."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    size = load_model_config(f"coca_{model}").vision_cfg.image_size
+    torch.manual_seed(0)
+    config = load_model_config(f"coca_{model}")
+    size = config.vision_cfg.image_size
     images = torch.randn(batch, 3, size, size, device=device, dtype=dtype)
-    tokens = captions(batch, load_model_config(f"coca_{model}").text_cfg.vocab_size)
-    found = []
-    for name in (f"coca_{model}", model):
-        config = load_model_config(name)
+    tokens = captions(batch, config.text_cfg.vocab_size)
+
+    def published(name: str) -> Any:
+        torch.manual_seed(0)
         theirs = open_clip.create_model(name)
-        is_coca = config.multimodal_cfg is not None
-        if is_coca:  # open_clip leaves it uninitialised
+        if hasattr(theirs, "text_decoder"):  # open_clip leaves this uninitialised
             nn.init.normal_(theirs.text_decoder.text_projection, std=0.03)
-        weights = {k: v.clone() for k, v in from_openclip(theirs.state_dict()).items()}
-        ours = build_model(config, weights)
-        coca = ours.coca.train().requires_grad_(True).to(device, dtype)
+        return theirs
+
+    def ours(name: str, kind: str) -> Contender:
+        weights = from_openclip(published(name).state_dict())
+        built = build_model(load_model_config(name), weights)
+        coca = built.coca.train().requires_grad_(True).to(device, dtype)
         coca.set_activation_checkpointing(checkpointing)
-        theirs = theirs.train().to(device, dtype)
-        kind = "CoCa" if is_coca else "CLIP"
-        found += [
-            _ours(
-                f"coca-scale {kind}", coca, ours.logit_scale.log_scale.to(device), images, tokens
-            ),
-            _theirs(f"open_clip {kind}", theirs, is_coca, images, tokens.to(device)),
-        ]
-    return found
+        log_scale = built.logit_scale.log_scale.to(device)
+        return _ours(f"coca-scale {kind}", coca, log_scale, images, tokens)
+
+    def theirs(name: str, kind: str) -> Contender:
+        module = published(name).train().to(device, dtype)
+        return _theirs(f"open_clip {kind}", module, kind == "CoCa", images, tokens.to(device))
+
+    return {
+        f"{who} {kind}": partial(build, name, kind)
+        for kind, name in (("CoCa", f"coca_{model}"), ("CLIP", model))
+        for who, build in (("coca-scale", ours), ("open_clip", theirs))
+    }
 
 
 def _ours(name: str, coca: Any, log_scale: Tensor, images: Tensor, tokens: Tensor) -> Contender:
@@ -162,12 +170,16 @@ def _theirs(name: str, model: Any, is_coca: bool, images: Tensor, tokens: Tensor
 
 
 def compare(model: str, batch: int, rounds: int, checkpointing: str) -> dict[str, Any]:
-    """Count and time all four; ratios are to open_clip's CLIP."""
-    torch.manual_seed(0)
-    runners = contenders(model, batch, checkpointing)
-    table = {runner.name: runner.count() for runner in runners}
+    """Count and time all four."""
+    builders = contenders(model, batch, checkpointing)
+    table, runners = {}, {}
+    for name, build in builders.items():
+        runner = build()
+        table[name] = runner.count()
+        if rounds:
+            runners[name] = runner
     if rounds:
-        for name, seconds in medians({r.name: r.step for r in runners}, rounds).items():
+        for name, seconds in medians({n: r.step for n, r in runners.items()}, rounds).items():
             table[name]["step_seconds"] = seconds
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     return {
@@ -175,7 +187,7 @@ def compare(model: str, batch: int, rounds: int, checkpointing: str) -> dict[str
         "batch": batch,
         "rounds": rounds,
         "activation_checkpointing": checkpointing,
-        "dtype": str(runners[0].parameters[0].dtype),
+        "dtype": "bf16" if torch.cuda.is_available() else "fp32",
         "mean_tokens": float((captions(batch, 49408) != 0).sum()) / batch,
         "device": device,
         "cores": os.cpu_count(),
@@ -203,7 +215,7 @@ def show(found: dict[str, Any]) -> None:
         ):
             if key in row:
                 line += f"{row[key] / unit:9.2f} {label} ({row[key] / base[key]:.2f}×)"
-        print(line)
+        print(line, flush=True)
 
 
 def main() -> None:
