@@ -8,7 +8,7 @@ DEMO := runs/demo
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-cluster test-image lint clean
+.PHONY: demo test test-cluster test-image bench lint clean
 
 $(READY): requirements.lock setup.py
 	@$(PYTHON) -m venv $(VENV) || { echo "cannot make a virtual environment; on Debian: apt-get install python3-venv" >&2; exit 1; }
@@ -30,6 +30,10 @@ test-cluster: $(READY)
 # needs root and Debian's buildah and debootstrap
 test-image: $(READY)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" python -m pytest -s -m image tests/docker $(PYTEST_ARGS)
+
+# half an hour on 2 cores
+bench: $(READY)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" python benchmarks/bench.py $(BENCH_ARGS)
 
 lint: $(READY)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" && ruff check . && ruff format --check . && mypy && lint-imports && shellcheck slurm/*.sh docker/*.sh demo.sh .ci/run && hadolint docker/Dockerfile

@@ -1,11 +1,12 @@
-"""One training step, ours and open_clip's side by side: seconds, and bytes saved for backward.
+"""A training step of four models side by side: our CoCa and CLIP, and open_clip's.
 
-    python benchmarks/train_step.py [--model coca_ViT-B-32] [--batch 32] [--rounds 3] [--out FILE]
+    python benchmarks/train_step.py [--model ViT-B-32] [--batch 32] [--rounds 5] [--out FILE]
 
-Same weights, same images, same captions (length of a caption: start and end token and a Poisson
-number of words of mean 18, so 20 tokens on average, padded to the model's context by both). fp32 on
-the CPU, bf16 on a GPU. A step is forward, both losses and backward; the rounds alternate between
-the two so that a noisy machine hits both, and medians are reported.
+Both CoCas have the same weights, and so have both CLIPs. All see the same images and captions:
+start and end token and a Poisson number of words of mean 18, so 20 tokens on average; open_clip
+pads them to 76 (CLIP: 77). fp32 on the CPU, bf16 on a GPU. A step is forward, losses and backward.
+FLOPs and bytes are counted, not timed: bytes are those that the forward pass leaves for the
+backward pass. `--rounds 0` counts only.
 """
 
 from __future__ import annotations
@@ -14,15 +15,17 @@ import argparse
 import json
 import os
 import platform
-import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
-from open_clip.loss import CoCaLoss
-from torch import Tensor
+from measure import LiveBytes, flops, medians, parts
+from open_clip.loss import ClipLoss, CoCaLoss
+from torch import Tensor, nn
 
 from coca_scale.losses import FeatureGather, contrastive_loss
 from coca_scale.model import load_model_config
@@ -31,120 +34,203 @@ from coca_scale.openclip.names import from_openclip
 
 MEAN_WORDS = 18.0
 CONTRASTIVE_WEIGHT, CAPTION_WEIGHT = 1.0, 2.0
+CONTEXT = 76
 
 
-def captions(batch: int, length: int, vocabulary: int) -> Tensor:
-    """Padded token ids [batch, length] with a realistic spread of lengths."""
-    words = torch.poisson(torch.full((batch,), MEAN_WORDS)).int().clamp(1, length - 2)
-    tokens = torch.zeros(batch, length, dtype=torch.long)
-    for row, count in enumerate((words + 2).tolist()):
-        tokens[row, :count] = torch.randint(1, vocabulary, (count,))
+class Contender:
+    """A model under training.
+
+    Attributes:
+        name: what it is called in tables.
+        parameters: its weights.
+        parts: its modules under common names.
+        forward: one forward pass with losses; returns what to call backward on.
+        loss: the loss of the last pass.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        parts: dict[str, nn.Module | None],
+        forward: Callable[[], tuple[Tensor, float]],
+    ) -> None:
+        self.name, self.parts = name, parts
+        self.parameters = list(module.parameters())
+        self.module, self.forward = module, forward
+        self.loss = 0.0
+
+    def step(self) -> None:
+        """Forward, losses, backward."""
+        self.module.zero_grad(set_to_none=True)
+        surrogate, self.loss = self.forward()
+        surrogate.backward()
+
+    def count(self) -> dict[str, Any]:
+        """FLOPs of a step, bytes kept for its backward pass by part, and most bytes alive."""
+        self.step()
+        for parameter in self.parameters:
+            parameter.grad = None
+        with LiveBytes(look_every=20) as live:
+            live.ignore([*self.parameters, *self.module.buffers()])
+            with parts(live, self.parts):
+                surrogate, _ = self.forward()
+            kept = live.by_part()
+            surrogate.backward()
+            peak = live.peak
+        return {
+            "flops": flops(self.step),
+            "saved_bytes": sum(kept.values()),
+            "saved_bytes_by_part": kept,
+            "peak_bytes": peak,
+            "loss": self.loss,
+        }
+
+
+def captions(batch: int, vocabulary: int) -> Tensor:
+    """Token ids [batch, CONTEXT] whose lengths are evenly spaced quantiles of the distribution."""
+    drawn = torch.poisson(torch.full((4096,), MEAN_WORDS)).int().clamp(1, CONTEXT - 2).sort().values
+    lengths = drawn[((torch.arange(batch) + 0.5) / batch * len(drawn)).long()] + 2
+    lengths = lengths[torch.randperm(batch)]
+    tokens = torch.zeros(batch, CONTEXT, dtype=torch.long)
+    for row, count in enumerate(lengths.tolist()):
+        tokens[row, :count] = torch.randint(1, vocabulary - 2, (count,))
+        tokens[row, 0], tokens[row, count - 1] = vocabulary - 2, vocabulary - 1
     return tokens
 
 
-def saved_bytes(step: Callable[[], None], parameters: list[Tensor]) -> int:
-    """Distinct bytes that autograd keeps during one step, parameters not counted."""
-    own = {p.untyped_storage().data_ptr() for p in parameters}
-    kept: dict[int, int] = {}
+def contenders(model: str, batch: int, checkpointing: str) -> dict[str, Callable[[], Contender]]:
+    """What builds each of the four; they are large, so only those that are needed."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    torch.manual_seed(0)
+    config = load_model_config(f"coca_{model}")
+    size = config.vision_cfg.image_size
+    images = torch.randn(batch, 3, size, size, device=device, dtype=dtype)
+    tokens = captions(batch, config.text_cfg.vocab_size)
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+    def published(name: str) -> Any:
+        torch.manual_seed(0)
+        theirs = open_clip.create_model(name)
+        if hasattr(theirs, "text_decoder"):  # open_clip leaves this uninitialised
+            nn.init.normal_(theirs.text_decoder.text_projection, std=0.03)
+        return theirs
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        step()
-    return sum(kept.values())
+    def ours(name: str, kind: str) -> Contender:
+        weights = from_openclip(published(name).state_dict())
+        built = build_model(load_model_config(name), weights)
+        coca = built.coca.train().requires_grad_(True).to(device, dtype)
+        coca.set_activation_checkpointing(checkpointing)
+        log_scale = built.logit_scale.log_scale.to(device)
+        return _ours(f"coca-scale {kind}", coca, log_scale, images, tokens)
+
+    def theirs(name: str, kind: str) -> Contender:
+        module = published(name).train().to(device, dtype)
+        return _theirs(f"open_clip {kind}", module, kind == "CoCa", images, tokens.to(device))
+
+    return {
+        f"{who} {kind}": partial(build, name, kind)
+        for kind, name in (("CoCa", f"coca_{model}"), ("CLIP", model))
+        for who, build in (("coca-scale", ours), ("open_clip", theirs))
+    }
+
+
+def _ours(name: str, coca: Any, log_scale: Tensor, images: Tensor, tokens: Tensor) -> Contender:
+    def forward() -> tuple[Tensor, float]:
+        batch = coca.text.arrange(tokens).to(images.device)
+        features, caption_sum = coca(images, batch)
+        gather = FeatureGather(features.detach(), None)
+        result = contrastive_loss(gather, log_scale, None, chunk_rows=512)
+        weighted = CONTRASTIVE_WEIGHT * result.grad_features
+        surrogate = (features.to(weighted.dtype) * weighted).sum()
+        loss = CONTRASTIVE_WEIGHT * float(result.loss)
+        if caption_sum is not None:
+            caption = CAPTION_WEIGHT * caption_sum / len(batch.labels_K)
+            surrogate, loss = surrogate + caption, loss + float(caption.detach())
+        return surrogate, loss
+
+    named = {"image": coca.image, "text": coca.text, "decoder": coca.decoder}
+    return Contender(name, coca, {**named, "caption head": coca.caption_head}, forward)
+
+
+def _theirs(name: str, model: Any, is_coca: bool, images: Tensor, tokens: Tensor) -> Contender:
+    loss = CoCaLoss(CAPTION_WEIGHT, CONTRASTIVE_WEIGHT, pad_id=0) if is_coca else ClipLoss()
+    text = tokens if is_coca else nn.functional.pad(tokens, (0, 1))
+
+    def forward() -> tuple[Tensor, float]:
+        total = sum(loss(**model(images, text))) if is_coca else loss(*model(images, text))
+        return total, float(total.detach())
+
+    named: dict[str, nn.Module | None] = {"image": model.visual}
+    if is_coca:
+        named |= {"text": model.text, "decoder": model.text_decoder}
+    else:
+        named |= {"text": model.transformer}
+    return Contender(name, model, named, forward)
+
+
+def compare(model: str, batch: int, rounds: int, checkpointing: str) -> dict[str, Any]:
+    """Count and time all four."""
+    builders = contenders(model, batch, checkpointing)
+    table, runners = {}, {}
+    for name, build in builders.items():
+        runner = build()
+        table[name] = runner.count()
+        if rounds:
+            runners[name] = runner
+    if rounds:
+        for name, seconds in medians({n: r.step for n, r in runners.items()}, rounds).items():
+            table[name]["step_seconds"] = seconds
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    return {
+        "model": model,
+        "batch": batch,
+        "rounds": rounds,
+        "activation_checkpointing": checkpointing,
+        "dtype": "bf16" if torch.cuda.is_available() else "fp32",
+        "mean_tokens": float((captions(batch, 49408) != 0).sum()) / batch,
+        "device": device,
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "open_clip": open_clip.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+        "results": table,
+    }
+
+
+def show(found: dict[str, Any]) -> None:
+    """Print a table."""
+    base = found["results"]["open_clip CLIP"]
+    print(
+        f"{found['model']}, batch {found['batch']}, {found['mean_tokens']:.1f} tokens, "
+        f"{found['dtype']}, recompute {found['activation_checkpointing']}; "
+        "× is against open_clip's CLIP"
+    )
+    for name, row in found["results"].items():
+        line = f"  {name:<16}"
+        for key, unit, label in (
+            ("flops", 1e9 * found["batch"], "GFLOP/sample"),
+            ("saved_bytes", 2**20 * found["batch"], "MiB/sample kept"),
+            ("step_seconds", 1, "s"),
+        ):
+            if key in row:
+                line += f"{row[key] / unit:9.2f} {label} ({row[key] / base[key]:.2f}×)"
+        print(line, flush=True)
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="coca_ViT-B-32")
+    parser.add_argument("--model", default="ViT-B-32", help="ViT-B-32 or ViT-L-14")
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--checkpointing", default="selective", help="none, selective or full")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    torch.manual_seed(0)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-
-    config = load_model_config(options.model)
-    theirs = open_clip.create_model(options.model)
-    torch.nn.init.normal_(theirs.text_decoder.text_projection, std=0.03)
-    model = build_model(
-        config, {k: v.clone() for k, v in from_openclip(theirs.state_dict()).items()}
-    )
-    ours = model.coca.train().requires_grad_(True).to(device, dtype)
-    log_scale = model.logit_scale.log_scale.to(device)
-    theirs = theirs.train().to(device, dtype)
-    size = config.vision_cfg.image_size
-    images = torch.randn(options.batch, 3, size, size, device=device, dtype=dtype)
-    tokens = captions(options.batch, config.context_length, config.text_cfg.vocab_size).to(device)
-    their_loss = CoCaLoss(CAPTION_WEIGHT, CONTRASTIVE_WEIGHT, pad_id=0)
-    real = int((tokens[:, 1:] != 0).sum())
-    losses: dict[str, float] = {}
-
-    def our_step() -> None:
-        ours.zero_grad(set_to_none=True)
-        features, caption_sum = ours(images, tokens)
-        gather = FeatureGather(features.detach(), None)
-        result = contrastive_loss(gather, log_scale, None, chunk_rows=512)
-        weighted = CONTRASTIVE_WEIGHT * result.grad_features
-        surrogate = (features.to(weighted.dtype) * weighted).sum()
-        (surrogate + CAPTION_WEIGHT * caption_sum / real).backward()
-        caption = CAPTION_WEIGHT * float(caption_sum.detach()) / real
-        losses["coca-scale"] = CONTRASTIVE_WEIGHT * float(result.loss) + caption
-
-    def their_step() -> None:
-        theirs.zero_grad(set_to_none=True)
-        total = sum(their_loss(**theirs(images, tokens)))
-        total.backward()
-        losses["open_clip"] = float(total.detach())
-
-    steps = {"coca-scale": our_step, "open_clip": their_step}
-    parameters = [*ours.parameters(), *theirs.parameters()]
-    table: dict[str, dict[str, float]] = {}
-    for name, step in steps.items():
-        step()
-        table[name] = {"saved_bytes": saved_bytes(step, parameters), "loss": losses[name]}
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(options.rounds):
-        for name, step in steps.items():
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            started = time.perf_counter()
-            step()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - started)
-    for name, row in table.items():
-        row["step_seconds"] = statistics.median(seconds[name])
-        print(
-            f"{name:<12}{row['step_seconds']:8.2f} s  {row['saved_bytes'] / 2**20:10,.1f} MiB saved"
-            f"  loss {row['loss']:.5f}"
-        )
-    mine, other = table["coca-scale"], table["open_clip"]
-    print(
-        f"ratio       {mine['step_seconds'] / other['step_seconds']:8.2f}    "
-        f"{mine['saved_bytes'] / other['saved_bytes']:10.2f}"
-    )
+    found = compare(options.model, options.batch, options.rounds, options.checkpointing)
+    show(found)
     if options.out is not None:
-        about = {
-            "model": options.model,
-            "batch": options.batch,
-            "rounds": options.rounds,
-            "dtype": str(dtype),
-            "mean_tokens": real / options.batch + 1,
-            "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
-            "cores": os.cpu_count(),
-            "torch": torch.__version__,
-            "open_clip": open_clip.__version__,
-            "date": time.strftime("%Y-%m-%d"),
-            "results": table,
-        }
-        options.out.write_text(json.dumps(about, indent=1) + "\n")
+        options.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

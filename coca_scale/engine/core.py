@@ -31,6 +31,7 @@ from coca_scale.engine.weight_average import AVERAGE_FOLDER, WeightAverage, mast
 from coca_scale.engine.writing import Entries, FileWriter
 from coca_scale.losses import ContrastiveResult, FeatureGather, contrastive_loss
 from coca_scale.model import CoCa, LogitScale
+from coca_scale.model.captions import Captions
 from coca_scale.model.image import normalize_pixels
 from coca_scale.model.timm_tower import cast_statistics
 from coca_scale.recipe import BatchPlan, Recipe
@@ -81,12 +82,11 @@ class TrainEngine:
         self.dtype = DTYPES[recipe.engine.precision]
         self._recipe = recipe
         self._plan = plan
-        model.set_activation_checkpointing(recipe.engine.activation_checkpointing == "full")
+        model.set_activation_checkpointing(recipe.engine.activation_checkpointing)
         if model.caption_head is not None:
             model.caption_head.chunk_rows = recipe.loss.caption_chunk_rows
             model.caption_head.label_smoothing = recipe.loss.label_smoothing
             model.caption_head.z_loss = recipe.loss.z_loss
-        self._pad_id = model.config.pad_id
         self._logit_scale = logit_scale.to(world.device)
         self._scale_optimizer = make_scale_optimizer(self._logit_scale.log_scale, recipe.optim)
         fused = world.device.type == "cuda"
@@ -129,19 +129,16 @@ class TrainEngine:
         """
         self._engine.train()
         images = images.to(self.world.device, non_blocking=True)
-        tokens = tokens.to(self.world.device, non_blocking=True)
-        counted = int((tokens[:, 1:] != self._pad_id).sum())
-        (total_tokens,) = self.world.sum(counted)
+        micro = self._plan.micro_batch
+        captions = [self._arrange(piece) for piece in tokens.split(micro)]
+        (total_tokens,) = self.world.sum(sum(len(c.labels_K) for c in captions))
         caption_factor = self._recipe.loss.caption_weight / max(total_tokens, 1.0)
         self._set_lr(lr)
         first = samples_seen + self.world.rank * len(tokens)
         places = torch.arange(len(tokens)) if places is None else places
         sample_ids = first + places.to(self.world.device)
         sample_ids += (self._recipe.run.seed % 2**23) << 40  # no run has 2^40 samples
-        micro = self._plan.micro_batch
-        pieces = list(
-            zip(images.split(micro), tokens.split(micro), sample_ids.split(micro), strict=True)
-        )
+        pieces = list(zip(images.split(micro), captions, sample_ids.split(micro), strict=True))
         assert len(pieces) == self._plan.accumulation, "a batch of another size than planned"
         gather: FeatureGather | None = None
         if len(pieces) > 1:
@@ -154,10 +151,10 @@ class TrainEngine:
 
         caption_sum = torch.zeros((), dtype=torch.float64, device=self.world.device)
         finite = torch.ones((), dtype=torch.bool, device=self.world.device)
-        for number, (piece_images, piece_tokens, piece_ids) in enumerate(pieces):
+        for number, (piece_images, piece_captions, piece_ids) in enumerate(pieces):
             callback = on_features if len(pieces) == 1 else None
             features, piece_sum = self._engine(
-                self._prepare(piece_images), piece_tokens, callback, sample_ids=piece_ids
+                self._prepare(piece_images), piece_captions, callback, sample_ids=piece_ids
             )
             if piece_sum is not None:
                 caption_sum += piece_sum.detach()
@@ -203,18 +200,22 @@ class TrainEngine:
         assert parts, "the recipe leaves nothing to train"
         return sum(parts[1:], start=parts[0])
 
+    def _arrange(self, tokens: Tensor) -> Captions:
+        """Captions without padding; laid out on the host, which a GPU would have to wait for."""
+        return self.module.text.arrange(tokens).to(self.world.device)
+
     def _prepare(self, images: Tensor) -> Tensor:
         return normalize_pixels(images, self.dtype)
 
     @torch.no_grad()
-    def _all_features(self, pieces: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+    def _all_features(self, pieces: list[tuple[Tensor, Captions, Tensor]]) -> Tensor:
         """Features of all micro-batches, [n, 2, d]."""
         return torch.cat(
             [
                 self._engine(
-                    self._prepare(images), tokens, None, features_only=True, sample_ids=sample_ids
+                    self._prepare(images), captions, None, features_only=True, sample_ids=sample_ids
                 )[0]
-                for images, tokens, sample_ids in pieces
+                for images, captions, sample_ids in pieces
             ]
         )
 
@@ -267,8 +268,8 @@ class TrainEngine:
     def encode(self, images: Tensor, tokens: Tensor) -> Tensor:
         """Unit features [n, 2, d] in fp32 of uint8 images and token ids, without gradients."""
         self._engine.eval()
-        images, tokens = images.to(self.world.device), tokens.to(self.world.device)
-        features, _ = self._engine(self._prepare(images), tokens, None, features_only=True)
+        images = self._prepare(images.to(self.world.device))
+        features, _ = self._engine(images, self._arrange(tokens), None, features_only=True)
         return features.float()
 
     @torch.no_grad()

@@ -27,7 +27,7 @@ def greedy(coca: CoCa, images: Tensor, start_id: int, end_id: int, early_stop: b
         ValueError: the model has no decoder.
     """
     config = coca.config
-    if coca.decoder is None or coca.caption_head is None:
+    if coca.caption_head is None:
         raise ValueError("this model is a CLIP: it has no decoder and writes no captions")
     _, image_tokens = coca.image(images)
     shape = (images.shape[0], config.context_length)
@@ -35,8 +35,7 @@ def greedy(coca: CoCa, images: Tensor, start_id: int, end_id: int, early_stop: b
     tokens[:, 0] = start_id
     ended = torch.zeros(shape[0], dtype=torch.bool, device=images.device)
     for position in range(1, config.context_length):
-        _, text_BTD = coca.text(tokens[:, :position])
-        hidden = coca.decoder(text_BTD, image_tokens)[:, -1]
+        hidden = coca.hidden_states(image_tokens, tokens[:, :position])[:, -1]
         choice = coca.caption_head(hidden).argmax(-1)
         tokens[:, position] = torch.where(ended, config.pad_id, choice)
         ended |= choice == end_id

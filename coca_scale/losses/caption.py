@@ -11,41 +11,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from coca_scale.losses.matmul import wide_matmul
+
 
 def chunked_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
     *,
-    ignore_id: int,
     chunk_rows: int,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
 ) -> Tensor:
     """Summed cross-entropy of `hidden @ weight.T` against `labels`.
 
-    Per counted row with logits x, target y and log-sum-exp l the loss is
+    Per row with logits x, target y and log-sum-exp l the loss is
     `l − (1−ε)·x[y] − ε·mean(x) + z·l²` (ε: `label_smoothing`, z: `z_loss`).
 
-    Rows that are ignored are dropped before any product. At most `chunk_rows` rows of logits exist
-    at a time, in fp32 (or the dtype of `hidden` if that is wider), and no tensor of vocabulary size
-    is kept for the backward pass but the gradient of `weight`. The backward pass does not read
-    `weight`, so a sharded engine need not gather it again.
+    At most `chunk_rows` rows of logits exist at a time, in fp32 (or the dtype of `hidden` if that
+    is wider), and no tensor of vocabulary size is kept for the backward pass but the gradient of
+    `weight`. The backward pass does not read `weight`: a sharded engine need not gather it again.
 
     Args:
-        hidden: [N, D].
+        hidden: [N, D], of the rows that count; there may be none.
         weight: [V, D].
         labels: [N] integer ids in [0, V).
-        ignore_id: label of rows that do not count.
         chunk_rows: rows per chunk.
         label_smoothing: mass spread evenly over the vocabulary.
         z_loss: factor of the squared log partition function.
 
     Returns:
-        A scalar sum, fp32 or wider; zero where no row counts.
+        A scalar sum, fp32 or wider.
     """
     loss: Tensor = _ChunkedCrossEntropy.apply(
-        hidden, weight, labels, ignore_id, chunk_rows, label_smoothing, z_loss
+        hidden, weight, labels, chunk_rows, label_smoothing, z_loss
     )
     return loss
 
@@ -57,21 +56,20 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         labels: Tensor,
-        ignore_id: int,
         chunk_rows: int,
         label_smoothing: float,
         z_loss: float,
     ) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        rows = (labels != ignore_id).nonzero().squeeze(1)
         total = torch.zeros((), dtype=wide, device=hidden.device)
         # unscaled gradients: of order 1, so they survive fp16 whatever the loss is multiplied with
-        grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
-        for chunk in rows.split(chunk_rows):
+        for start in range(0, len(hidden), chunk_rows):
+            chunk = slice(start, start + chunk_rows)
             x, target = hidden[chunk], labels[chunk].unsqueeze(1)
-            logits = _wide_matmul(x, weight.T, wide)
+            logits = wide_matmul(x, weight.T, wide)
             lse = logits.logsumexp(1, keepdim=True)
             picked = logits.gather(1, target)
             total += (lse - (1 - label_smoothing) * picked).sum()
@@ -91,7 +89,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if grad_hidden is not None:
                 grad_hidden[chunk] = narrow @ weight
             if grad_weight is not None:
-                grad_weight += _wide_matmul(narrow.T, x, wide)
+                grad_weight += wide_matmul(narrow.T, x, wide)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return total
@@ -104,13 +102,4 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             grad_hidden = (grad_hidden * upstream).to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = (grad_weight * upstream).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None, None, None
-
-
-def _wide_matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a @ b with output and accumulation in `dtype`: half-precision would round the result."""
-    if a.dtype == dtype:
-        return a @ b
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=dtype)
-    return a.to(dtype) @ b.to(dtype)
+        return grad_hidden, grad_weight, None, None, None, None

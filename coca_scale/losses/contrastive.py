@@ -6,7 +6,9 @@ With B samples over W ranks, z = s·I·Tᵀ and row log-sum-exps l, the loss is
 
 Every rank gathers all features once, computes the log-sum-exps of its own rows, gathers those (two
 numbers per sample) and can then write dL/dI and dL/dT of its own rows: no gradient of features
-travels. Neither the [B, B] matrix nor a [B/W, B] slab of it exists, only `chunk_rows` rows.
+travels. Neither the [B, B] matrix nor a [B/W, B] slab of it exists, only tiles of `chunk_rows`
+queries × KEY_ROWS keys. Of the size of the global batch there are the gathered features alone, in
+the dtype that the model computes in.
 """
 
 from __future__ import annotations
@@ -16,6 +18,10 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from coca_scale.losses.matmul import wide_matmul
+
+KEY_ROWS = 8192
 
 
 @dataclass(frozen=True)
@@ -80,9 +86,8 @@ def contrastive_loss(
     """
     gathered = gather.wait()
     wide = torch.promote_types(gathered.dtype, torch.float32)
-    everyone = gathered.to(wide)
-    images, texts = everyone[:, 0], everyone[:, 1]
-    batch = everyone.shape[0]
+    images, texts = gathered[:, 0], gathered[:, 1]
+    batch = len(gathered)
     ranks = dist.get_world_size(group) if group is not None else 1
     local = batch // ranks
     first = local * dist.get_rank(group) if group is not None else 0
@@ -96,13 +101,17 @@ def contrastive_loss(
         ],
         dim=1,
     )
-    lse_all = _all_gather(lse, group)
-    diagonal = scale * (images * texts).sum(1)
-    loss = (lse_all.mean(1) - diagonal).mean()
+    diagonal = scale * (images[mine].to(wide) * texts[mine].to(wide)).sum(1)
+    gathered_rows = _all_gather(torch.cat([lse, diagonal[:, None]], dim=1), group)
+    lse_all, diagonal_all = gathered_rows[:, :2], gathered_rows[:, 2]
+    loss = (lse_all.mean(1) - diagonal_all).mean()
 
-    grad_images, moment_i2t = _row_gradients(images, texts, lse_all, mine, scale, chunk_rows)
-    grad_texts, moment_t2i = _row_gradients(texts, images, lse_all.flip(1), mine, scale, chunk_rows)
-    grad_log_scale = (moment_i2t + moment_t2i - 2 * diagonal[mine].sum()) / (2 * batch)
+    sides = (images, texts, lse_all), (texts, images, lse_all.flip(1))
+    (grad_images, moment_i2t), (grad_texts, moment_t2i) = (
+        _row_gradients(queries, keys, lses, mine, scale, chunk_rows)
+        for queries, keys, lses in sides
+    )
+    grad_log_scale = (moment_i2t + moment_t2i - 2 * diagonal.sum()) / (2 * batch)
     if ranks > 1:
         dist.all_reduce(grad_log_scale, group=group)
     grad_features = torch.stack([grad_images, grad_texts], dim=1)
@@ -111,7 +120,14 @@ def contrastive_loss(
 
 def _row_logsumexp(queries: Tensor, keys: Tensor, scale: Tensor, chunk_rows: int) -> Tensor:
     """log Σ_j exp(s·q_i·k_j) for every query, [n]."""
-    return torch.cat([(scale * q @ keys.T).logsumexp(1) for q in queries.split(chunk_rows)])
+    return torch.cat(
+        [
+            torch.stack(
+                [_scores(q, k, scale).logsumexp(1) for k in keys.split(KEY_ROWS)]
+            ).logsumexp(0)
+            for q in queries.split(chunk_rows)
+        ]
+    )
 
 
 def _row_gradients(
@@ -125,23 +141,31 @@ def _row_gradients(
         lse: [B, 2], log-sum-exp per query row and per key row.
         mine: this rank's rows.
         scale: s.
-        chunk_rows: rows at a time.
+        chunk_rows: queries at a time.
 
     Returns:
-        [n, d] and a scalar.
+        [n, d] and a scalar, in the dtype of `lse`.
     """
-    batch = queries.shape[0]
-    grads: list[Tensor] = []
-    moment = torch.zeros((), dtype=queries.dtype, device=queries.device)
+    batch, width = queries.shape
+    grads = lse.new_zeros(mine.stop - mine.start, width)
+    moment = lse.new_zeros(())
     for start in range(mine.start, mine.stop, chunk_rows):
-        rows = torch.arange(start, min(start + chunk_rows, mine.stop), device=queries.device)
-        logits = scale * queries[rows] @ keys.T
-        weights = (logits - lse[rows, :1]).exp()
-        moment += (weights * logits).sum()
-        weights += logits.sub_(lse[:, 1]).exp_()
-        weights[torch.arange(len(rows), device=rows.device), rows] -= 2
-        grads.append(weights @ keys * (scale / (2 * batch)))
-    return torch.cat(grads), moment
+        rows = slice(start, min(start + chunk_rows, mine.stop))
+        grad = grads[rows.start - mine.start : rows.stop - mine.start]
+        for key_start in range(0, batch, KEY_ROWS):
+            columns = slice(key_start, key_start + KEY_ROWS)
+            scores = _scores(queries[rows], keys[columns], scale)
+            weights = (scores - lse[rows, :1]).exp()
+            moment += (weights * scores).sum()
+            weights += scores.sub_(lse[columns, 1]).exp_()
+            grad.addmm_(weights, keys[columns].to(weights.dtype))
+        grad -= 2 * keys[rows]
+    return grads.mul_(scale / (2 * batch)), moment
+
+
+def _scores(queries: Tensor, keys: Tensor, scale: Tensor) -> Tensor:
+    """s·q_i·k_j, [q, k] in the dtype of `scale`: rounded to bf16 it would be off by 10 %."""
+    return wide_matmul(queries, keys.T, scale.dtype).mul_(scale)
 
 
 def _all_gather(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from coca_scale.model.captions import Captions, pick
 from coca_scale.model.config import ModelConfig
 from coca_scale.model.decoder import CaptionHead, MultimodalDecoder
 from coca_scale.model.hf_text import HuggingFaceTextTower
 from coca_scale.model.image import ImageTower
+from coca_scale.model.recompute import Thrifty
 from coca_scale.model.text import TextTower
 from coca_scale.model.timm_tower import TimmClipTower, TimmTower
 
 FeaturesReady = Callable[[Tensor], None]
+Checkpointing = Literal["none", "selective", "full"]
 
 
 class CoCa(nn.Module):
@@ -36,11 +40,17 @@ class CoCa(nn.Module):
             self.decoder = MultimodalDecoder(decoder, config.quick_gelu)
             self.caption_head = CaptionHead(decoder.width, decoder.vocab_size)
 
-    def set_activation_checkpointing(self, enabled: bool) -> None:
-        """Recompute every transformer block in the backward pass, or keep all activations."""
+    def set_activation_checkpointing(self, mode: Checkpointing) -> None:
+        """What the backward pass computes again instead of finding it in memory.
+
+        none: nothing; selective: norms and activation functions; full: every transformer block.
+        """
         for tower in (self.image, self.text, self.decoder):
             if tower is not None:
-                tower.activation_checkpointing = enabled
+                tower.activation_checkpointing = mode == "full"
+        for module in self.modules():
+            if isinstance(module, Thrifty):
+                module.thrifty = mode == "selective"
 
     def encode_image(self, images: Tensor, normalize: bool = True) -> Tensor:
         """Normalised images [B, 3, H, W] → features [B, embed_dim], of unit length by default."""
@@ -49,19 +59,31 @@ class CoCa(nn.Module):
 
     def encode_text(self, tokens_BT: Tensor, normalize: bool = True) -> Tensor:
         """Token ids [B, T] → features [B, embed_dim], of unit length by default."""
-        features = self.text(tokens_BT)[0]
+        features = self.text(self.text.arrange(tokens_BT))[0]
         return unit(features) if normalize else features
+
+    def text_tokens(self, tokens_BT: Tensor) -> Tensor:
+        """Token ids [B, T] → features [B, T, D] of every one, as the decoder reads them."""
+        captions = self.text.arrange(tokens_BT, keep_padding=True)
+        return self.text(captions)[1][captions.read_M].unflatten(0, tokens_BT.shape)
+
+    def hidden_states(self, image_tokens_BSD: Tensor, tokens_BT: Tensor) -> Tensor:
+        """The decoder's output [B, T, D] at every given token."""
+        assert self.decoder is not None, "a CLIP has no decoder"
+        captions = self.text.arrange(tokens_BT, keep_padding=True)
+        text_MD = self.text(captions)[1][captions.read_M]
+        hidden_MD = self.decoder(text_MD, captions.decoder, image_tokens_BSD)
+        return hidden_MD.unflatten(0, tokens_BT.shape)
 
     def caption_logits(self, image_tokens_BSD: Tensor, tokens_BT: Tensor) -> Tensor:
         """Logits [B, T, V] of the token that follows each given token."""
-        assert self.decoder is not None and self.caption_head is not None, "a CLIP has no decoder"
-        _, text_BTD = self.text(tokens_BT)
-        return self.caption_head(self.decoder(text_BTD, image_tokens_BSD))
+        assert self.caption_head is not None, "a CLIP has no caption head"
+        return self.caption_head(self.hidden_states(image_tokens_BSD, tokens_BT))
 
     def forward(
         self,
         images: Tensor,
-        tokens_BT: Tensor,
+        captions: Captions,
         on_features: FeaturesReady | None = None,
         features_only: bool = False,
         sample_ids: Tensor | None = None,
@@ -70,7 +92,7 @@ class CoCa(nn.Module):
 
         Args:
             images: normalised images [B, 3, H, W] in the model's dtype.
-            tokens_BT: token ids [B, T], padded with the config's pad id.
+            captions: B captions, laid out by `text.arrange`.
             on_features: called with the packed features as soon as both towers are through, so that
                 their all-gather runs while the decoder does.
             features_only: stop after the towers.
@@ -78,11 +100,11 @@ class CoCa(nn.Module):
 
         Returns:
             Packed unit features [B, 2, embed_dim] (image, text), and the summed caption loss over
-            the tokens that are not padding, None with `features_only` or without a decoder.
+            the tokens that count, None with `features_only` or without a decoder.
         """
         drops = sample_ids is not None and isinstance(self.image, ImageTower)
         image_embedding, image_tokens = self.image(images, *((sample_ids,) if drops else ()))
-        text_embedding, text_tokens = self.text(tokens_BT)
+        text_embedding, text_ND = self.text(captions)
         features = torch.stack([unit(image_embedding), unit(text_embedding)], dim=1)
         if features_only:
             return features, None
@@ -90,9 +112,10 @@ class CoCa(nn.Module):
             on_features(features.detach())
         if self.decoder is None or self.caption_head is None:
             return features, None
-        hidden = self.decoder(text_tokens[:, :-1], image_tokens)
-        loss_sum = self.caption_head(hidden, tokens_BT[:, 1:], self.config.pad_id)
-        return features, loss_sum
+        hidden_MD = self.decoder(pick(text_ND, captions.read_M), captions.decoder, image_tokens)
+        if captions.counted_K is not None:
+            hidden_MD = pick(hidden_MD, captions.counted_K)
+        return features, self.caption_head(hidden_MD, captions.labels_K)
 
 
 def make_image_tower(config: ModelConfig) -> ImageTower | TimmTower | TimmClipTower:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coca_scale.losses.caption import chunked_cross_entropy
+from coca_scale.model.captions import Ragged
 from coca_scale.model.config import DecoderConfig
 from coca_scale.model.layers import Block, CrossBlock, normal_parameter
 from coca_scale.model.stack import run_block
@@ -21,13 +23,15 @@ class MultimodalDecoder(nn.Module):
         self.cross_blocks = nn.ModuleList(CrossBlock(*shape) for _ in range(config.layers))
         self.norm_final = nn.LayerNorm(config.width)
 
-    def forward(self, text_BTD: Tensor, image_BSD: Tensor) -> Tensor:
-        """Token features [B, T, D] and image tokens [B, S, D] → hidden states [B, T, D]."""
+    def forward(self, text_MD: Tensor, rows: Ragged, image_BSD: Tensor) -> Tensor:
+        """Token features, the layout of their rows, and image tokens → hidden states [M, D]."""
         recompute = self.activation_checkpointing
-        x = text_BTD
+        # the blocks differ in weight and bias of this norm alone
+        image_BSD = F.layer_norm(image_BSD, image_BSD.shape[-1:])
+        x = text_MD
         for block, cross in zip(self.blocks, self.cross_blocks, strict=True):
-            x = run_block(block, x, recompute, None, True)
-            x = run_block(cross, x, recompute, image_BSD)
+            x = run_block(block, x, recompute, None, True, rows)
+            x = run_block(cross, x, recompute, image_BSD, rows)
         return self.norm_final(x)
 
     def layer_groups(self) -> list[list[nn.Parameter]]:
@@ -54,25 +58,23 @@ class CaptionHead(nn.Module):
         self.label_smoothing = 0.0
         self.z_loss = 0.0
 
-    def forward(self, hidden: Tensor, labels: Tensor | None = None, ignore_id: int = 0) -> Tensor:
+    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
         """Logits, or with labels the summed loss.
 
         Args:
-            hidden: [*, D].
-            labels: [*] token ids, or None for logits.
-            ignore_id: label that does not count.
+            hidden: [*, D]; [K, D] with labels.
+            labels: int64 [K], or None for logits.
 
         Returns:
-            Logits [*, V] in the dtype of `hidden`; with labels the fp32 sum of the cross-entropy
-            over all labels that count, a scalar.
+            Logits [*, V] in the dtype of `hidden`; with labels the fp32 sum of the cross-entropy, a
+            scalar.
         """
         if labels is None:
             return hidden @ self.weight.T
         return chunked_cross_entropy(
-            hidden.flatten(0, -2),
+            hidden,
             self.weight,
-            labels.flatten(),
-            ignore_id=ignore_id,
+            labels,
             chunk_rows=self.chunk_rows,
             label_smoothing=self.label_smoothing,
             z_loss=self.z_loss,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
+from coca_scale.model.captions import Captions, arrange, real_lengths
 from coca_scale.model.config import TextConfig
 
 NEW_SWITCH = "activation_checkpointing_enable"
@@ -55,18 +57,32 @@ class HuggingFaceTextTower(nn.Module):
         else:
             getattr(self.transformer, f"{kind}_checkpointing_disable")()
 
-    def forward(self, tokens_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """Encode token ids [B, T].
+    def arrange(self, tokens_BT: Tensor, keep_padding: bool = False) -> Captions:
+        """Lay out token ids [B, T] for `forward`, all as long as the longest one."""
+        real_B = real_lengths(tokens_BT, self.pad_id)
+        reads_B = (real_B - 1).clamp(min=0)
+        longest = max(1, int(real_B.max()))
+        if keep_padding:
+            longest = tokens_BT.shape[1]
+            reads_B = torch.full_like(real_B, longest)
+        pooled_B = torch.zeros_like(real_B)  # not used: the mean is the embedding
+        lengths_B = torch.full_like(real_B, longest)
+        return arrange(tokens_BT, lengths_B, reads_B, pooled_B, None, self.pad_id)
+
+    def forward(self, captions: Captions) -> tuple[Tensor, Tensor]:
+        """Encode captions as `arrange` lays them out.
 
         Returns:
-            The pooled embedding [B, embed_dim], not normalised, and the token features [B, T, D].
+            The pooled embedding [B, embed_dim], not normalised, and the features of all rows
+            [N, D].
         """
-        real_BT = (tokens_BT != self.pad_id).long()
-        output = self.transformer(input_ids=tokens_BT, attention_mask=real_BT, use_cache=False)
-        hidden = output.last_hidden_state
-        weights_BT1 = real_BT.unsqueeze(-1).to(hidden.dtype)
-        mean = (hidden * weights_BT1).sum(1) / weights_BT1.sum(1).clamp(min=1)
-        return self.proj(mean), hidden
+        tokens_BL = captions.text.pad(captions.tokens_N)
+        real_BL = (tokens_BL != self.pad_id).long()
+        output = self.transformer(input_ids=tokens_BL, attention_mask=real_BL, use_cache=False)
+        hidden_BLD = output.last_hidden_state
+        weights_BL1 = real_BL.unsqueeze(-1).to(hidden_BLD.dtype)
+        mean = (hidden_BLD * weights_BL1).sum(1) / weights_BL1.sum(1).clamp(min=1)
+        return self.proj(mean), captions.text.pack(hidden_BLD)
 
     def contrastive_parameters(self) -> list[nn.Parameter]:
         """Those that only the contrastive loss trains."""

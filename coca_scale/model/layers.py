@@ -7,9 +7,14 @@ is ready to train whatever it was built from.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from coca_scale.model.captions import Ragged
+from coca_scale.model.recompute import Again, LayerNorm, NormScale, Thrifty, not_keeping
 
 
 def normal_parameter(*shape: int, std: float) -> nn.Parameter:
@@ -30,10 +35,26 @@ class QuickGELU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Elementwise, any shape."""
+        y: Tensor = _QuickGELU.apply(x)
+        return y
+
+
+class _QuickGELU(torch.autograd.Function):
+    """x·σ(1.702 x), of which autograd would keep three tensors instead of x alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
         return x * torch.sigmoid(1.702 * x)
 
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        gate = torch.sigmoid(1.702 * x)
+        return grads[0] * (gate + 1.702 * x * gate * (1 - gate))
 
-class MLP(nn.Sequential):
+
+class MLP(Thrifty):
     """Two linear layers with an activation between them, [*, D] → [*, D]."""
 
     def __init__(self, width: int, hidden: int, residual_std: float, quick_gelu: bool) -> None:
@@ -41,6 +62,15 @@ class MLP(nn.Sequential):
         self.fc = linear(width, hidden, (2 * width) ** -0.5)
         self.act = QuickGELU() if quick_gelu else nn.GELU()
         self.proj = linear(hidden, width, residual_std)
+
+    def forward(self, x: Tensor, again: Again | None = None) -> Tensor:
+        """`again` computes `x`, so that it need not be kept."""
+        with not_keeping(x, again):
+            hidden = self.fc(x)
+        kept = hidden.detach()
+        active = self.act(hidden)
+        with not_keeping(active, (lambda: self.act(kept)) if self.thrifty else None):
+            return self.proj(active)
 
 
 class SelfAttention(nn.Module):
@@ -52,14 +82,37 @@ class SelfAttention(nn.Module):
         self.qkv = linear(width, 3 * width, width**-0.5)
         self.out = linear(width, width, residual_std)
 
-    def forward(self, x_BTD: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-        """`mask` is boolean, True where a key may be seen, broadcastable to [B, H, T, T]."""
-        q, k, v = (split_heads(t, self.heads) for t in self.qkv(x_BTD).chunk(3, dim=-1))
-        return self.out(attend(q, k, v, mask, causal))
+    def forward(
+        self,
+        x: Tensor,
+        again: Again | None,
+        mask: Tensor | None,
+        causal: bool,
+        rows: Ragged | None,
+    ) -> Tensor:
+        """Attention inside each sequence.
+
+        Args:
+            x: [B, T, D], or with `rows` [N, D].
+            again: computes `x`, so that it need not be kept.
+            mask: boolean, True where a key may be seen, broadcastable to [B, H, T, T].
+            causal: no key after the query may be seen; not together with a mask.
+            rows: where the rows lie if `x` is ragged.
+
+        Returns:
+            As `x`.
+        """
+        with not_keeping(x, again):
+            qkv = self.qkv(x)
+        if rows is not None:
+            qkv = rows.pad(qkv)
+        q, k, v = (split_heads(t, self.heads) for t in qkv.chunk(3, dim=-1))
+        y = attend(q, k, v, mask, causal)
+        return self.out(y if rows is None else rows.pack(y))
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention from queries [B, T, D] to a context [B, S, C]."""
+    """Multi-head attention from queries to a context."""
 
     def __init__(self, width: int, context_width: int, heads: int, residual_std: float) -> None:
         super().__init__()
@@ -68,10 +121,35 @@ class CrossAttention(nn.Module):
         self.kv = linear(context_width, 2 * width, context_width**-0.5)
         self.out = linear(width, width, residual_std)
 
-    def forward(self, x_BTD: Tensor, context_BSC: Tensor) -> Tensor:
-        """Returns [B, T, D]."""
-        k, v = (split_heads(t, self.heads) for t in self.kv(context_BSC).chunk(2, dim=-1))
-        return self.out(attend(split_heads(self.q(x_BTD), self.heads), k, v))
+    def forward(
+        self,
+        x: Tensor,
+        again: Again | None,
+        context_BSC: Tensor,
+        context_again: Again | None,
+        rows: Ragged | None = None,
+    ) -> Tensor:
+        """Attention of each sequence to its context.
+
+        Args:
+            x: queries [B, T, D], or with `rows` [N, D].
+            again: computes `x`, so that it need not be kept.
+            context_BSC: what is attended to.
+            context_again: computes the context.
+            rows: where the rows lie if `x` is ragged.
+
+        Returns:
+            As `x`.
+        """
+        with not_keeping(context_BSC, context_again):
+            kv = self.kv(context_BSC)
+        with not_keeping(x, again):
+            q = self.q(x)
+        if rows is not None:
+            q = rows.pad(q)
+        k, v = (split_heads(t, self.heads) for t in kv.chunk(2, dim=-1))
+        y = attend(split_heads(q, self.heads), k, v)
+        return self.out(y if rows is None else rows.pack(y))
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -95,15 +173,21 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         residual_std = width**-0.5 * (2 * depth) ** -0.5
-        self.norm1 = nn.LayerNorm(width)
+        self.norm1 = LayerNorm(width)
         self.attn = SelfAttention(width, heads, residual_std)
-        self.norm2 = nn.LayerNorm(width)
+        self.norm2 = LayerNorm(width)
         self.mlp = MLP(width, int(width * mlp_ratio), residual_std, quick_gelu)
 
-    def forward(self, x_BTD: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-        """Returns [B, T, D]."""
-        x_BTD = x_BTD + self.attn(self.norm1(x_BTD), mask, causal)
-        return x_BTD + self.mlp(self.norm2(x_BTD))
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        causal: bool = False,
+        rows: Ragged | None = None,
+    ) -> Tensor:
+        """[B, T, D], or with `rows` [N, D]; returns the same."""
+        x = x + self.attn(*self.norm1(x), mask, causal, rows)
+        return x + self.mlp(*self.norm2(x))
 
 
 class CrossBlock(nn.Module):
@@ -114,16 +198,16 @@ class CrossBlock(nn.Module):
     ) -> None:
         super().__init__()
         residual_std = width**-0.5 * (2 * depth) ** -0.5
-        self.norm1 = nn.LayerNorm(width)
-        self.norm_kv = nn.LayerNorm(width)
+        self.norm1 = LayerNorm(width)
+        self.norm_kv = NormScale(width)
         self.attn = CrossAttention(width, width, heads, residual_std)
-        self.norm2 = nn.LayerNorm(width)
+        self.norm2 = LayerNorm(width)
         self.mlp = MLP(width, int(width * mlp_ratio), residual_std, quick_gelu)
 
-    def forward(self, x_BTD: Tensor, image_BSD: Tensor) -> Tensor:
-        """Returns [B, T, D]."""
-        x_BTD = x_BTD + self.attn(self.norm1(x_BTD), self.norm_kv(image_BSD))
-        return x_BTD + self.mlp(self.norm2(x_BTD))
+    def forward(self, x: Tensor, image_BSD: Tensor, rows: Ragged | None = None) -> Tensor:
+        """Text [B, T, D], or with `rows` [N, D], and normalised image tokens; returns text."""
+        x = x + self.attn(*self.norm1(x), *self.norm_kv(image_BSD), rows)
+        return x + self.mlp(*self.norm2(x))
 
 
 class AttentionalPooler(nn.Module):
@@ -133,10 +217,10 @@ class AttentionalPooler(nn.Module):
         super().__init__()
         self.query = normal_parameter(queries, width, std=1.0)
         self.norm_q = nn.LayerNorm(width)
-        self.norm_kv = nn.LayerNorm(context_width)
+        self.norm_kv = LayerNorm(context_width)
         self.attn = CrossAttention(width, context_width, heads, residual_std=width**-0.5)
 
     def forward(self, x_BSC: Tensor) -> Tensor:
         """Returns [B, Q, D]."""
         query = self.norm_q(self.query).expand(x_BSC.shape[0], -1, -1)
-        return self.attn(query, self.norm_kv(x_BSC))
+        return self.attn(query, None, *self.norm_kv(x_BSC))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from coca_scale.model.captions import Captions, arrange, pick, real_lengths
 from coca_scale.model.config import TextConfig
 from coca_scale.model.layers import Block, normal_parameter
 from coca_scale.model.stack import run_blocks
@@ -35,29 +37,44 @@ class TextTower(nn.Module):
         self.norm_final = nn.LayerNorm(width)
         self.projection = normal_parameter(width, embed_dim, std=width**-0.5)
 
-    def forward(self, tokens_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """Encode token ids [B, T], T up to the context length.
+    def arrange(self, tokens_BT: Tensor, keep_padding: bool = False) -> Captions:
+        """Lay out token ids [B, T], T up to the context length, for `forward`.
+
+        A CLS row has position T. Under OpenCLIP's mask it sees one pad, which is kept with it.
+        """
+        context = tokens_BT.shape[1]
+        real_B = real_lengths(tokens_BT, self.pad_id)
+        reads_B = (real_B - 1).clamp(min=0)
+        seen_BS = pooled_B = None
+        if self.class_embedding is not None:
+            lengths_B = (real_B + (not self.correct_cls_mask)).clamp(max=context)
+            seen_BS = visible_keys(tokens_BT, self.pad_id, self.correct_cls_mask)
+        else:
+            end = tokens_BT if self.end_id is None else (tokens_BT == self.end_id).int()
+            pooled_B = end.argmax(1)
+            lengths_B = torch.maximum(real_B, pooled_B + 1)
+        if keep_padding:
+            lengths_B = reads_B = torch.full_like(real_B, context)
+        return arrange(tokens_BT, lengths_B, reads_B, pooled_B, seen_BS, self.pad_id)
+
+    def forward(self, captions: Captions) -> tuple[Tensor, Tensor]:
+        """Encode captions as `arrange` lays them out.
 
         Returns:
-            The pooled embedding [B, embed_dim], not normalised, and token features [B, T, D] from
-            before the final norm, as OpenCLIP feeds them to its decoder.
+            The pooled embedding [B, embed_dim], not normalised, and the features of all rows [N, D]
+            from before the final norm, as OpenCLIP feeds them to its decoder.
         """
-        if self.class_embedding is None:
-            return self._without_cls(tokens_BT)
-        length = tokens_BT.shape[1] + 1
-        cls_B1D = self.class_embedding.expand(tokens_BT.shape[0], 1, -1)
-        x = torch.cat([self.token_embedding(tokens_BT), cls_B1D], dim=1)
-        x = x + self.position_embedding[:length]
-        mask = attention_mask(tokens_BT, self.pad_id, self.correct_cls_mask)
-        x = run_blocks(self.blocks, x, self.activation_checkpointing, mask)
-        return self.norm_final(x[:, -1]) @ self.projection, x[:, :-1]
-
-    def _without_cls(self, tokens_BT: Tensor) -> tuple[Tensor, Tensor]:
-        x = self.token_embedding(tokens_BT) + self.position_embedding[: tokens_BT.shape[1]]
-        x = run_blocks(self.blocks, x, self.activation_checkpointing, None, True)
-        is_end = tokens_BT if self.end_id is None else (tokens_BT == self.end_id).int()
-        rows = torch.arange(len(x), device=x.device)
-        return self.norm_final(x[rows, is_end.argmax(1)]) @ self.projection, x
+        x = self.token_embedding(captions.tokens_N)
+        if self.class_embedding is not None:
+            is_cls = torch.zeros(len(x), 1, dtype=torch.bool, device=x.device)
+            is_cls[captions.pooled_B] = True
+            x = torch.where(is_cls, self.class_embedding, x)
+        x = x + F.embedding(captions.positions_N, self.position_embedding)
+        mask = attention_mask(captions)
+        x = run_blocks(
+            self.blocks, x, self.activation_checkpointing, mask, mask is None, captions.text
+        )
+        return self.norm_final(pick(x, captions.pooled_B)) @ self.projection, x
 
     def contrastive_parameters(self) -> list[nn.Parameter]:
         """Those that only the contrastive loss trains."""
@@ -74,15 +91,21 @@ class TextTower(nn.Module):
         return [stem, *blocks, [self.projection]]
 
 
-def attention_mask(tokens_BT: Tensor, pad_id: int, correct_cls_mask: bool = False) -> Tensor:
-    """Causal mask with padding, boolean [B, 1, T+1, T+1], True where a key may be seen.
+def visible_keys(tokens_BT: Tensor, pad_id: int, correct_cls_mask: bool = False) -> Tensor:
+    """Which keys of [tokens, CLS] attention may see, boolean [B, T+1].
 
     By default the padding mask is one place too far to the right: key j is hidden when token j−1 is
     padding. That is OpenCLIP's mask, and the published CoCa weights were trained with it; with the
     mask where it belongs (`correct_cls_mask`) their text features come out 0.43 (relative) away.
     """
     front, back = (0, 1) if correct_cls_mask else (1, 0)
-    seen_BS = torch.nn.functional.pad(tokens_BT != pad_id, (front, back), value=True)
-    length = seen_BS.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=tokens_BT.device).tril()
-    return causal & seen_BS[:, None, None, :]
+    return F.pad(tokens_BT != pad_id, (front, back), value=True)
+
+
+def attention_mask(captions: Captions) -> Tensor | None:
+    """Causal mask without hidden keys, boolean [B, 1, L, L]; None if nothing but the future is."""
+    if captions.seen_BL is None:
+        return None
+    length, device = captions.text.longest, captions.seen_BL.device
+    causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    return causal & captions.seen_BL[:, None, None, :]

@@ -285,8 +285,11 @@ class EngineSection(Section):
     precision: Literal["bf16", "fp16", "fp32"] = Field(
         "bf16", description="Parameters in the forward pass; the optimizer always keeps fp32."
     )
-    activation_checkpointing: Literal["none", "full"] = Field(
-        "none", description="full: recompute every transformer block in the backward pass."
+    activation_checkpointing: Literal["none", "selective", "full"] = Field(
+        "selective",
+        description="What the backward pass computes again instead of keeping it: none; "
+        "selective: norms and activation functions, cheap and 40 % of what a block keeps; full: "
+        "every transformer block.",
     )
     start_timeout_minutes: Annotated[float, Field(gt=0.0)] = Field(
         30.0, description="Longest wait for all ranks to come together and build the model."

@@ -45,12 +45,12 @@ def test_no_later_token_changes_an_earlier_prediction(kind, tmp_path):
     tokens[2, 4] = config.pad_id  # the id of padding inside a caption
     size = config.vision_cfg.image_size
     _, image_tokens = coca.image(torch.randn(3, 3, size, size))
-    before_text, before = coca.text(tokens)[1], coca.caption_logits(image_tokens, tokens)
+    before_text, before = coca.text_tokens(tokens), coca.caption_logits(image_tokens, tokens)
     for position in (3, 6, 9):
         for replacement in (7, config.pad_id):
             changed = tokens.clone()
             changed[:, position:] = replacement
-            text, logits = coca.text(changed)[1], coca.caption_logits(image_tokens, changed)
+            text, logits = coca.text_tokens(changed), coca.caption_logits(image_tokens, changed)
             assert torch.allclose(text[:, :position], before_text[:, :position], atol=1e-6)
             assert torch.allclose(logits[:, :position], before[:, :position], atol=1e-5)
             assert not torch.allclose(logits[0, position:], before[0, position:], atol=1e-3)
@@ -60,11 +60,11 @@ def test_no_later_token_changes_an_earlier_prediction(kind, tmp_path):
 def test_the_leak_test_finds_openclips_own_leak(tmp_path):
     """The text tower of a CLIP is bidirectional, as OpenCLIP builds it under its CoCa too."""
     config = variant("clip_roberta", tmp_path)
-    text = fresh(config).text
+    text_tokens = fresh(config).text_tokens
     tokens = random_tokens(config, 2)
     changed = tokens.clone()
     changed[:, 9:] = 7
-    assert not torch.allclose(text(tokens)[1][:, :9], text(changed)[1][:, :9], atol=1e-3)
+    assert not torch.allclose(text_tokens(tokens)[:, :9], text_tokens(changed)[:, :9], atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", CAUSAL_TYPES)
@@ -76,11 +76,11 @@ def test_every_accepted_hugging_face_type_is_causal(kind, tmp_path):
     raw = raw_config("coca_tiny", embed_dim=64, text_cfg=text, multimodal_cfg=decoder)
     config = parse_model_config(raw, kind)
     assert config.text_cfg.hf_config["model_type"] == kind
-    tower = fresh(config).text
+    text_tokens = fresh(config).text_tokens
     tokens = random_tokens(config, 2)
     changed = tokens.clone()
     changed[:, 7:] = 9
-    assert torch.allclose(tower(tokens)[1][:, :7], tower(changed)[1][:, :7], atol=1e-6)
+    assert torch.allclose(text_tokens(tokens)[:, :7], text_tokens(changed)[:, :7], atol=1e-6)
     assert (config.pad_id, config.multimodal_cfg.vocab_size) == (1, config.text_cfg.vocab_size)
 
 
@@ -99,8 +99,8 @@ def test_roberta_captioner_equals_transformers_and_openclips_decoder(tmp_path):
     tokens[1, 9:] = config.pad_id
     real = tokens != config.pad_id
     hidden = reference.roberta(tokens, attention_mask=real.long()).last_hidden_state
-    pooled, text_tokens = coca.text(tokens)
-    assert relative(text_tokens[real], hidden[real]) <= 1e-5
+    pooled = coca.encode_text(tokens, normalize=False)
+    assert relative(coca.text_tokens(tokens)[real], hidden[real]) <= 1e-5
     mean = torch.stack([row[keep].mean(0) for row, keep in zip(hidden, real, strict=True)])
     assert relative(pooled, mean @ coca.text.proj.weight.T) <= 1e-5
 
@@ -196,9 +196,10 @@ def test_patches_are_dropped_in_training_only(tmp_path):
     config = variant("coca", tmp_path).resized(patch_dropout=0.5)
     coca = fresh(config)
     images, tokens = torch.randn(2, 3, 48, 48), random_tokens(config, 2)
-    full = coca(images, tokens, features_only=True)[0]
+    captions = coca.text.arrange(tokens)
+    full = coca(images, captions, features_only=True)[0]
     ids = torch.tensor([5, 6])
-    dropped = coca(images, tokens, features_only=True, sample_ids=ids)[0]
+    dropped = coca(images, captions, features_only=True, sample_ids=ids)[0]
     assert torch.equal(full[:, 1], dropped[:, 1])
     assert not torch.allclose(full[:, 0], dropped[:, 0], atol=1e-3)
 
@@ -236,9 +237,11 @@ def test_longer_captions_leave_short_ones_as_they_were(kind, tmp_path):
     tokens[:, 6] = 2
     tokens[:, 7:] = 0
     padded = torch.nn.functional.pad(tokens, (0, 8))
-    features, expected = grown.text(padded), coca.text(tokens)
-    assert torch.allclose(features[1][:, :7], expected[1][:, :7], atol=1e-6)
-    assert torch.allclose(features[0], expected[0], atol=1e-5)
+    assert torch.allclose(
+        grown.text_tokens(padded)[:, :7], coca.text_tokens(tokens)[:, :7], atol=1e-6
+    )
+    features, expected = (m.encode_text(t, False) for m, t in ((grown, padded), (coca, tokens)))
+    assert torch.allclose(features, expected, atol=1e-5)
     back, _ = fit_weights(fitted, config)
     assert all(torch.equal(back[name], tensor) for name, tensor in weights_of(coca).items())
 
@@ -282,7 +285,7 @@ def test_random_captions_cannot_be_learned_by_copying(kind, tmp_path):
     losses = []
     for _ in range(100):
         tokens = torch.randint(5, 5 + words, (32, 12))
-        _, loss = coca(images, tokens)
+        _, loss = coca(images, coca.text.arrange(tokens))
         optimizer.zero_grad()
         (loss / (32 * 11)).backward()
         optimizer.step()
@@ -306,7 +309,7 @@ def test_one_batch_is_learned_by_heart_and_reproduced(kind, tmp_path):
         words = 3 + row
         tokens[row, : words + 2] = torch.tensor([start, *torch.randint(5, 300, (words,)), end])
     for _ in range(150):
-        _, loss = coca(images, tokens)
+        _, loss = coca(images, coca.text.arrange(tokens))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(coca.parameters(), 1.0)

@@ -1,0 +1,185 @@
+"""Both losses against others: seconds and bytes of forward and backward, and their difference.
+
+    python benchmarks/losses.py [--rounds 5] [--out FILE]
+
+Caption loss over captions of 76 tokens of which 20 are real, as a batch has them; contrastive loss
+on one rank. Differences are relative, of the gradients, from float64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from measure import LiveBytes, medians
+from open_clip.loss import ClipLoss
+from torch import Tensor
+
+from coca_scale.losses import FeatureGather, chunked_cross_entropy, contrastive_loss
+
+WIDTH = 512
+Loss = Callable[..., Tensor]
+
+
+def naive(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """All logits at once, of padding as well."""
+    return F.cross_entropy(hidden @ weight.T, labels, ignore_index=0, reduction="sum")
+
+
+def torch_fused(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """torch's own, from 2.15 on."""
+    return F.linear_cross_entropy(hidden, weight, labels, ignore_index=0, reduction="sum")
+
+
+def deepspeed_tiled(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """DeepSpeed's, which wants the owner of the weight."""
+    from deepspeed.runtime.sequence_parallel.ulysses_sp import TiledFusedLogitsLoss
+
+    owner = torch.nn.Module()
+    owner.weight = torch.nn.Parameter(weight.detach())
+
+    def tile(module: Any, x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(
+            (x @ module.weight.T).flatten(0, 1), y.flatten(), ignore_index=0, reduction="sum"
+        )
+
+    shards = max(1, len(hidden) // 2048)
+    total: Tensor = TiledFusedLogitsLoss.apply(
+        tile, owner, hidden[None], labels[None], None, shards, [owner.weight], "sum"
+    )
+    return total
+
+
+def ours(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Real tokens, in chunks."""
+    kept = labels != 0
+    return chunked_cross_entropy(hidden[kept], weight, labels[kept], chunk_rows=2048)
+
+
+def caption_case(captions: int, vocabulary: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states, weight, labels."""
+    generator = torch.Generator().manual_seed(0)
+    rows = captions * 75
+    hidden = torch.randn(rows, WIDTH, generator=generator)
+    weight = torch.randn(vocabulary, WIDTH, generator=generator) * WIDTH**-0.5
+    labels = torch.randint(1, vocabulary, (captions, 75), generator=generator)
+    labels[:, 19:] = 0
+    return hidden.requires_grad_(), weight.requires_grad_(), labels.flatten()
+
+
+def run_caption(loss: Loss, inputs: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """One forward and backward; the gradient of the hidden states and of the weight."""
+    hidden, weight, labels = inputs
+    hidden.grad = weight.grad = None
+    loss(hidden, weight, labels).backward()
+    assert hidden.grad is not None
+    return hidden.grad, weight.grad if weight.grad is not None else weight.detach()
+
+
+def run_contrastive(who: str, features: Tensor) -> Tensor:
+    """One forward and backward; the gradient of the features."""
+    features.grad = None
+    if who == "coca-scale":
+        gather = FeatureGather(features.detach(), None)
+        return contrastive_loss(gather, torch.tensor(100.0).log(), None, 512).grad_features
+    loss = ClipLoss()(features[:, 0], features[:, 1], torch.tensor(100.0))
+    loss.backward()
+    assert features.grad is not None
+    return features.grad
+
+
+def peak(step: Callable[[], object], inputs: list[Tensor]) -> int:
+    """Most bytes alive beside the inputs."""
+    for tensor in inputs:
+        tensor.grad = None
+    with LiveBytes() as live:
+        live.ignore(inputs)
+        step()
+    return live.peak
+
+
+def caption_losses(rounds: int) -> list[dict[str, Any]]:
+    """Every loss on every size."""
+    losses: dict[str, Loss] = {"coca-scale": ours, "naive": naive, "DeepSpeed": deepspeed_tiled}
+    if hasattr(F, "linear_cross_entropy"):
+        losses["torch"] = torch_fused
+    rows = []
+    for captions, vocabulary in ((32, 8192), (32, 49408), (128, 49408)):
+        inputs = caption_case(captions, vocabulary)
+        wide = tuple(t.detach().double().requires_grad_(t.requires_grad) for t in inputs[:2])
+        exact = run_caption(ours, (*wide, inputs[2]))[0]
+        steps = {name: partial(run_caption, loss, inputs) for name, loss in losses.items()}
+        seconds = medians(steps, rounds)
+        for name, step in steps.items():
+            rows.append(
+                {
+                    "loss": "caption",
+                    "size": f"{captions} captions, vocabulary {vocabulary}",
+                    "name": name,
+                    "seconds": seconds[name],
+                    "peak_bytes": peak(step, list(inputs)),
+                    "error": float((step()[0] - exact).norm() / exact.norm()),
+                }
+            )
+    return rows
+
+
+def contrastive_losses(rounds: int) -> list[dict[str, Any]]:
+    """Ours and open_clip's on every size."""
+    rows = []
+    for batch in (1024, 4096):
+        features = F.normalize(torch.randn(batch, 2, WIDTH), dim=-1).requires_grad_()
+        exact = run_contrastive("coca-scale", features.detach().double())
+        steps = {
+            name: partial(run_contrastive, name, features) for name in ("coca-scale", "open_clip")
+        }
+        seconds = medians(steps, rounds)
+        for name, step in steps.items():
+            rows.append(
+                {
+                    "loss": "contrastive",
+                    "size": f"batch {batch}",
+                    "name": name,
+                    "seconds": seconds[name],
+                    "peak_bytes": peak(step, [features]),
+                    "error": float((step() - exact).norm() / exact.norm()),
+                }
+            )
+    return rows
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print a table."""
+    before = ""
+    for row in rows:
+        title = f"{row['loss']} loss, {row['size']}"
+        if title != before:
+            print(title)
+            before = title
+        print(
+            f"  {row['name']:<12}{row['seconds']:8.2f} s{row['peak_bytes'] / 2**20:10.0f} MiB"
+            f"   gradient off by {row['error']:.0e}"
+        )
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    rows = caption_losses(options.rounds) + contrastive_losses(options.rounds)
+    show(rows)
+    if options.out is not None:
+        options.out.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""Captions of several lengths without their padding.
+
+Linear layers, norms and MLPs run over the rows of all captions, one after the other, [N, D]; only
+inside attention are rows laid out as [B, L, D], L the longest caption of the batch. Padding comes
+after all real tokens and every tower is causal, so the outputs of real tokens do not change.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Sequences of several lengths, stored row after row.
+
+    Attributes:
+        batch: sequences B.
+        longest: rows L of the longest one.
+        slots: int64 [N], the place in [B·L] of every row; None where all have L rows.
+    """
+
+    batch: int
+    longest: int
+    slots: Tensor | None
+
+    def pad(self, x_ND: Tensor) -> Tensor:
+        """[N, D] → [B, L, D], zero where no row belongs."""
+        size = self.batch * self.longest
+        x = x_ND if self.slots is None else _Spread.apply(x_ND, self.slots, size)
+        return x.unflatten(0, (self.batch, self.longest))
+
+    def pack(self, x_BLD: Tensor) -> Tensor:
+        """[B, L, D] → [N, D]."""
+        x = x_BLD.flatten(0, 1)
+        return x if self.slots is None else pick(x, self.slots)
+
+    def to(self, device: torch.device) -> Ragged:
+        """The same on another device."""
+        return Ragged(self.batch, self.longest, _moved(self.slots, device))
+
+
+@dataclass(frozen=True)
+class Captions:
+    """A batch of captions as the text tower and the decoder take it.
+
+    Attributes:
+        tokens_N: token id of every row of the text tower; that of a CLS row means nothing.
+        positions_N: its place in the position embedding.
+        pooled_B: the row of each caption that becomes its embedding.
+        seen_BL: False for keys that the text tower's attention must not see, None if there are
+            none but later ones.
+        text: where the rows of the text tower lie.
+        read_M: rows of the text tower that the decoder reads.
+        decoder: where the decoder's rows lie.
+        counted_K: rows of the decoder whose next token counts, None if all do.
+        labels_K: that token.
+    """
+
+    tokens_N: Tensor
+    positions_N: Tensor
+    pooled_B: Tensor
+    seen_BL: Tensor | None
+    text: Ragged
+    read_M: Tensor
+    decoder: Ragged
+    counted_K: Tensor | None
+    labels_K: Tensor
+
+    def to(self, device: torch.device) -> Captions:
+        """The same on another device, without waiting for it."""
+        moved: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            moved[field.name] = (
+                value.to(device) if isinstance(value, Ragged) else _moved(value, device)
+            )
+        return Captions(**moved)
+
+
+def pick(x_ND: Tensor, rows: Tensor) -> Tensor:
+    """`x[rows]` for rows that are all different: its backward pass is deterministic everywhere."""
+    picked: Tensor = _Pick.apply(x_ND, rows)
+    return picked
+
+
+def arrange(
+    tokens_BT: Tensor,
+    lengths_B: Tensor,
+    reads_B: Tensor,
+    pooled_B: Tensor | None,
+    seen_BS: Tensor | None,
+    pad_id: int,
+) -> Captions:
+    """Lay out captions.
+
+    Args:
+        tokens_BT: token ids.
+        lengths_B: how many of them the text tower computes.
+        reads_B: how many of those the decoder reads.
+        pooled_B: place of the one whose output becomes the embedding; None for a CLS row of its
+            own, which comes last and has position T.
+        seen_BS: bool, keys that the text tower's attention may see: S = T, or T + 1 with the CLS.
+        pad_id: id of tokens that are not learnt.
+    """
+    batch, context = tokens_BT.shape
+    rows_B = lengths_B if pooled_B is not None else lengths_B + 1
+    text, inside_BL = _ragged(rows_B)
+    place_BL = torch.arange(text.longest, device=tokens_BT.device).expand(batch, -1)
+    column_BL = place_BL
+    if pooled_B is None:
+        column_BL = torch.where(place_BL < lengths_B[:, None], place_BL, context)
+    first_B = rows_B.cumsum(0) - rows_B
+    decoder, read_BL = _ragged(reads_B)
+    place_BR = torch.arange(decoder.longest, device=tokens_BT.device).expand(batch, -1)
+    padded_BS = F.pad(tokens_BT, (0, 1), value=pad_id)
+    labels = padded_BS[:, 1:][:, : decoder.longest][read_BL]
+    counted = labels != pad_id
+    rows = None if bool(counted.all()) else counted.nonzero().squeeze(1)
+    return Captions(
+        tokens_N=padded_BS.gather(1, column_BL)[inside_BL],
+        positions_N=column_BL[inside_BL],
+        pooled_B=first_B + (pooled_B if pooled_B is not None else lengths_B),
+        seen_BL=None if seen_BS is None else _seen(seen_BS, column_BL, inside_BL),
+        text=text,
+        read_M=(first_B[:, None] + place_BR)[read_BL],
+        decoder=decoder,
+        counted_K=rows,
+        labels_K=labels if rows is None else labels[rows],
+    )
+
+
+def real_lengths(tokens_BT: Tensor, pad_id: int) -> Tensor:
+    """Tokens up to the last one that is not padding, int64 [B]."""
+    after_BT = torch.arange(1, tokens_BT.shape[1] + 1, device=tokens_BT.device)
+    return (after_BT * (tokens_BT != pad_id)).amax(1)
+
+
+def _ragged(lengths_B: Tensor) -> tuple[Ragged, Tensor]:
+    """The layout of sequences of these lengths, and which places [B, L] have a row."""
+    longest = max(1, int(lengths_B.max()))
+    inside_BL = torch.arange(longest, device=lengths_B.device) < lengths_B[:, None]
+    slots = None if bool(inside_BL.all()) else inside_BL.flatten().nonzero().squeeze(1)
+    return Ragged(len(lengths_B), longest, slots), inside_BL
+
+
+def _seen(seen_BS: Tensor, column_BL: Tensor, inside_BL: Tensor) -> Tensor | None:
+    """Which of the keys that are laid out may be seen, None if all; places without a row may."""
+    seen_BL = seen_BS.gather(1, column_BL) | ~inside_BL
+    return None if bool(seen_BL.all()) else seen_BL
+
+
+def _moved(value: Tensor | None, device: torch.device) -> Tensor | None:
+    if value is None or value.device == device:
+        return value
+    if device.type == "cuda":
+        value = value.pin_memory()
+    return value.to(device, non_blocking=True)
+
+
+class _Spread(torch.autograd.Function):
+    """Rows into places of a larger tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, slots: Tensor, size: int) -> Tensor:
+        ctx.save_for_backward(slots)
+        return x_ND.new_zeros(size, x_ND.shape[1]).index_copy_(0, slots, x_ND)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (slots,) = ctx.saved_tensors
+        return grads[0].index_select(0, slots), None, None
+
+
+class _Pick(torch.autograd.Function):
+    """Some rows of a tensor, none of them twice."""
+
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.size = len(x_ND)
+        return x_ND.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (rows,) = ctx.saved_tensors
+        (grad,) = grads
+        return grad.new_zeros(ctx.size, grad.shape[1]).index_copy_(0, rows, grad), None
