@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measure import LiveBytes, medians
 from open_clip.loss import ClipLoss
+from timing import medians
 from torch import Tensor
 
 from coca_scale.losses import FeatureGather, chunked_cross_entropy, contrastive_loss
+from coca_scale.planning.counting import LiveBytes
 
 WIDTH = 512
 Loss = Callable[..., Tensor]

@@ -23,14 +23,15 @@ from typing import Any
 
 import open_clip
 import torch
-from measure import LiveBytes, flops, medians, parts
 from open_clip.loss import ClipLoss, CoCaLoss
+from timing import medians
 from torch import Tensor, nn
 
 from coca_scale.losses import FeatureGather, contrastive_loss
 from coca_scale.model import load_model_config
 from coca_scale.model.weights import build_model
 from coca_scale.openclip.names import from_openclip
+from coca_scale.planning.counting import LiveBytes, flops, parts
 
 MEAN_WORDS = 18.0
 CONTRASTIVE_WEIGHT, CAPTION_WEIGHT = 1.0, 2.0
@@ -71,7 +72,7 @@ class Contender:
         self.step()
         for parameter in self.parameters:
             parameter.grad = None
-        with LiveBytes(look_every=20) as live:
+        with LiveBytes() as live:
             live.ignore([*self.parameters, *self.module.buffers()])
             with parts(live, self.parts):
                 surrogate, _ = self.forward()

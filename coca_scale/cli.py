@@ -130,6 +130,47 @@ def check_command(
         raise ValueError(f"{recipe}: {len(report.faults)} fault(s)")
 
 
+@app.command("plan")
+def plan_command(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML recipe.")],
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs, which need not exist.")],
+    gpu: Annotated[str, typer.Option(help="Their kind, such as h100-80gb or a100-40gb.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE...]", help="Change the recipe.")
+    ] = None,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of a node.")] = 8,
+    mean_tokens: Annotated[
+        float, typer.Option(min=2, help="Tokens of a caption, as coca-scale data inspect says.")
+    ] = 20.0,
+    as_json: Annotated[bool, typer.Option("--json", help="All numbers as JSON.")] = False,
+) -> None:
+    """Memory, FLOPs, traffic, time and cost of a run; exits 1 if it does not fit.
+
+    Example: coca-scale plan recipes/large.yaml --gpus 64 --gpu h100-80gb
+    """
+    from coca_scale.planning.gpus import GPUS
+    from coca_scale.planning.page import plan_page
+    from coca_scale.planning.plan import make_plan
+    from coca_scale.recipe import BatchPlan, load_recipe
+    from coca_scale.training.costs import count_costs
+    from coca_scale.training.schedule import total_steps
+
+    if gpu not in GPUS:
+        raise ValueError(f"--gpu {gpu} is not known; use one of {', '.join(GPUS)}")
+    loaded = load_recipe(recipe, overrides or ())
+    batch = BatchPlan.from_recipe(loaded, gpus)
+    known = loaded.train.epochs is None or loaded.data.train_samples is not None
+    steps = total_steps(loaded.train, loaded.data.train_samples) if known else None
+    costs = count_costs(loaded, batch, mean_tokens)
+    plan = make_plan(loaded, batch, costs, GPUS[gpu], gpus_per_node, steps)
+    if as_json:
+        typer.echo(json.dumps(plan.json(), indent=1))
+    else:
+        typer.echo(plan_page(loaded, batch, costs, plan, GPUS[gpu], gpu))
+    if not plan.fits:
+        raise ValueError(f"{recipe}: {gpus} × {gpu} do not have the memory")
+
+
 @app.command("export")
 def export_command(
     model: ModelArgument,

@@ -7,12 +7,15 @@ after all real tokens and every tower is causal, so the outputs of real tokens d
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+Move = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -40,9 +43,10 @@ class Ragged:
         x = x_BLD.flatten(0, 1)
         return x if self.slots is None else pick(x, self.slots)
 
-    def to(self, device: torch.device) -> Ragged:
-        """The same on another device."""
-        return Ragged(self.batch, self.longest, _moved(self.slots, device))
+    def map(self, function: Move) -> Ragged:
+        """The same with other tensors."""
+        slots = None if self.slots is None else function(self.slots)
+        return Ragged(self.batch, self.longest, slots)
 
 
 @dataclass(frozen=True)
@@ -74,13 +78,24 @@ class Captions:
 
     def to(self, device: torch.device) -> Captions:
         """The same on another device, without waiting for it."""
-        moved: dict[str, Any] = {}
+
+        def move(tensor: Tensor) -> Tensor:
+            if device.type == "cuda" and tensor.device != device:
+                tensor = tensor.pin_memory()
+            return tensor.to(device, non_blocking=True)
+
+        return self.map(move)
+
+    def map(self, function: Move) -> Captions:
+        """The same with other tensors."""
+        changed: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)
-            moved[field.name] = (
-                value.to(device) if isinstance(value, Ragged) else _moved(value, device)
-            )
-        return Captions(**moved)
+            if isinstance(value, Ragged):
+                changed[field.name] = value.map(function)
+            elif value is not None:
+                changed[field.name] = function(value)
+        return replace(self, **changed)
 
 
 def pick(x_ND: Tensor, rows: Tensor) -> Tensor:
@@ -153,14 +168,6 @@ def _seen(seen_BS: Tensor, column_BL: Tensor, inside_BL: Tensor) -> Tensor | Non
     """Which of the keys that are laid out may be seen, None if all; places without a row may."""
     seen_BL = seen_BS.gather(1, column_BL) | ~inside_BL
     return None if bool(seen_BL.all()) else seen_BL
-
-
-def _moved(value: Tensor | None, device: torch.device) -> Tensor | None:
-    if value is None or value.device == device:
-        return value
-    if device.type == "cuda":
-        value = value.pin_memory()
-    return value.to(device, non_blocking=True)
 
 
 class _Spread(torch.autograd.Function):

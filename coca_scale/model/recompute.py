@@ -38,14 +38,19 @@ def not_keeping(value: Tensor, again: Again | None) -> Iterator[None]:
     if again is None or not torch.is_grad_enabled():
         yield
         return
-    place, size = value.data_ptr(), value.numel()
+    place, size = _place(value), value.numel()
 
     def pack(saved: Tensor) -> Tensor | _Left:
-        same = saved.data_ptr() == place and saved.numel() == size and saved.is_contiguous()
+        same = _place(saved) == place and saved.numel() == size and saved.is_contiguous()
         return _Left(again, saved.shape) if same else saved
 
     with torch.autograd.graph.saved_tensors_hooks(pack, _unpack):
         yield
+
+
+def _place(tensor: Tensor) -> tuple[int, int]:
+    """Where its elements are, for tensors without data as well; DeepSpeed's hooks make aliases."""
+    return tensor.untyped_storage()._cdata, int(tensor.storage_offset())
 
 
 def _unpack(saved: Tensor | _Left) -> Tensor:

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 ADAM_BYTES = 8  # two moments in fp32
 MASTER_BYTES = 4
 AVERAGE_BYTES = 4
 
 
+@dataclass(frozen=True)
+class StateBytes:
+    """Bytes on one rank."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        """Of all three."""
+        return self.parameters + self.gradients + self.optimizer
+
+
 def state_bytes(
     parameters: int, trained: int, ranks: int, zero_stage: int, precision: str, averaged: bool
-) -> int:
+) -> StateBytes:
     """Bytes per rank, without activations and without what is gathered for a layer at a time.
 
     Args:
@@ -25,9 +41,8 @@ def state_bytes(
     weights = parameters * element
     gradients = trained * element
     optimizer = trained * (ADAM_BYTES + master + (AVERAGE_BYTES if averaged else 0))
-    parts = (
-        weights / (ranks if zero_stage >= 3 else 1),
-        gradients / (ranks if zero_stage >= 2 else 1),
-        optimizer / (ranks if zero_stage >= 1 else 1),
+    return StateBytes(
+        round(weights / (ranks if zero_stage >= 3 else 1)),
+        round(gradients / (ranks if zero_stage >= 2 else 1)),
+        round(optimizer / (ranks if zero_stage >= 1 else 1)),
     )
-    return round(sum(parts))

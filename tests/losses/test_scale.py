@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from benchmarks.measure import LiveBytes
 from coca_scale.losses import FeatureGather, contrastive_loss
+from coca_scale.planning.counting import LiveBytes
 
 RANKS, BATCH, WIDTH = 8, 65536, 768
 

@@ -1,15 +1,12 @@
-"""What a computation keeps, needs and takes: bytes of live tensors, FLOPs, seconds."""
+"""What a computation keeps and needs: bytes of live tensors, FLOPs."""
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,14 +18,14 @@ class LiveBytes(TorchDispatchMode):
     """Counts the storages that operations inside make, and that are still alive.
 
     Unlike hooks on saved tensors it sees whatever is kept by whatever means, and nothing twice.
-    `part` names what new storages are counted under. `peak` is looked at after every
-    `look_every`-th operation, as looking takes longer than a small operation.
+    `part` names what new storages are counted under. `peak` is exact to 1 %: looking
+    takes longer than a small operation.
     """
 
-    def __init__(self, look_every: int = 1) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.part = "rest"
-        self._look_every, self._operations = look_every, 0
+        self._new_bytes = 0
         self.peak = 0
         self._alive: dict[int, tuple[StorageWeakRef, int, str]] = {}
         self._known: set[int] = set()
@@ -45,11 +42,12 @@ class LiveBytes(TorchDispatchMode):
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
                 storage = leaf.untyped_storage()
-                key = storage._cdata
+                key = storage._cdata  # tensors without data have no pointer
                 if key not in self._known and key not in self._alive:
                     self._alive[key] = (StorageWeakRef(storage), storage.nbytes(), self.part)
-        self._operations += 1
-        if self._operations % self._look_every == 0:
+                    self._new_bytes += storage.nbytes()
+        if self._new_bytes > self.peak / 100:
+            self._new_bytes = 0
             self.peak = max(self.peak, sum(self.by_part().values()))
         return out
 
@@ -92,21 +90,3 @@ def flops(step: Callable[[], object]) -> int:
     with FlopCounterMode(display=False) as counter:
         step()
     return counter.get_total_flops()
-
-
-def medians(steps: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each, measured in turns, so that a noisy machine hits all of them."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds):
-        for name, step in steps.items():
-            _synchronize()
-            started = time.perf_counter()
-            step()
-            _synchronize()
-            seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()

@@ -1,0 +1,71 @@
+"""A plan as a page for people."""
+
+from __future__ import annotations
+
+from coca_scale.planning.gpus import Gpu
+from coca_scale.planning.plan import Costs, Plan
+from coca_scale.recipe import BatchPlan, Recipe
+
+
+def plan_page(
+    recipe: Recipe, batch: BatchPlan, costs: Costs, plan: Plan, gpu: Gpu, name: str
+) -> str:
+    """Memory, compute, traffic and time, and what to change where something is short."""
+    parts = ", ".join(
+        f"{part} {size / 1e9:.2f}" for part, size in costs.kept_bytes.items() if size > 5e6
+    )
+    where = "in a node" if plan.link_bytes == gpu.node_bytes else "between nodes"
+    lines = [
+        f"{recipe.model.name}, {costs.parameters:,} parameters, on {batch.ranks:,} × {name}",
+        f"batch     {batch.global_batch:,} = {batch.ranks:,} ranks × {batch.accumulation} "
+        f"accumulation × {batch.micro_batch} micro-batch",
+        f"memory    {_gb(plan.total_bytes)} of {_gb(plan.device_bytes)} per GPU",
+        f"{_gb(plan.parameters_bytes):>18} weights",
+        f"{_gb(plan.gradients_bytes):>18} gradients",
+        f"{_gb(plan.optimizer_bytes):>18} optimizer",
+        f"{_gb(plan.activations_bytes):>18} activations ({parts})",
+        f"{_gb(plan.loss_bytes):>18} contrastive loss, gathered features included",
+        f"{_gb(plan.buffers_bytes):>18} gathered layers, buckets, CUDA and NCCL",
+        f"compute   {plan.flops_per_sample / 1e9:,.0f} GFLOP per sample; "
+        f"{plan.compute_seconds:,.2f} s per step at {gpu.utilization:.0%} of "
+        f"{gpu.flops / 1e12:,.0f} TFLOP/s, which is assumed",
+        f"traffic   {_gb(plan.communication_bytes_per_step)} per GPU and step; "
+        f"{plan.communication_seconds:,.2f} s at {plan.link_bytes / 1e9:,.0f} GB/s {where}",
+        f"step      {plan.step_seconds:,.2f} s; {plan.samples_per_second:,.0f} samples/s; "
+        f"limited by {plan.limited_by}",
+    ]
+    if plan.days is None:
+        lines.append("run       of unknown length: set data.train_samples")
+    else:
+        lines.append(
+            f"run       {plan.steps:,} steps; {plan.days:,.1f} days; "
+            f"{plan.gpu_hours:,.0f} GPU-hours"
+        )
+    return "\n".join([*lines, *_advice(recipe, batch, plan)])
+
+
+def _advice(recipe: Recipe, batch: BatchPlan, plan: Plan) -> list[str]:
+    """What to change where memory or traffic is short."""
+    if plan.limited_by == "communication":
+        changes = []
+        if recipe.engine.zero_stage == 3:
+            changes.append("engine.zero_stage=2 gathers no weights in a step, if they fit")
+        if batch.accumulation > 1:
+            changes.append("a larger train.micro_batch gathers them less often")
+        return [f"traffic is the limit: {'; '.join(changes) or 'use fewer GPUs'}"]
+    if plan.fits:
+        return []
+    changes = []
+    states = plan.parameters_bytes + plan.gradients_bytes + plan.optimizer_bytes
+    if plan.activations_bytes > states:
+        if batch.micro_batch > 1:
+            changes.append(f"train.micro_batch={batch.micro_batch // 2}")
+        if recipe.engine.activation_checkpointing != "full":
+            changes.append("engine.activation_checkpointing=full")
+    elif recipe.engine.zero_stage < 3:
+        changes.append("engine.zero_stage=3")
+    return [f"does not fit: {' or '.join(changes or ['more GPUs'])} needs less"]
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:,.2f} GB"

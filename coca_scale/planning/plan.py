@@ -1,0 +1,164 @@
+"""Memory, traffic and time of a run that need not exist, from the counts of one micro-batch.
+
+Memory is counted, not estimated: a forward and a backward pass of the real model on tensors without
+data say what is alive (`training/costs.py`). Time is an estimate: the device's FLOPs at an assumed
+utilization, and behind them what of the traffic the computation does not cover.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from coca_scale.planning.gpus import Gpu
+from coca_scale.planning.memory import state_bytes
+from coca_scale.recipe import BatchPlan, Recipe
+
+# what a process takes beside tensors: CUDA context, NCCL's buffers, fragmentation
+RESERVED_BYTES = 2.5e9
+REDUCE_BUCKET = 50_000_000  # elements, as engine/config.py sets it
+REDUCE_BUCKETS = 2  # one fills while the other travels
+PREFETCH_BUCKET = 50_000_000  # elements, DeepSpeed's default
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What one rank computes and holds, counted on one micro-batch.
+
+    Attributes:
+        parameters: of the model.
+        tower_parameters: of them, those of the towers.
+        trained: of all, those that are not locked.
+        largest_layer: parameters of the largest module that ZeRO-3 gathers at once.
+        kept_bytes: what a forward pass leaves for its backward pass, by part of the model.
+        peak_bytes: most bytes of activations and gradients of activations alive.
+        tower_flops: of the forward pass of both towers, per micro-batch.
+        step_flops: of forward and backward of everything, per micro-batch.
+        loss_bytes: most bytes alive in the contrastive loss of the global batch.
+    """
+
+    parameters: int
+    tower_parameters: int
+    trained: int
+    largest_layer: int
+    kept_bytes: dict[str, int]
+    peak_bytes: int
+    tower_flops: int
+    step_flops: int
+    loss_bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run on N devices; bytes are of one of them, `flops_per_sample` of the whole step."""
+
+    parameters_bytes: int
+    gradients_bytes: int
+    optimizer_bytes: int
+    activations_bytes: int
+    loss_bytes: int
+    buffers_bytes: int
+    total_bytes: int
+    device_bytes: int
+    flops_per_sample: float
+    communication_bytes_per_step: float
+    link_bytes: float
+    compute_seconds: float
+    communication_seconds: float
+    step_seconds: float
+    samples_per_second: float
+    steps: int | None
+    days: float | None
+    gpu_hours: float | None
+    limited_by: str
+
+    @property
+    def fits(self) -> bool:
+        """Whether the device has the memory."""
+        return self.total_bytes <= self.device_bytes
+
+    def json(self) -> dict[str, object]:
+        """All numbers."""
+        return {**asdict(self), "fits": self.fits}
+
+
+def make_plan(
+    recipe: Recipe, batch: BatchPlan, costs: Costs, gpu: Gpu, gpus_per_node: int, steps: int | None
+) -> Plan:
+    """Put the counts of one micro-batch together.
+
+    Args:
+        recipe: of the run.
+        batch: its batch over the ranks.
+        costs: counted for its micro-batch and global batch.
+        gpu: the device of every rank.
+        gpus_per_node: ranks that share a node.
+        steps: of the run, None if unknown.
+    """
+    stage, precision = recipe.engine.zero_stage, recipe.engine.precision
+    averaged = recipe.optim.ema_decay is not None
+    state = state_bytes(costs.parameters, costs.trained, batch.ranks, stage, precision, averaged)
+    element = 4 if precision == "fp32" else 2
+    buffers = _buffer_bytes(costs, batch.ranks, stage, element)
+    activations = costs.peak_bytes
+    reserved = RESERVED_BYTES if gpu.memory_bytes > 30e9 else 0
+    total = state.total + activations + costs.loss_bytes + buffers + reserved
+
+    flops = costs.step_flops * batch.accumulation
+    if batch.accumulation > 1:
+        flops += costs.tower_flops * batch.accumulation
+    compute = flops / (gpu.flops * gpu.utilization)
+    traffic = _traffic_bytes(costs, recipe, batch, element)
+    per_second = gpu.node_bytes if batch.ranks <= gpus_per_node else gpu.network_bytes
+    communication = traffic / per_second
+    step = max(compute, communication)
+    limit = "memory" if total > gpu.memory_bytes else "compute"
+    if limit == "compute" and communication > compute:
+        limit = "communication"
+    seconds = None if steps is None else steps * step
+    return Plan(
+        parameters_bytes=state.parameters,
+        gradients_bytes=state.gradients,
+        optimizer_bytes=state.optimizer,
+        activations_bytes=activations,
+        loss_bytes=costs.loss_bytes,
+        buffers_bytes=round(buffers + reserved),
+        total_bytes=round(total),
+        device_bytes=round(gpu.memory_bytes),
+        flops_per_sample=flops / batch.samples_per_rank,
+        communication_bytes_per_step=traffic,
+        link_bytes=per_second,
+        compute_seconds=compute,
+        communication_seconds=communication,
+        step_seconds=step,
+        samples_per_second=batch.global_batch / step,
+        steps=steps,
+        days=None if seconds is None else seconds / 86400,
+        gpu_hours=None if seconds is None else seconds / 3600 * batch.ranks,
+        limited_by=limit,
+    )
+
+
+def _buffer_bytes(costs: Costs, ranks: int, stage: int, element: int) -> float:
+    """Parameters gathered for the layer that runs and the next ones, and gradients on their way."""
+    if ranks == 1 or stage == 0:
+        return 0.0
+    reduce = REDUCE_BUCKETS * min(REDUCE_BUCKET, costs.trained) * element
+    if stage < 3:
+        return reduce
+    ahead = min(PREFETCH_BUCKET, costs.parameters)
+    return reduce + (costs.largest_layer + ahead) * element
+
+
+def _traffic_bytes(costs: Costs, recipe: Recipe, batch: BatchPlan, element: int) -> float:
+    """Bytes that a rank sends in a step: ring collectives send (W−1)/W of what they make whole."""
+    stage, ranks = recipe.engine.zero_stage, batch.ranks
+    share = (ranks - 1) / ranks
+    weights, gradients = costs.parameters * element, costs.trained * element
+    if stage >= 3:
+        first_pass = costs.tower_parameters * element if batch.accumulation > 1 else 0
+        sent = batch.accumulation * (first_pass + 2 * weights + gradients)
+    elif stage == 2:
+        sent = weights + batch.accumulation * gradients
+    else:
+        sent = weights + gradients  # reduce-scatter and all-gather, or an all-reduce
+    return share * sent

@@ -1,0 +1,168 @@
+"""What is planned against what is there: bytes of a real step, state of a real engine."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import re
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from coca_scale import cli
+from coca_scale.model import CoCa
+from coca_scale.planning.memory import state_bytes
+from coca_scale.recipe import BatchPlan
+from coca_scale.training.costs import caption_quantiles, count_costs
+from coca_scale.training.initial import model_config
+from tests.conftest import tiny_recipe
+from tests.ranks import on_ranks
+
+M_MMAP_THRESHOLD = -3
+
+
+def settings(model, micro, mode, ranks=1, **changes):
+    recipe = tiny_recipe(
+        model__name=model,
+        train__global_batch=micro * ranks,
+        train__micro_batch=micro,
+        engine__activation_checkpointing=mode,
+        **changes,
+    )
+    return recipe, BatchPlan.from_recipe(recipe, ranks)
+
+
+def resident_bytes():
+    return psutil.Process().memory_info().rss
+
+
+def most_resident_bytes():
+    return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+def measured_step(_rank, _ranks, recipe, batch):
+    """Resident bytes that a forward pass leaves, and most of a step, beside what was there."""
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 65536)  # what is freed goes back at once
+    config = model_config(recipe.model)
+    model = CoCa(config).train()
+    model.set_activation_checkpointing(recipe.engine.activation_checkpointing)
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    size, micro = config.vision_cfg.image_size, batch.micro_batch
+    tokens = caption_quantiles(micro, 20.0, config.context_length, config.pad_id)
+    captions = model.text.arrange(tokens)
+    images = torch.randn(micro, 3, size, size)
+
+    def forward():
+        features, caption_sum = model(images, captions)
+        return (features * features.detach()).sum() + caption_sum
+
+    with torch.no_grad():
+        forward()  # libraries take their own memory at the first call
+    before = resident_bytes()
+    Path("/proc/self/clear_refs").write_text("5")  # forget the most so far
+    surrogate = forward()
+    kept = resident_bytes() - before
+    surrogate.backward()
+    return kept, most_resident_bytes() - before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_activations_are_those_of_a_real_step(mode):
+    recipe, batch = settings("coca_ViT-B-32", 8, mode)
+    costs = count_costs(recipe, batch, 20.0)
+    ((kept, most),) = on_ranks(measured_step, 1, recipe, batch)
+    planned = sum(costs.kept_bytes.values())
+    print(f"{mode}: kept {kept / planned - 1:+.1%}, peak {most / costs.peak_bytes - 1:+.1%}")
+    assert kept == pytest.approx(planned, rel=0.05)
+    assert most == pytest.approx(costs.peak_bytes, rel=0.05)
+
+
+def measured_state(_rank, ranks, recipe):
+    """Bytes of weights, gradients and optimizer on this rank, read off DeepSpeed's optimizer."""
+    from coca_scale.engine.core import TrainEngine
+    from coca_scale.engine.launch import end_world, start_world
+    from coca_scale.model import LogitScale
+
+    world = start_world(60)
+    batch = BatchPlan.from_recipe(recipe, ranks)
+    config = model_config(recipe.model)
+    model = CoCa(config)
+    count = sum(p.numel() for p in model.parameters())
+    engine = TrainEngine(model, LogitScale(), recipe, batch, world)
+    samples, size = batch.samples_per_rank, config.vision_cfg.image_size
+    tokens = caption_quantiles(samples, 8.0, config.context_length, config.pad_id)
+    engine.step(torch.zeros(samples, 3, size, size, dtype=torch.uint8), tokens, 1e-4)
+    sharded = engine._engine.optimizer
+    weights = sum(p.ds_tensor.nbytes for p in engine.module.parameters())
+    gradients = sharded.grad_partitions_flat_buffer.nbytes
+    moments = [t for s in sharded.optimizer.state.values() for t in s.values()]
+    optimizer = sum(t.nbytes for t in moments if torch.is_tensor(t) and t.numel() > 1)
+    if recipe.engine.precision != "fp32":
+        optimizer += sum(t.nbytes for t in sharded.fp32_partitioned_groups_flat)
+    end_world()
+    return count, weights, gradients, optimizer
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_state_is_that_of_a_real_engine(precision):
+    recipe, _ = settings("coca_tiny", 4, "none", ranks=2, engine__precision=precision)
+    for count, weights, gradients, optimizer in on_ranks(measured_state, 2, recipe):
+        planned = state_bytes(count, count, 2, 3, precision, averaged=False)
+        found = (weights, gradients, optimizer)
+        expected = (planned.parameters, planned.gradients, planned.optimizer)
+        print(precision, [f"{a / b - 1:+.2%}" for a, b in zip(found, expected, strict=True)])
+        assert found == pytest.approx(expected, rel=0.05)
+
+
+def test_a_page_for_people_and_numbers_for_programs():
+    arguments = ["plan", "recipes/small.yaml", "--gpus", "8", "--gpu", "a100-40gb"]
+    page = CliRunner().invoke(cli.app, arguments)
+    assert page.exit_code == 0, page.output
+    for word in ("253,560,064 parameters", "activations", "GB/s in a node", "GPU-hours"):
+        assert word in page.output
+    found = json.loads(CliRunner().invoke(cli.app, [*arguments, "--json"]).stdout)
+    assert {
+        *("parameters_bytes", "gradients_bytes", "optimizer_bytes", "activations_bytes"),
+        *("loss_bytes", "total_bytes", "flops_per_sample", "communication_bytes_per_step"),
+        *("step_seconds", "samples_per_second", "days", "gpu_hours", "limited_by"),
+    } <= found.keys()
+    parts = ("parameters", "gradients", "optimizer", "activations", "loss", "buffers")
+    assert sum(found[f"{part}_bytes"] for part in parts) == pytest.approx(found["total_bytes"])
+    assert found["samples_per_second"] * found["step_seconds"] == pytest.approx(4096)
+    # forward and backward of all matrix products: three times the forward's
+    assert 50e9 < found["flops_per_sample"] < 60e9
+
+
+def test_what_does_not_fit_is_refused_with_what_would(monkeypatch, capsys):
+    arguments = ["plan", "recipes/small.yaml", "train.micro_batch=4096", "--gpus", "1"]
+    monkeypatch.setattr("sys.argv", ["coca-scale", *arguments, "--gpu", "a100-40gb"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    out, err = capsys.readouterr()
+    assert stopped.value.code == 1
+    assert "limited by memory" in out
+    assert "does not fit: train.micro_batch=2048 or" in out
+    assert "1 × a100-40gb do not have the memory" in err
+    monkeypatch.setattr("sys.argv", ["coca-scale", *arguments, "--gpu", "a100"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "--gpu a100 is not known; use one of a100-40gb" in capsys.readouterr().err
+
+
+def test_padding_recompute_and_accumulation_have_their_price():
+    def costs(mode, mean_tokens):
+        return count_costs(*settings("coca_tiny", 8, mode), mean_tokens)
+
+    short, long = costs("none", 8.0), costs("none", 14.0)
+    assert short.kept_bytes["decoder"] < 0.75 * long.kept_bytes["decoder"]
+    assert short.kept_bytes["image"] == long.kept_bytes["image"]
+    selective, full = costs("selective", 8.0), costs("full", 8.0)
+    kept = [sum(c.kept_bytes.values()) for c in (full, selective, short)]
+    assert kept[0] < kept[1] < kept[2]
+    assert selective.step_flops == short.step_flops < full.step_flops
