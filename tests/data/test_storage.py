@@ -125,7 +125,7 @@ def test_s3_gives_the_bytes_of_the_disk_whatever_the_network_does(s3, folder):
 
 def test_training_from_s3_sees_what_training_from_disk_sees(s3, folder):
     url, proxy = s3
-    data = {"data__retries": 6, "data__timeout_seconds": 1.0}
+    data = {"data__retries": 12, "data__timeout_seconds": 2.0}
     pattern = f"/{{000..{SHARDS - 1:03d}}}.tar"
     proxy.done.clear()
     expected, _, pixels = steps(f"{folder}{pattern}", 4)
