@@ -74,13 +74,13 @@ def caption_case(captions: int, vocabulary: int) -> tuple[Tensor, Tensor, Tensor
     return hidden.requires_grad_(), weight.requires_grad_(), labels.flatten()
 
 
-def run_caption(loss: Loss, inputs: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """One forward and backward; the gradient of the hidden states and of the weight."""
+def run_caption(loss: Loss, inputs: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """One forward and backward; the gradient of the hidden states."""
     hidden, weight, labels = inputs
     hidden.grad = weight.grad = None
     loss(hidden, weight, labels).backward()
     assert hidden.grad is not None
-    return hidden.grad, weight.grad if weight.grad is not None else weight.detach()
+    return hidden.grad
 
 
 def run_contrastive(who: str, features: Tensor) -> Tensor:
@@ -105,6 +105,27 @@ def peak(step: Callable[[], object], inputs: list[Tensor]) -> int:
     return live.peak
 
 
+def measured(
+    title: dict[str, str],
+    steps: dict[str, Callable[[], Tensor]],
+    inputs: list[Tensor],
+    exact: Tensor,
+    rounds: int,
+) -> list[dict[str, Any]]:
+    """A row for everyone: seconds, bytes, and how far its gradient is from the exact one."""
+    seconds = medians(steps, rounds)
+    return [
+        {
+            **title,
+            "name": name,
+            "seconds": seconds[name],
+            "peak_bytes": peak(step, inputs),
+            "error": float((step() - exact).norm() / exact.norm()),
+        }
+        for name, step in steps.items()
+    ]
+
+
 def caption_losses(rounds: int) -> list[dict[str, Any]]:
     """Every loss on every size."""
     losses: dict[str, Loss] = {"coca-scale": ours, "naive": naive, "DeepSpeed": deepspeed_tiled}
@@ -114,20 +135,10 @@ def caption_losses(rounds: int) -> list[dict[str, Any]]:
     for captions, vocabulary in ((32, 8192), (32, 49408)):
         inputs = caption_case(captions, vocabulary)
         wide = tuple(t.detach().double().requires_grad_(t.requires_grad) for t in inputs[:2])
-        exact = run_caption(ours, (*wide, inputs[2]))[0]
+        exact = run_caption(ours, (*wide, inputs[2]))
         steps = {name: partial(run_caption, loss, inputs) for name, loss in losses.items()}
-        seconds = medians(steps, rounds)
-        for name, step in steps.items():
-            rows.append(
-                {
-                    "loss": "caption",
-                    "size": f"{captions} captions, vocabulary {vocabulary}",
-                    "name": name,
-                    "seconds": seconds[name],
-                    "peak_bytes": peak(step, list(inputs)),
-                    "error": float((step()[0] - exact).norm() / exact.norm()),
-                }
-            )
+        title = {"loss": "caption", "size": f"{captions} captions, vocabulary {vocabulary}"}
+        rows += measured(title, steps, list(inputs), exact, rounds)
     return rows
 
 
@@ -140,18 +151,8 @@ def contrastive_losses(rounds: int) -> list[dict[str, Any]]:
         steps = {
             name: partial(run_contrastive, name, features) for name in ("coca-scale", "open_clip")
         }
-        seconds = medians(steps, rounds)
-        for name, step in steps.items():
-            rows.append(
-                {
-                    "loss": "contrastive",
-                    "size": f"batch {batch}",
-                    "name": name,
-                    "seconds": seconds[name],
-                    "peak_bytes": peak(step, [features]),
-                    "error": float((step() - exact).norm() / exact.norm()),
-                }
-            )
+        title = {"loss": "contrastive", "size": f"batch {batch}"}
+        rows += measured(title, steps, [features], exact, rounds)
     return rows
 
 

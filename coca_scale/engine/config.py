@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from coca_scale.planning.plan import REDUCE_BUCKET
 from coca_scale.recipe import BatchPlan, Recipe
 
 
@@ -15,7 +16,7 @@ def deepspeed_config(recipe: Recipe, plan: BatchPlan) -> dict[str, Any]:
         zero |= {
             "overlap_comm": True,
             "contiguous_gradients": True,
-            "reduce_bucket_size": 50_000_000,  # DeepSpeed's 5e8 alone takes 2 GB in fp32
+            "reduce_bucket_size": REDUCE_BUCKET,
             "stage3_param_persistence_threshold": 10_000,
             "stage3_gather_16bit_weights_on_model_save": False,
         }

@@ -65,6 +65,15 @@ class StepResult:
     finite_here: bool
 
 
+def apply_settings(model: CoCa, recipe: Recipe) -> None:
+    """Put what a recipe says about recomputing and about the caption loss into its model."""
+    model.set_activation_checkpointing(recipe.engine.activation_checkpointing)
+    if model.caption_head is not None:
+        model.caption_head.chunk_rows = recipe.loss.caption_chunk_rows
+        model.caption_head.label_smoothing = recipe.loss.label_smoothing
+        model.caption_head.z_loss = recipe.loss.z_loss
+
+
 class TrainEngine:
     """A CoCa under DeepSpeed. All public methods are collectives: every rank calls them."""
 
@@ -82,11 +91,7 @@ class TrainEngine:
         self.dtype = DTYPES[recipe.engine.precision]
         self._recipe = recipe
         self._plan = plan
-        model.set_activation_checkpointing(recipe.engine.activation_checkpointing)
-        if model.caption_head is not None:
-            model.caption_head.chunk_rows = recipe.loss.caption_chunk_rows
-            model.caption_head.label_smoothing = recipe.loss.label_smoothing
-            model.caption_head.z_loss = recipe.loss.z_loss
+        apply_settings(model, recipe)
         self._logit_scale = logit_scale.to(world.device)
         self._scale_optimizer = make_scale_optimizer(self._logit_scale.log_scale, recipe.optim)
         fused = world.device.type == "cuda"

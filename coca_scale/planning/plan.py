@@ -15,7 +15,7 @@ from coca_scale.recipe import BatchPlan, Recipe
 
 # what a process takes beside tensors: CUDA context, NCCL's buffers, fragmentation
 RESERVED_BYTES = 2.5e9
-REDUCE_BUCKET = 50_000_000  # elements, as engine/config.py sets it
+REDUCE_BUCKET = 50_000_000  # elements; DeepSpeed's own 5e8 alone takes 2 GB in fp32
 REDUCE_BUCKETS = 2  # one fills while the other travels
 PREFETCH_BUCKET = 50_000_000  # elements, DeepSpeed's default
 

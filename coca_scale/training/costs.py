@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from coca_scale.engine.core import DTYPES, apply_settings
 from coca_scale.losses import FeatureGather, contrastive_loss
 from coca_scale.model import CoCa
 from coca_scale.model.captions import Captions
@@ -19,8 +20,6 @@ from coca_scale.planning.counting import LiveBytes, flops, parts
 from coca_scale.planning.plan import Costs
 from coca_scale.recipe import BatchPlan, Recipe
 from coca_scale.training.initial import model_config
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def count_costs(recipe: Recipe, batch: BatchPlan, mean_tokens: float) -> Costs:
@@ -42,9 +41,7 @@ def count_costs(recipe: Recipe, batch: BatchPlan, mean_tokens: float) -> Costs:
         model = CoCa(config).train()
         images = torch.randn(micro, 3, size, size, dtype=dtype)
     freeze(model, recipe.model, recipe.loss)
-    model.set_activation_checkpointing(recipe.engine.activation_checkpointing)
-    if model.caption_head is not None:
-        model.caption_head.chunk_rows = recipe.loss.caption_chunk_rows
+    apply_settings(model, recipe)
     captions = model.text.arrange(tokens).map(fake.from_tensor)
     with fake:
         kept, peak = _bytes(model, images, captions)
