@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
 import tempfile
@@ -22,6 +23,13 @@ from tests.cluster.runs import Data, TrainingJob
 from tests.cluster.testbed import Cluster
 
 torch.set_num_threads(1)
+
+
+def pytest_sessionfinish() -> None:
+    """A process that a test left behind would be waited for when this one ends, for ever."""
+    for child in multiprocessing.active_children():
+        print(f"\nleft running: {child}")
+        child.kill()
 
 
 def tiny_recipe(**changes: Any) -> Any:

@@ -7,7 +7,9 @@ workers' pieces together in order gives the rank's share of the step.
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -154,8 +156,7 @@ class TrainDataset(IterableDataset):
         mine = sorted(self.states)
         if info is not None:
             torch.set_num_threads(1)
-            for number in (signal.SIGUSR1, signal.SIGTERM):  # the cluster means the ranks
-                signal.signal(number, signal.SIG_IGN)
+            _heed_signals_of_the_rank_alone()
             count = len(mine)
             mine = mine[
                 info.id * count // info.num_workers : (info.id + 1) * count // info.num_workers
@@ -223,6 +224,23 @@ class TrainLoader:
                 lengths = (batch.tokens != self._pad_id).sum(1)
                 batch = _arranged(batch, self._arrange(lengths))
             yield batch
+
+
+def _heed_signals_of_the_rank_alone() -> None:
+    """The cluster signals every process and means the ranks, which still need their workers.
+
+    A rank ends a worker with SIGTERM too, one that is stuck in a read when the run is over.
+    """
+    numbers = {signal.SIGUSR1, signal.SIGTERM}
+    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)  # of all threads that start from here
+
+    def wait() -> None:
+        while True:
+            caught = signal.sigwaitinfo(numbers)
+            if caught.si_signo == signal.SIGTERM and caught.si_pid == os.getppid():
+                os._exit(0)
+
+    threading.Thread(target=wait, name="signals", daemon=True).start()
 
 
 def _join(pieces: Sequence[StepBatch]) -> StepBatch:

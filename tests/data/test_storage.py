@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -241,3 +243,27 @@ def test_a_server_that_is_not_there(folder):
         read_whole(f"http://127.0.0.1:{free_port()}/000.tar", StorageOptions(1, 1.0))
     with pytest.raises(StorageError, match="nope"):
         read_whole("nope://bucket/000.tar", STUBBORN)
+
+
+STUCK = """
+import multiprocessing, subprocess, sys, time
+from tests.data.test_lanes import loader
+stream = iter(loader("pipe:sleep 90", 0, 1, workers=2, data__timeout_seconds=300))
+time.sleep(1)
+workers = multiprocessing.active_children()
+for worker in workers:
+    subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
+time.sleep(1)
+assert len(workers) == 2 and all(worker.is_alive() for worker in workers)
+print("ready")
+"""
+
+
+@pytest.mark.slow
+def test_a_worker_stuck_in_a_read_outlives_the_cluster_s_signal_and_not_its_rank(tmp_path):
+    log = tmp_path / "log"  # not a pipe: the command that is read from would hold it open
+    with log.open("w") as file:
+        command = [sys.executable, "-c", STUCK]
+        done = subprocess.run(command, stdout=file, stderr=file, check=False, timeout=60)
+    assert done.returncode == 0, log.read_text()
+    assert "ready" in log.read_text()
