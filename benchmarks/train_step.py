@@ -32,8 +32,9 @@ from coca_scale.model import load_model_config
 from coca_scale.model.weights import build_model
 from coca_scale.openclip.names import from_openclip
 from coca_scale.planning.counting import LiveBytes, flops, parts
+from coca_scale.training.costs import caption_quantiles
 
-MEAN_WORDS = 18.0
+MEAN_TOKENS = 20.0
 CONTRASTIVE_WEIGHT, CAPTION_WEIGHT = 1.0, 2.0
 CONTEXT = 76
 
@@ -89,14 +90,12 @@ class Contender:
 
 
 def captions(batch: int, vocabulary: int) -> Tensor:
-    """Token ids [batch, CONTEXT] whose lengths are evenly spaced quantiles of the distribution."""
-    drawn = torch.poisson(torch.full((4096,), MEAN_WORDS)).int().clamp(1, CONTEXT - 2).sort().values
-    lengths = drawn[((torch.arange(batch) + 0.5) / batch * len(drawn)).long()] + 2
-    lengths = lengths[torch.randperm(batch)]
-    tokens = torch.zeros(batch, CONTEXT, dtype=torch.long)
-    for row, count in enumerate(lengths.tolist()):
-        tokens[row, :count] = torch.randint(1, vocabulary - 2, (count,))
-        tokens[row, 0], tokens[row, count - 1] = vocabulary - 2, vocabulary - 1
+    """Token ids [batch, CONTEXT], of lengths as `coca-scale plan` takes them, in random order."""
+    torch.manual_seed(1)
+    real = caption_quantiles(batch, MEAN_TOKENS, CONTEXT, pad_id=0)[torch.randperm(batch)] != 0
+    tokens = torch.randint(1, vocabulary - 2, real.shape) * real
+    tokens[:, 0] = vocabulary - 2
+    tokens[torch.arange(batch), real.sum(1) - 1] = vocabulary - 1
     return tokens
 
 

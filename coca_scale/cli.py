@@ -139,9 +139,6 @@ def plan_command(
         list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE...]", help="Change the recipe.")
     ] = None,
     gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of a node.")] = 8,
-    mean_tokens: Annotated[
-        float, typer.Option(min=2, help="Tokens of a caption, as coca-scale data inspect says.")
-    ] = 20.0,
     as_json: Annotated[bool, typer.Option("--json", help="All numbers as JSON.")] = False,
 ) -> None:
     """Memory, FLOPs, traffic, time and cost of a run; exits 1 if it does not fit.
@@ -161,7 +158,7 @@ def plan_command(
     batch = BatchPlan.from_recipe(loaded, gpus)
     known = loaded.train.epochs is None or loaded.data.train_samples is not None
     steps = total_steps(loaded.train, loaded.data.train_samples) if known else None
-    costs = count_costs(loaded, batch, mean_tokens)
+    costs = count_costs(loaded, batch)
     plan = make_plan(loaded, batch, costs, GPUS[gpu], gpus_per_node, steps)
     if as_json:
         typer.echo(json.dumps(plan.json(), indent=1))

@@ -4,22 +4,45 @@ from __future__ import annotations
 
 from typing import Any
 
-from coca_scale.planning.plan import REDUCE_BUCKET
+from coca_scale.planning.counting import LIVE, Transfers
 from coca_scale.recipe import BatchPlan, Recipe
 
 
-def deepspeed_config(recipe: Recipe, plan: BatchPlan) -> dict[str, Any]:
-    """What `deepspeed.initialize` is given; `engine.deepspeed` of the recipe is merged over it."""
-    stage, precision = recipe.engine.zero_stage, recipe.engine.precision
-    zero: dict[str, Any] = {"stage": stage}
-    if stage == 3:
+def deepspeed_config(
+    recipe: Recipe, plan: BatchPlan, sizes: Transfers, ranks_per_node: int
+) -> dict[str, Any]:
+    """What `deepspeed.initialize` is given; `engine.deepspeed` of the recipe is merged over it.
+
+    Args:
+        recipe: of the run.
+        plan: its batch over the ranks.
+        sizes: of its model.
+        ranks_per_node: the same on all nodes, or 1.
+    """
+    engine, precision = recipe.engine, recipe.engine.precision
+    zero: dict[str, Any] = {"stage": engine.zero_stage}
+    if engine.zero_stage > 0:
         zero |= {
             "overlap_comm": True,
             "contiguous_gradients": True,
-            "reduce_bucket_size": REDUCE_BUCKET,
-            "stage3_param_persistence_threshold": 10_000,
+            "reduce_bucket_size": sizes.bucket,
+            "allgather_bucket_size": sizes.bucket,
+        }
+    if engine.zero_stage == 3:
+        zero |= {
+            "stage3_prefetch_bucket_size": sizes.bucket,
+            "stage3_param_persistence_threshold": sizes.whole_below,
+            "stage3_max_live_parameters": LIVE,
+            "stage3_max_reuse_distance": LIVE,
             "stage3_gather_16bit_weights_on_model_save": False,
         }
+        if engine.secondary_shard and 1 < ranks_per_node < plan.ranks:
+            zero["zero_hpz_partition_size"] = ranks_per_node
+    host = {"device": "cpu", "pin_memory": True}
+    if engine.offload != "none":
+        zero["offload_optimizer"] = host
+    if engine.offload == "all":
+        zero["offload_param"] = host
     config: dict[str, Any] = {
         "train_batch_size": plan.global_batch,
         "train_micro_batch_size_per_gpu": plan.micro_batch,
@@ -28,6 +51,7 @@ def deepspeed_config(recipe: Recipe, plan: BatchPlan) -> dict[str, Any]:
         "zero_optimization": zero,
         "bf16": {"enabled": precision == "bf16"},
         "fp16": {"enabled": precision == "fp16", "loss_scale": 0, "initial_scale_power": 16},
+        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW runs on the CPU as well
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }

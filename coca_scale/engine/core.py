@@ -13,6 +13,7 @@ contrastive loss sees the global batch, and the second pass runs the line above 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ from coca_scale.model import CoCa, LogitScale
 from coca_scale.model.captions import Captions
 from coca_scale.model.image import normalize_pixels
 from coca_scale.model.timm_tower import cast_statistics
+from coca_scale.planning.counting import transfers
 from coca_scale.recipe import BatchPlan, Recipe
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -65,9 +67,15 @@ class StepResult:
     finite_here: bool
 
 
-def apply_settings(model: CoCa, recipe: Recipe) -> None:
-    """Put what a recipe says about recomputing and about the caption loss into its model."""
-    model.set_activation_checkpointing(recipe.engine.activation_checkpointing)
+def apply_settings(model: CoCa, recipe: Recipe, recomputed: Collection[str] = ()) -> None:
+    """Put what a recipe says about recomputing and about the caption loss into its model.
+
+    Args:
+        model: of the recipe.
+        recipe: of the run.
+        recomputed: names of blocks that are recomputed as a whole.
+    """
+    model.set_activation_checkpointing(recipe.engine.activation_checkpointing, recomputed)
     if model.caption_head is not None:
         model.caption_head.chunk_rows = recipe.loss.caption_chunk_rows
         model.caption_head.label_smoothing = recipe.loss.label_smoothing
@@ -78,12 +86,18 @@ class TrainEngine:
     """A CoCa under DeepSpeed. All public methods are collectives: every rank calls them."""
 
     def __init__(
-        self, model: CoCa, logit_scale: LogitScale, recipe: Recipe, plan: BatchPlan, world: World
+        self,
+        model: CoCa,
+        logit_scale: LogitScale,
+        recipe: Recipe,
+        plan: BatchPlan,
+        world: World,
+        recomputed: Collection[str] = (),
     ) -> None:
         """Shard `model`, which must hold the same weights on every rank.
 
         Parameters without `requires_grad` stay as they are, and are saved in the precision they
-        have here.
+        have here. Blocks named in `recomputed` keep no activations.
         """
         assert world.size == plan.ranks, "the plan is for another number of ranks"
         self._constants = _constants(model) if world.rank == 0 else {}
@@ -91,14 +105,14 @@ class TrainEngine:
         self.dtype = DTYPES[recipe.engine.precision]
         self._recipe = recipe
         self._plan = plan
-        apply_settings(model, recipe)
+        apply_settings(model, recipe, recomputed)
         self._logit_scale = logit_scale.to(world.device)
         self._scale_optimizer = make_scale_optimizer(self._logit_scale.log_scale, recipe.optim)
-        fused = world.device.type == "cuda"
-        optimizer, self._lr_scales = make_optimizer(model, recipe.optim, fused)
+        optimizer, self._lr_scales = make_optimizer(model, recipe.optim)
+        config = deepspeed_config(recipe, plan, transfers(model), world.ranks_per_node)
         setattr(model, UNIVERSAL_CHECKPOINT_INFO, {})  # without it checkpoints cannot be resharded
         self._engine, self._optimizer, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=deepspeed_config(recipe, plan)
+            model=model, optimizer=optimizer, config=config
         )
         self.module: CoCa = self._engine.module
         self._writer = self._engine.checkpoint_engine = FileWriter()
@@ -231,7 +245,8 @@ class TrainEngine:
             group["lr"] = lr
 
     def _start_gather(self, features: Tensor) -> FeatureGather:
-        return FeatureGather(features, self.world.gather_group)
+        resident = self._recipe.loss.contrastive_resident
+        return FeatureGather(features, self.world.gather_group, resident)
 
     def _contrastive(self, gather: FeatureGather) -> ContrastiveResult:
         return contrastive_loss(

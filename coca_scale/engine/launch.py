@@ -85,6 +85,12 @@ class World:
         """A rank as a person looks for it."""
         return f"rank {rank} on {self.hosts[rank]}"
 
+    @property
+    def ranks_per_node(self) -> int:
+        """Ranks of every host, 1 if they have different numbers."""
+        counts = {self.hosts.count(host) for host in self.hosts}
+        return counts.pop() if len(counts) == 1 else 1
+
     def set_timeout(self, seconds: float) -> None:
         """How long any collective may take from now on, in every group. A collective."""
         self.barrier()  # nobody is still in one that began under the old limit

@@ -21,9 +21,7 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim >= 2 and not name.endswith(NOT_DECAYED)
 
 
-def make_optimizer(
-    model: CoCa, optim: OptimSection, fused: bool
-) -> tuple[torch.optim.AdamW, list[float]]:
+def make_optimizer(model: CoCa, optim: OptimSection) -> tuple[torch.optim.AdamW, list[float]]:
     """AdamW (Loshchilov & Hutter 2019) over the parameters that train.
 
     Returns:
@@ -40,14 +38,14 @@ def make_optimizer(
     listed = [
         {"params": groups[key], "weight_decay": optim.weight_decay * key[1]} for key in ordered
     ]
-    return _adamw(listed, optim, fused), [scale for scale, _ in ordered]
+    return _adamw(listed, optim), [scale for scale, _ in ordered]
 
 
 def make_scale_optimizer(parameter: nn.Parameter, optim: OptimSection) -> torch.optim.AdamW:
     """The same AdamW for the replicated logit scale, without decay."""
-    return _adamw([{"params": [parameter], "weight_decay": 0.0}], optim, fused=False)
+    return _adamw([{"params": [parameter], "weight_decay": 0.0}], optim)
 
 
-def _adamw(groups: list[dict], optim: OptimSection, fused: bool) -> torch.optim.AdamW:
+def _adamw(groups: list[dict], optim: OptimSection) -> torch.optim.AdamW:
     betas = (optim.beta1, optim.beta2)
-    return torch.optim.AdamW(groups, lr=optim.lr, betas=betas, eps=optim.eps, fused=fused)
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=betas, eps=optim.eps, fused=True)

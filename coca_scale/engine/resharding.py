@@ -130,8 +130,7 @@ def _prepare_state(optimizer: Any, steps: int) -> None:
         for key in MOMENTS:
             if key not in state:
                 state[key] = torch.zeros_like(master)
-        device = master.device if adam.defaults.get("fused") else "cpu"
-        state["step"] = torch.tensor(float(steps), device=device)
+        state["step"] = torch.tensor(float(steps), device=master.device)  # AdamW is fused
         if not stage3:
             _link_moments(optimizer, number, master, state)
 

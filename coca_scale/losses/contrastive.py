@@ -8,11 +8,13 @@ Every rank gathers all features once, computes the log-sum-exps of its own rows,
 numbers per sample) and can then write dL/dI and dL/dT of its own rows: no gradient of features
 travels. Neither the [B, B] matrix nor a [B/W, B] slab of it exists, only tiles of `chunk_rows`
 queries × KEY_ROWS keys. Of the size of the global batch there are the gathered features alone, in
-the dtype that the model computes in.
+the dtype that the model computes in; where even those are too many, they are gathered in pieces,
+once for the log-sum-exps and once for the gradients, each while the one before is used.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -46,25 +48,46 @@ class FeatureGather:
         features: packed features [n, 2, d] of this rank, detached; the same n on every rank.
         group: process group, None for a single process. Where other collectives run meanwhile,
             give it a group of its own.
+        resident: samples whose gathered features may exist at a time; None for any number. More
+            are gathered in pieces, and twice.
     """
 
-    def __init__(self, features: Tensor, group: dist.ProcessGroup | None) -> None:
-        self._work: dist.Work | None = None
-        self._features = features.contiguous()
-        self._gathered = self._features
-        if group is not None and dist.get_world_size(group) > 1:
-            shape = (dist.get_world_size(group) * features.shape[0], *features.shape[1:])
-            self._gathered = features.new_empty(shape)
-            self._work = dist.all_gather_into_tensor(
-                self._gathered, self._features, group=group, async_op=True
-            )
+    def __init__(
+        self, features: Tensor, group: dist.ProcessGroup | None, resident: int | None = None
+    ) -> None:
+        self.features = features.contiguous()
+        self._group = group
+        self._ranks = dist.get_world_size(group) if group is not None else 1
+        local = len(features)
+        rows = local
+        if self._ranks > 1 and resident is not None and local * self._ranks > resident:
+            rows = max(1, resident // (2 * self._ranks))  # one is used while the next one travels
+        self._parts = [slice(i, min(i + rows, local)) for i in range(0, local, rows)]
+        self._next = self._start(0)
 
-    def wait(self) -> Tensor:
-        """Features of all ranks, [W·n, 2, d], in rank order."""
-        if self._work is not None:
-            self._work.wait()
-            self._work = None
-        return self._gathered
+    def each(self, use: Callable[[slice, Tensor], None], again: bool) -> None:
+        """Call `use` for all features, once.
+
+        Args:
+            use: given a part of every rank's samples, and their features [W·k, 2, d] in rank order.
+            again: whether they will be asked for once more.
+        """
+        for number, part in enumerate(self._parts, 1):
+            gathered, work = self._next
+            if work is not None:
+                work.wait()
+            self._next = gathered, None
+            if len(self._parts) > 1 and (again or number < len(self._parts)):
+                self._next = self._start(number % len(self._parts))
+            use(part, gathered)
+
+    def _start(self, number: int) -> tuple[Tensor, dist.Work | None]:
+        mine = self.features[self._parts[number]]
+        if self._ranks == 1:
+            return mine, None
+        gathered = mine.new_empty((self._ranks * mine.shape[0], *mine.shape[1:]))
+        work = dist.all_gather_into_tensor(gathered, mine, group=self._group, async_op=True)
+        return gathered, work
 
 
 @torch.no_grad()
@@ -84,88 +107,88 @@ def contrastive_loss(
         group: the ranks that share the batch, None for a single process.
         chunk_rows: rows of the similarity matrix that exist at a time.
     """
-    gathered = gather.wait()
-    wide = torch.promote_types(gathered.dtype, torch.float32)
-    images, texts = gathered[:, 0], gathered[:, 1]
-    batch = len(gathered)
+    mine = gather.features
+    wide = torch.promote_types(mine.dtype, torch.float32)
     ranks = dist.get_world_size(group) if group is not None else 1
-    local = batch // ranks
-    first = local * dist.get_rank(group) if group is not None else 0
-    mine = slice(first, first + local)
+    batch = ranks * len(mine)
     scale = log_scale.to(wide).exp().reshape(())
+    grads = torch.zeros_like(mine, dtype=wide)
+    sides = [_Side(mine[:, i], grads[:, i], scale, chunk_rows) for i in (0, 1)]
 
-    lse = torch.stack(
-        [
-            _row_logsumexp(images[mine], texts, scale, chunk_rows),
-            _row_logsumexp(texts[mine], images, scale, chunk_rows),
-        ],
-        dim=1,
-    )
-    diagonal = scale * (images[mine].to(wide) * texts[mine].to(wide)).sum(1)
-    gathered_rows = _all_gather(torch.cat([lse, diagonal[:, None]], dim=1), group)
-    lse_all, diagonal_all = gathered_rows[:, :2], gathered_rows[:, 2]
-    loss = (lse_all.mean(1) - diagonal_all).mean()
+    def first_pass(_: slice, features: Tensor) -> None:
+        for side, keys in zip(sides, _both(features, 1), strict=True):
+            side.add_to_logsumexp(keys)
 
-    sides = (images, texts, lse_all), (texts, images, lse_all.flip(1))
-    (grad_images, moment_i2t), (grad_texts, moment_t2i) = (
-        _row_gradients(queries, keys, lses, mine, scale, chunk_rows)
-        for queries, keys, lses in sides
-    )
-    grad_log_scale = (moment_i2t + moment_t2i - 2 * diagonal.sum()) / (2 * batch)
+    gather.each(first_pass, again=True)
+    lse = torch.stack([side.lse for side in sides], dim=1)
+    diagonal = scale * (mine[:, 0].to(wide) * mine[:, 1].to(wide)).sum(1)
+    gathered = _all_gather(torch.cat([lse, diagonal[:, None]], dim=1), group)
+    loss = (gathered[:, :2].mean(1) - gathered[:, 2]).mean()
+
+    of_rank = gathered.unflatten(0, (ranks, -1))
+
+    def second_pass(part: slice, features: Tensor) -> None:
+        lses = _both(of_rank[:, part, :2].flatten(0, 1), 1)
+        for side, keys, key_lse in zip(sides, _both(features, 1), lses, strict=True):
+            side.add_to_gradients(keys, key_lse)
+
+    gather.each(second_pass, again=False)
+    image, text = sides
+    grad_log_scale = (image.moment + text.moment - 2 * diagonal.sum()) / (2 * batch)
     if ranks > 1:
         dist.all_reduce(grad_log_scale, group=group)
-    grad_features = torch.stack([grad_images, grad_texts], dim=1)
-    return ContrastiveResult(loss, grad_features, grad_log_scale)
+    # each pair is its own positive, counted once per direction
+    grads.sub_(mine.flip(1), alpha=2).mul_(scale / (2 * batch))
+    return ContrastiveResult(loss, grads, grad_log_scale)
 
 
-def _row_logsumexp(queries: Tensor, keys: Tensor, scale: Tensor, chunk_rows: int) -> Tensor:
-    """log Σ_j exp(s·q_i·k_j) for every query, [n]."""
-    return torch.cat(
-        [
-            torch.stack(
-                [_scores(q, k, scale).logsumexp(1) for k in keys.split(KEY_ROWS)]
-            ).logsumexp(0)
-            for q in queries.split(chunk_rows)
-        ]
-    )
+class _Side:
+    """This rank's image or text features as queries, and what is summed up over all keys.
 
-
-def _row_gradients(
-    queries: Tensor, keys: Tensor, lse: Tensor, mine: slice, scale: Tensor, chunk_rows: int
-) -> tuple[Tensor, Tensor]:
-    """Gradient of the loss for this rank's queries, and Σ_ij p_ij·z_ij over its rows.
-
-    Args:
-        queries: [B, d] of the side whose gradient is wanted.
-        keys: [B, d] of the other side.
-        lse: [B, 2], log-sum-exp per query row and per key row.
-        mine: this rank's rows.
-        scale: s.
-        chunk_rows: queries at a time.
-
-    Returns:
-        [n, d] and a scalar, in the dtype of `lse`.
+    Attributes:
+        lse: [n], log Σ_j exp(s·q_i·k_j).
+        moment: Σ_ij p_ij·s·q_i·k_j.
     """
-    batch, width = queries.shape
-    grads = lse.new_zeros(mine.stop - mine.start, width)
-    moment = lse.new_zeros(())
-    for start in range(mine.start, mine.stop, chunk_rows):
-        rows = slice(start, min(start + chunk_rows, mine.stop))
-        grad = grads[rows.start - mine.start : rows.stop - mine.start]
-        for key_start in range(0, batch, KEY_ROWS):
-            columns = slice(key_start, key_start + KEY_ROWS)
-            scores = _scores(queries[rows], keys[columns], scale)
-            weights = (scores - lse[rows, :1]).exp()
-            moment += (weights * scores).sum()
-            weights += scores.sub_(lse[columns, 1]).exp_()
-            grad.addmm_(weights, keys[columns].to(weights.dtype))
-        grad -= 2 * keys[rows]
-    return grads.mul_(scale / (2 * batch)), moment
+
+    def __init__(self, queries: Tensor, grads: Tensor, scale: Tensor, chunk_rows: int) -> None:
+        self._queries, self._grads, self._scale = queries, grads, scale
+        rows = range(0, len(queries), chunk_rows)
+        self._chunks = [slice(start, start + chunk_rows) for start in rows]
+        self.lse = scale.new_full((len(queries),), -torch.inf)
+        self.moment = torch.zeros_like(scale)
+
+    def add_to_logsumexp(self, keys: Tensor) -> None:
+        """First pass, once for all keys [m, d]."""
+        for tile in keys.split(KEY_ROWS):
+            for rows in self._chunks:
+                found = self._scores(rows, tile).logsumexp(1)
+                self.lse[rows] = torch.logaddexp(self.lse[rows], found)
+
+    def add_to_gradients(self, keys: Tensor, key_lse: Tensor) -> None:
+        """Second pass: Σ_j (p_ij + p_ji)·k_j, the softmax over keys and over queries.
+
+        Args:
+            keys: [m, d].
+            key_lse: [m], their log-sum-exps as queries.
+        """
+        tiles = zip(keys.split(KEY_ROWS), key_lse.split(KEY_ROWS), strict=True)
+        for tile, tile_lse in tiles:
+            wide = tile.to(self._grads.dtype)
+            for rows in self._chunks:
+                scores = self._scores(rows, tile)
+                weights = (scores - self.lse[rows, None]).exp()
+                self.moment += (weights * scores).sum()
+                weights += scores.sub_(tile_lse).exp_()
+                self._grads[rows].addmm_(weights, wide)
+
+    def _scores(self, rows: slice, keys: Tensor) -> Tensor:
+        """s·q_i·k_j, [q, k] in the dtype of s: rounded to bf16 it would be off by 10 %."""
+        return wide_matmul(self._queries[rows], keys.T, self._scale.dtype).mul_(self._scale)
 
 
-def _scores(queries: Tensor, keys: Tensor, scale: Tensor) -> Tensor:
-    """s·q_i·k_j, [q, k] in the dtype of `scale`: rounded to bf16 it would be off by 10 %."""
-    return wide_matmul(queries, keys.T, scale.dtype).mul_(scale)
+def _both(pairs: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    """The two columns of [m, 2, …], the one with index `first` first."""
+    return pairs[:, first], pairs[:, 1 - first]
 
 
 def _all_gather(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Literal
 
 import torch
@@ -14,7 +14,7 @@ from coca_scale.model.config import ModelConfig
 from coca_scale.model.decoder import CaptionHead, MultimodalDecoder
 from coca_scale.model.hf_text import HuggingFaceTextTower
 from coca_scale.model.image import ImageTower
-from coca_scale.model.recompute import Thrifty
+from coca_scale.model.recompute import Recomputable, Thrifty
 from coca_scale.model.text import TextTower
 from coca_scale.model.timm_tower import TimmClipTower, TimmTower
 
@@ -40,17 +40,28 @@ class CoCa(nn.Module):
             self.decoder = MultimodalDecoder(decoder, config.quick_gelu)
             self.caption_head = CaptionHead(decoder.width, decoder.vocab_size)
 
-    def set_activation_checkpointing(self, mode: Checkpointing) -> None:
+    def blocks(self) -> dict[str, Recomputable]:
+        """What can be recomputed as a whole, by name: blocks, and towers of other libraries."""
+        return {n: m for n, m in self.named_modules() if isinstance(m, Recomputable)}
+
+    def set_activation_checkpointing(
+        self, mode: Checkpointing, whole: Collection[str] = ()
+    ) -> None:
         """What the backward pass computes again instead of finding it in memory.
 
-        none: nothing; selective: norms and activation functions; full: every transformer block.
+        Args:
+            mode: none: nothing; selective: norms and activation functions; full: every block.
+            whole: names of blocks that are recomputed as a whole anyway.
         """
-        for tower in (self.image, self.text, self.decoder):
-            if tower is not None:
-                tower.activation_checkpointing = mode == "full"
         for module in self.modules():
             if isinstance(module, Thrifty):
                 module.thrifty = mode == "selective"
+        for name, block in self.blocks().items():
+            block.recompute = mode == "full" or name in whole
+            if block.recompute:
+                for part in block.modules():
+                    if isinstance(part, Thrifty):
+                        part.thrifty = False
 
     def encode_image(self, images: Tensor, normalize: bool = True) -> Tensor:
         """Normalised images [B, 3, H, W] → features [B, embed_dim], of unit length by default."""

@@ -18,20 +18,19 @@ class MultimodalDecoder(nn.Module):
     def __init__(self, config: DecoderConfig, quick_gelu: bool) -> None:
         super().__init__()
         shape = (config.width, config.heads, float(config.mlp_ratio), config.layers, quick_gelu)
-        self.activation_checkpointing = False
         self.blocks = nn.ModuleList(Block(*shape) for _ in range(config.layers))
         self.cross_blocks = nn.ModuleList(CrossBlock(*shape) for _ in range(config.layers))
         self.norm_final = nn.LayerNorm(config.width)
 
     def forward(self, text_MD: Tensor, rows: Ragged, image_BSD: Tensor) -> Tensor:
         """Token features, the layout of their rows, and image tokens → hidden states [M, D]."""
-        recompute = self.activation_checkpointing
         # the blocks differ in weight and bias of this norm alone
         image_BSD = F.layer_norm(image_BSD, image_BSD.shape[-1:])
         x = text_MD
         for block, cross in zip(self.blocks, self.cross_blocks, strict=True):
-            x = run_block(block, x, recompute, None, True, rows)
-            x = run_block(cross, x, recompute, image_BSD, rows)
+            assert isinstance(block, Block) and isinstance(cross, CrossBlock)
+            x = run_block(block, x, None, True, rows)
+            x = run_block(cross, x, image_BSD, rows)
         return self.norm_final(x)
 
     def layer_groups(self) -> list[list[nn.Parameter]]:

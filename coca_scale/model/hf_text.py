@@ -10,11 +10,12 @@ from transformers import AutoConfig, AutoModel
 
 from coca_scale.model.captions import Captions, arrange, real_lengths
 from coca_scale.model.config import TextConfig
+from coca_scale.model.recompute import Recomputable
 
 NEW_SWITCH = "activation_checkpointing_enable"
 
 
-class HuggingFaceTextTower(nn.Module):
+class HuggingFaceTextTower(Recomputable):
     """A transformers encoder with mean pooling and a projection.
 
     In a CoCa its attention is causal, so that no token's features know the words after it: with
@@ -26,7 +27,6 @@ class HuggingFaceTextTower(nn.Module):
         super().__init__()
         assert config.hf_config is not None
         self.pad_id = config.pad_id
-        self.activation_checkpointing = False
         self.transformer = AutoModel.from_config(
             transformers_config(config, causal), add_pooling_layer=False
         )
@@ -39,16 +39,7 @@ class HuggingFaceTextTower(nn.Module):
             first, last = _projection(width, hidden), _projection(hidden, embed_dim)
             self.proj = nn.Sequential(first, nn.GELU(), last)
 
-    @property
-    def activation_checkpointing(self) -> bool:
-        """Whether the layers are recomputed in the backward pass."""
-        return self._recompute
-
-    @activation_checkpointing.setter
-    def activation_checkpointing(self, enabled: bool) -> None:
-        self._recompute = enabled
-        if not hasattr(self, "transformer"):
-            return
+    def _switch(self, enabled: bool) -> None:
         # transformers renamed both in version 5
         kind = "activation" if hasattr(self.transformer, NEW_SWITCH) else "gradient"
         if enabled:

@@ -27,7 +27,6 @@ class PooledTower(nn.Module):
 
     def __init__(self, config: VisionConfig, width: int, embed_dim: int) -> None:
         super().__init__()
-        self.activation_checkpointing = False
         heads = config.attn_pooler_heads
         self.pooling = config.attentional_pool
         self.pooler: AttentionalPooler | None = None
@@ -98,7 +97,7 @@ class ImageTower(PooledTower):
             patches_BSD = drop_patches(patches_BSD, sample_ids, self.patch_dropout)
         cls_D = self.class_embedding + self.position_embedding[0]
         x = torch.cat([cls_D.expand(images.shape[0], 1, -1), patches_BSD], dim=1)
-        x = run_blocks(self.blocks, self.norm_pre(x), self.activation_checkpointing)
+        x = run_blocks(self.blocks, self.norm_pre(x))
         return self.pool(x)
 
     def layer_groups(self) -> list[list[nn.Parameter]]:

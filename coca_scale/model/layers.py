@@ -14,7 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coca_scale.model.captions import Ragged
-from coca_scale.model.recompute import Again, LayerNorm, NormScale, Thrifty, not_keeping
+from coca_scale.model.recompute import (
+    Again,
+    LayerNorm,
+    NormScale,
+    Recomputable,
+    Thrifty,
+    not_keeping,
+)
 
 
 def normal_parameter(*shape: int, std: float) -> nn.Parameter:
@@ -165,7 +172,7 @@ def attend(
     return x.transpose(1, 2).flatten(2)
 
 
-class Block(nn.Module):
+class Block(Recomputable):
     """Pre-norm transformer block of a tower with `depth` layers."""
 
     def __init__(
@@ -190,7 +197,7 @@ class Block(nn.Module):
         return x + self.mlp(*self.norm2(x))
 
 
-class CrossBlock(nn.Module):
+class CrossBlock(Recomputable):
     """Pre-norm block that attends to image tokens instead of the text itself."""
 
     def __init__(

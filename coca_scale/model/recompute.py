@@ -70,6 +70,25 @@ class Thrifty(nn.Module):
     thrifty = False
 
 
+class Recomputable(nn.Module):
+    """A module of which the backward pass can compute everything again, from its input."""
+
+    _recompute = False
+
+    @property
+    def recompute(self) -> bool:
+        """Whether it does."""
+        return self._recompute
+
+    @recompute.setter
+    def recompute(self, enabled: bool) -> None:
+        self._recompute = enabled
+        self._switch(enabled)
+
+    def _switch(self, enabled: bool) -> None:
+        """For what is recomputed by its library."""
+
+
 class LayerNorm(Thrifty, nn.LayerNorm):
     """A norm in front of a linear layer."""
 

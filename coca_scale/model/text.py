@@ -24,7 +24,6 @@ class TextTower(nn.Module):
         self.pad_id = config.pad_id
         self.end_id = config.eos_id if config.pool_type == "eos" else None
         self.correct_cls_mask = config.correct_cls_mask
-        self.activation_checkpointing = False
         self.token_embedding = nn.Embedding(config.vocab_size, width)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         self.class_embedding = normal_parameter(width, std=0.01) if config.embed_cls else None
@@ -71,9 +70,7 @@ class TextTower(nn.Module):
             x = torch.where(is_cls, self.class_embedding, x)
         x = x + F.embedding(captions.positions_N, self.position_embedding)
         mask = attention_mask(captions)
-        x = run_blocks(
-            self.blocks, x, self.activation_checkpointing, mask, mask is None, captions.text
-        )
+        x = run_blocks(self.blocks, x, mask, mask is None, captions.text)
         return self.norm_final(pick(x, captions.pooled_B)) @ self.projection, x
 
     def contrastive_parameters(self) -> list[nn.Parameter]:

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from coca_scale.model.config import VisionConfig
 from coca_scale.model.image import PooledTower
+from coca_scale.model.recompute import Recomputable
 
 
 def make_trunk(config: VisionConfig, pool: str) -> Any:
@@ -60,7 +61,7 @@ def cast_statistics(model: nn.Module, dtype: torch.dtype) -> None:
             module.running_var = module.running_var.to(dtype)
 
 
-class _Trunk(nn.Module):
+class _Trunk(Recomputable):
     """Shared by both timm towers.
 
     BatchNorm runs with its stored statistics, always: those of a micro-batch would make the result
@@ -77,15 +78,9 @@ class _Trunk(nn.Module):
                 module.eval()
         return self
 
-    @property
-    def activation_checkpointing(self) -> bool:
-        """Whether the trunk recomputes its blocks; timm does it for models that can."""
-        return self._recompute
-
-    @activation_checkpointing.setter
-    def activation_checkpointing(self, enabled: bool) -> None:
-        self._recompute = enabled
-        if hasattr(self, "trunk") and hasattr(self.trunk, "set_grad_checkpointing"):
+    def _switch(self, enabled: bool) -> None:
+        """timm recomputes the blocks of models that can."""
+        if hasattr(self.trunk, "set_grad_checkpointing"):
             self.trunk.set_grad_checkpointing(enabled)
 
     def _trunk_groups(self) -> list[list[nn.Parameter]]:
@@ -142,7 +137,6 @@ class TimmClipTower(_Trunk):
 
     def __init__(self, config: VisionConfig, embed_dim: int) -> None:
         super().__init__()
-        self.activation_checkpointing = False
         self.trunk = make_trunk(config, config.timm_pool)
         projection = nn.Linear(int(self.trunk.num_features), embed_dim, config.timm_proj_bias)
         nn.init.normal_(projection.weight, std=projection.in_features**-0.5)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from coca_scale.recipe import Recipe
+
 ADAM_BYTES = 8  # two moments in fp32
 MASTER_BYTES = 4
 AVERAGE_BYTES = 4
@@ -11,38 +13,47 @@ AVERAGE_BYTES = 4
 
 @dataclass(frozen=True)
 class StateBytes:
-    """Bytes on one rank."""
+    """Bytes of one rank: three kinds on its device, and what waits in the memory of the host."""
 
     parameters: int
     gradients: int
     optimizer: int
+    host: int
 
     @property
     def total(self) -> int:
-        """Of all three."""
+        """On the device."""
         return self.parameters + self.gradients + self.optimizer
 
 
 def state_bytes(
-    parameters: int, trained: int, ranks: int, zero_stage: int, precision: str, averaged: bool
+    recipe: Recipe, parameters: int, trained: int, ranks: int, ranks_per_node: int
 ) -> StateBytes:
     """Bytes per rank, without activations and without what is gathered for a layer at a time.
 
     Args:
+        recipe: says how the state is cut, and in which precision it is.
         parameters: of the model.
         trained: of them, those that are not locked.
         ranks: processes that share the state.
-        zero_stage: 0 to 3.
-        precision: fp32, bf16 or fp16.
-        averaged: whether a moving average of the weights is kept.
+        ranks_per_node: of them on one node.
     """
-    element = 4 if precision == "fp32" else 2
-    master = 0 if precision == "fp32" else MASTER_BYTES
-    weights = parameters * element
-    gradients = trained * element
-    optimizer = trained * (ADAM_BYTES + master + (AVERAGE_BYTES if averaged else 0))
-    return StateBytes(
-        round(weights / (ranks if zero_stage >= 3 else 1)),
-        round(gradients / (ranks if zero_stage >= 2 else 1)),
-        round(optimizer / (ranks if zero_stage >= 1 else 1)),
-    )
+    engine = recipe.engine
+    element = 4 if engine.precision == "fp32" else 2
+    moments = ADAM_BYTES
+    moments += 0 if engine.precision == "fp32" else MASTER_BYTES
+    moments += 0 if recipe.optim.ema_decay is None else AVERAGE_BYTES
+    stage = engine.zero_stage
+    weights = parameters * element / (ranks if stage >= 3 else 1)
+    gradients = trained * element / (ranks if stage >= 2 else 1)
+    optimizer = trained * moments / (ranks if stage >= 1 else 1)
+    host = 0.0
+    if engine.offload != "none":
+        host += gradients + optimizer
+        gradients = optimizer = 0.0
+    if engine.offload == "all":
+        host += weights
+        weights = 0.0
+    if engine.secondary_shard and ranks > ranks_per_node:
+        weights += parameters * element / ranks_per_node
+    return StateBytes(round(weights), round(gradients), round(optimizer), round(host))

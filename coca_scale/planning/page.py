@@ -15,6 +15,7 @@ def plan_page(
         f"{part} {size / 1e9:.2f}" for part, size in costs.kept_bytes.items() if size > 5e6
     )
     where = "in a node" if plan.link_bytes == gpu.node_bytes else "between nodes"
+    again = f"; {costs.recomputed} of {costs.blocks} blocks recomputed" if costs.recomputed else ""
     lines = [
         f"{recipe.model.name}, {costs.parameters:,} parameters, on {batch.ranks:,} × {name}",
         f"batch     {batch.global_batch:,} = {batch.ranks:,} ranks × {batch.accumulation} "
@@ -23,9 +24,10 @@ def plan_page(
         f"{_gb(plan.parameters_bytes):>18} weights",
         f"{_gb(plan.gradients_bytes):>18} gradients",
         f"{_gb(plan.optimizer_bytes):>18} optimizer",
-        f"{_gb(plan.activations_bytes):>18} activations ({parts})",
+        f"{_gb(plan.activations_bytes):>18} activations ({parts}){again}",
         f"{_gb(plan.loss_bytes):>18} contrastive loss, gathered features included",
         f"{_gb(plan.buffers_bytes):>18} gathered layers, buckets, CUDA and NCCL",
+        *([f"{_gb(plan.host_bytes):>18} per GPU in the host"] if plan.host_bytes else []),
         f"compute   {plan.flops_per_sample / 1e9:,.0f} GFLOP per sample; "
         f"{plan.compute_seconds:,.2f} s per step at {gpu.utilization:.0%} of "
         f"{gpu.flops / 1e12:,.0f} TFLOP/s, which is assumed",

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from coca_scale.planning.counting import LIVE
 from coca_scale.planning.gpus import Gpu
 from coca_scale.planning.memory import state_bytes
 from coca_scale.recipe import BatchPlan, Recipe
 
 # what a process takes beside tensors: CUDA context, NCCL's buffers, fragmentation
 RESERVED_BYTES = 2.5e9
-REDUCE_BUCKET = 50_000_000  # elements; DeepSpeed's own 5e8 alone takes 2 GB in fp32
 REDUCE_BUCKETS = 2  # one fills while the other travels
-PREFETCH_BUCKET = 50_000_000  # elements, DeepSpeed's default
 
 
 @dataclass(frozen=True)
@@ -29,6 +28,10 @@ class Costs:
         tower_parameters: of them, those of the towers.
         trained: of all, those that are not locked.
         largest_layer: parameters of the largest module that ZeRO-3 gathers at once.
+        bucket: elements that ZeRO moves at a time.
+        features_bytes: of this rank's samples in the global batch.
+        blocks: of the model.
+        recomputed: of them, those that are recomputed as a whole to keep to a budget.
         kept_bytes: what a forward pass leaves for its backward pass, by part of the model.
         peak_bytes: most bytes of activations and gradients of activations alive.
         tower_flops: of the forward pass of both towers, per micro-batch.
@@ -40,6 +43,10 @@ class Costs:
     tower_parameters: int
     trained: int
     largest_layer: int
+    bucket: int
+    features_bytes: int
+    blocks: int
+    recomputed: int
     kept_bytes: dict[str, int]
     peak_bytes: int
     tower_flops: int
@@ -58,6 +65,7 @@ class Plan:
     loss_bytes: int
     buffers_bytes: int
     total_bytes: int
+    host_bytes: int
     device_bytes: int
     flops_per_sample: float
     communication_bytes_per_step: float
@@ -94,11 +102,9 @@ def make_plan(
         gpus_per_node: ranks that share a node.
         steps: of the run, None if unknown.
     """
-    stage, precision = recipe.engine.zero_stage, recipe.engine.precision
-    averaged = recipe.optim.ema_decay is not None
-    state = state_bytes(costs.parameters, costs.trained, batch.ranks, stage, precision, averaged)
-    element = 4 if precision == "fp32" else 2
-    buffers = _buffer_bytes(costs, batch.ranks, stage, element)
+    state = state_bytes(recipe, costs.parameters, costs.trained, batch.ranks, gpus_per_node)
+    element = 4 if recipe.engine.precision == "fp32" else 2
+    buffers = _buffer_bytes(costs, recipe, batch, element)
     activations = costs.peak_bytes
     reserved = RESERVED_BYTES if gpu.memory_bytes > 30e9 else 0
     total = state.total + activations + costs.loss_bytes + buffers + reserved
@@ -107,9 +113,9 @@ def make_plan(
     if batch.accumulation > 1:
         flops += costs.tower_flops * batch.accumulation
     compute = flops / (gpu.flops * gpu.utilization)
-    traffic = _traffic_bytes(costs, recipe, batch, element)
+    traffic, in_node = _traffic_bytes(costs, recipe, batch, element, gpus_per_node)
     per_second = gpu.node_bytes if batch.ranks <= gpus_per_node else gpu.network_bytes
-    communication = traffic / per_second
+    communication = (traffic - in_node) / per_second + in_node / gpu.node_bytes
     step = max(compute, communication)
     limit = "memory" if total > gpu.memory_bytes else "compute"
     if limit == "compute" and communication > compute:
@@ -123,6 +129,7 @@ def make_plan(
         loss_bytes=costs.loss_bytes,
         buffers_bytes=round(buffers + reserved),
         total_bytes=round(total),
+        host_bytes=state.host,
         device_bytes=round(gpu.memory_bytes),
         flops_per_sample=flops / batch.samples_per_rank,
         communication_bytes_per_step=traffic,
@@ -138,27 +145,50 @@ def make_plan(
     )
 
 
-def _buffer_bytes(costs: Costs, ranks: int, stage: int, element: int) -> float:
-    """Parameters gathered for the layer that runs and the next ones, and gradients on their way."""
-    if ranks == 1 or stage == 0:
+def live_parameters(costs: Costs) -> int:
+    """Weights that ZeRO-3 has whole at the end of a forward pass, as the backward pass wants them.
+
+    With accumulation, where another pass comes between, it keeps fewer; they are counted all.
+    """
+    return min(costs.parameters, LIVE // 2)
+
+
+def _buffer_bytes(costs: Costs, recipe: Recipe, batch: BatchPlan, element: int) -> float:
+    """Parameters gathered for the layers that run and come next, gradients on their way."""
+    stage = recipe.engine.zero_stage
+    if batch.ranks == 1 or stage == 0:
         return 0.0
-    reduce = REDUCE_BUCKETS * min(REDUCE_BUCKET, costs.trained) * element
+    reduce = REDUCE_BUCKETS * min(costs.bucket, costs.trained) * element
     if stage < 3:
         return reduce
-    ahead = min(PREFETCH_BUCKET, costs.parameters)
-    return reduce + (costs.largest_layer + ahead) * element
+    gathered = live_parameters(costs) + costs.largest_layer + costs.bucket
+    return reduce + min(costs.parameters, gathered) * element
 
 
-def _traffic_bytes(costs: Costs, recipe: Recipe, batch: BatchPlan, element: int) -> float:
-    """Bytes that a rank sends in a step: ring collectives send (W−1)/W of what they make whole."""
+def _traffic_bytes(
+    costs: Costs, recipe: Recipe, batch: BatchPlan, element: int, ranks_per_node: int
+) -> tuple[float, float]:
+    """Bytes that a rank sends in a step, and those of them that stay within its node anyway.
+
+    Ring collectives send (W−1)/W of what they make whole.
+    """
     stage, ranks = recipe.engine.zero_stage, batch.ranks
     share = (ranks - 1) / ranks
     weights, gradients = costs.parameters * element, costs.trained * element
+    again, in_node = 0.0, 0.0
     if stage >= 3:
-        first_pass = costs.tower_parameters * element if batch.accumulation > 1 else 0
-        sent = batch.accumulation * (first_pass + 2 * weights + gradients)
+        passes = batch.accumulation
+        first_pass = costs.tower_parameters * element if passes > 1 else 0
+        kept = live_parameters(costs) * element if passes == 1 else 0
+        sent = passes * (first_pass + weights + gradients)
+        again = passes * (weights - kept)  # for the backward pass
+        if recipe.engine.secondary_shard and ranks > ranks_per_node:
+            in_node = again * (ranks_per_node - 1) / ranks_per_node
+            again = 0.0
     elif stage == 2:
         sent = weights + batch.accumulation * gradients
     else:
         sent = weights + gradients  # reduce-scatter and all-gather, or an all-reduce
-    return share * sent
+    twice = batch.global_batch > recipe.loss.contrastive_resident
+    features = (ranks - 1) * costs.features_bytes * (2 if twice else 1)
+    return share * (sent + again) + features + in_node, in_node

@@ -148,6 +148,11 @@ class DataSection(Section):
     val: Sources | None = Field(
         None, description="Validation data, same forms; null turns validation off."
     )
+    mean_tokens: Annotated[float, Field(ge=2.0)] = Field(
+        20.0,
+        description="Tokens of a caption on average, start and end included, as `coca-scale data "
+        "inspect` counts them; what is planned depends on it, training does not.",
+    )
     train_samples: PositiveInt | None = Field(
         None, description="Samples per epoch, needed for train.epochs where it cannot be counted."
     )
@@ -210,6 +215,11 @@ class LossSection(Section):
     )
     contrastive_chunk_rows: PositiveInt = Field(
         512, description="Rows of the similarity matrix that exist at a time."
+    )
+    contrastive_resident: PositiveInt = Field(
+        262_144,
+        description="Samples whose gathered features exist at a time; a larger global batch is "
+        "gathered in pieces, and twice.",
     )
     caption_chunk_rows: PositiveInt = Field(
         2048, description="Tokens whose vocabulary logits exist at a time."
@@ -291,6 +301,26 @@ class EngineSection(Section):
         "selective: norms and activation functions, cheap and 40 % of what a block keeps; full: "
         "every transformer block.",
     )
+    activation_budget_gb: Annotated[float, Field(gt=0.0)] | None = Field(
+        None,
+        description="Most memory for activations on a rank, in GB: as few blocks as that takes are "
+        "recomputed as a whole. Counts captions of data.mean_tokens.",
+    )
+    offload: Literal["none", "optimizer", "all"] = Field(
+        "none",
+        description="What waits in the memory of the host: nothing; optimizer: its state, updated "
+        "by the CPU; all: the weights too, which needs zero_stage 3.",
+    )
+    secondary_shard: bool = Field(
+        False,
+        description="ZeRO++ hpZ: every node keeps the weights once more, over its own GPUs, and "
+        "the backward pass gathers them there. Needs zero_stage 3.",
+    )
+    gc_every_steps: PositiveInt | None = Field(
+        100,
+        description="Steps between Python's garbage collections, on all ranks together; null "
+        "leaves them to Python, and then ranks wait for each other's.",
+    )
     start_timeout_minutes: Annotated[float, Field(gt=0.0)] = Field(
         30.0, description="Longest wait for all ranks to come together and build the model."
     )
@@ -309,6 +339,16 @@ class EngineSection(Section):
     def _stage0_is_fp32(self) -> EngineSection:
         if self.zero_stage == 0 and self.precision != "fp32":
             raise ValueError("zero_stage 0 runs in fp32 only; use zero_stage 1 for bf16 or fp16")
+        return self
+
+    @model_validator(mode="after")
+    def _what_needs_sharding(self) -> EngineSection:
+        if self.offload != "none" and self.zero_stage == 0:
+            raise ValueError(f"offload {self.offload} needs zero_stage 1, 2 or 3")
+        if self.offload == "all" and self.zero_stage < 3:
+            raise ValueError("offload all needs zero_stage 3; use offload optimizer")
+        if self.secondary_shard and self.zero_stage < 3:
+            raise ValueError("secondary_shard needs zero_stage 3")
         return self
 
 

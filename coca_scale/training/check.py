@@ -92,8 +92,7 @@ def _model(recipe: Recipe, ranks: int, device_bytes: int, report: Report) -> Mod
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     engine = recipe.engine
-    averaged = recipe.optim.ema_decay is not None
-    need = state_bytes(total, trained, ranks, engine.zero_stage, engine.precision, averaged).total
+    need = state_bytes(recipe, total, trained, ranks, ranks).total
     text = (
         f"memory: weights, gradients and optimizer take {need / 1e9:,.2f} GB of "
         f"{device_bytes / 1e9:,.1f} GB per rank, activations not counted"

@@ -2,56 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from coca_scale.engine.core import DTYPES, apply_settings
 from coca_scale.losses import FeatureGather, contrastive_loss
 from coca_scale.model import CoCa
-from coca_scale.model.captions import Captions
 from coca_scale.model.lock import freeze
-from coca_scale.planning.counting import LiveBytes, flops, parts
+from coca_scale.planning.counting import LiveBytes, flops, parts, transfers
 from coca_scale.planning.plan import Costs
 from coca_scale.recipe import BatchPlan, Recipe
 from coca_scale.training.initial import model_config
 
 
-def count_costs(recipe: Recipe, batch: BatchPlan, mean_tokens: float) -> Costs:
+def count_costs(recipe: Recipe, batch: BatchPlan) -> Costs:
     """Run a micro-batch of the recipe's model, and the contrastive loss of its global batch.
 
-    Args:
-        recipe: of the run.
-        batch: its batch over the ranks.
-        mean_tokens: real tokens of a caption, start and end included; lengths are Poisson's.
-
     Raises:
-        ValueError: the model cannot be built.
+        ValueError: the model cannot be built, or does not keep to its activation budget.
     """
-    config = model_config(recipe.model)
-    dtype = DTYPES[recipe.engine.precision]
-    micro, size = batch.micro_batch, config.vision_cfg.image_size
-    tokens = caption_quantiles(micro, mean_tokens, config.context_length, config.pad_id)
-    with FakeTensorMode() as fake, _default_dtype(dtype):
-        model = CoCa(config).train()
-        images = torch.randn(micro, 3, size, size, dtype=dtype)
-    freeze(model, recipe.model, recipe.loss)
-    apply_settings(model, recipe)
-    captions = model.text.arrange(tokens).map(fake.from_tensor)
-    with fake:
-        kept, peak = _bytes(model, images, captions)
-        for parameter in model.parameters():
-            parameter.grad = None
+    case = _Case(recipe, batch)
+    model = case.model
+    recomputed = blocks_to_recompute(recipe, batch)
+    apply_settings(model, recipe, recomputed)
+    kept, peak = case.bytes(_parts(model))
+    with case.fake:
         with torch.no_grad():
-            tower_flops = flops(lambda: model(images, captions, features_only=True))
-        step_flops = flops(lambda: _forward(model, images, captions).backward())
+            tower_flops = flops(lambda: model(*case.inputs, features_only=True))
+        step_flops = flops(lambda: case.forward().backward())
     parameters = list(model.parameters())
     towers = [*model.image.parameters(), *model.text.parameters()]
+    width, dtype = model.config.embed_dim, DTYPES[recipe.engine.precision]
     return Costs(
         parameters=sum(p.numel() for p in parameters),
         tower_parameters=sum(p.numel() for p in towers),
@@ -59,12 +49,104 @@ def count_costs(recipe: Recipe, batch: BatchPlan, mean_tokens: float) -> Costs:
         largest_layer=max(
             sum(p.numel() for p in module.parameters(recurse=False)) for module in model.modules()
         ),
+        bucket=transfers(model).bucket,
+        features_bytes=batch.samples_per_rank * 2 * width * dtype.itemsize,
+        recomputed=len(recomputed),
+        blocks=len(model.blocks()),
         kept_bytes=kept,
         peak_bytes=peak,
         tower_flops=tower_flops,
         step_flops=step_flops,
-        loss_bytes=_contrastive_bytes(recipe, batch, config.embed_dim, dtype),
+        loss_bytes=_contrastive_bytes(recipe, batch, width, dtype),
     )
+
+
+def blocks_to_recompute(recipe: Recipe, batch: BatchPlan) -> list[str]:
+    """Blocks to recompute as a whole, so that activations keep to the recipe's budget.
+
+    Those that give most bytes for the FLOPs of a second forward pass come first.
+
+    Raises:
+        ValueError: recomputing all of them is not enough.
+    """
+    budget = recipe.engine.activation_budget_gb
+    if budget is None or recipe.engine.activation_checkpointing == "full":
+        return []
+    case = _Case(recipe, batch)
+    apply_settings(case.model, recipe)
+    blocks = case.model.blocks()
+    saved, peak = case.savings()
+    with case.fake, FlopCounterMode(display=False) as counter:
+        case.forward()
+    counts = counter.get_flop_counts()
+    cost = {name: sum(counts[f"CoCa.{name}"].values()) for name in blocks}
+    left = sorted(blocks, key=lambda name: saved[name] / max(1, cost[name]))
+    chosen: list[str] = []
+    while peak > budget * 1e9:
+        over = peak - budget * 1e9
+        if not left:
+            raise ValueError(
+                f"engine.activation_budget_gb={budget:g}: with every block recomputed activations "
+                f"still take {peak / 1e9:.2f} GB; use a smaller train.micro_batch"
+            )
+        while left and over > 0:
+            chosen.append(left.pop())
+            over -= saved[chosen[-1]]
+        apply_settings(case.model, recipe, chosen)
+        _, peak = case.bytes({})
+    return chosen
+
+
+class _Case:
+    """A micro-batch of a recipe's model, on tensors without data."""
+
+    def __init__(self, recipe: Recipe, batch: BatchPlan) -> None:
+        config = model_config(recipe.model)
+        dtype = DTYPES[recipe.engine.precision]
+        micro, size = batch.micro_batch, config.vision_cfg.image_size
+        mean = recipe.data.mean_tokens
+        tokens = caption_quantiles(micro, mean, config.context_length, config.pad_id)
+        with FakeTensorMode() as self.fake, _default_dtype(dtype):
+            self.model = CoCa(config).train()
+            images = torch.randn(micro, 3, size, size, dtype=dtype)
+        freeze(self.model, recipe.model, recipe.loss)
+        for parameter in self.model.parameters():  # gradients are counted with the state
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(_drop)
+        self.inputs = images, self.model.text.arrange(tokens).map(self.fake.from_tensor)
+
+    def forward(self) -> Tensor:
+        """What the engine calls backward on, without its factors."""
+        features, caption_sum = self.model(*self.inputs)
+        surrogate = (features.float() * features.detach().float()).sum()
+        return surrogate if caption_sum is None else surrogate + caption_sum
+
+    def bytes(self, named: Mapping[str, nn.Module | None]) -> tuple[dict[str, int], int]:
+        """What the forward pass leaves, by part, and most alive beside weights and gradients."""
+        with self.fake, LiveBytes() as live:
+            live.ignore([*self.model.parameters(), *self.model.buffers()])
+            with parts(live, named):
+                surrogate = self.forward()
+            kept = live.by_part()
+            surrogate.backward()
+        return kept, live.peak
+
+    def savings(self) -> tuple[dict[str, int], int]:
+        """What every block keeps beside its output, and most alive."""
+        blocks = self.model.blocks()
+        outputs: dict[str, int] = {}
+
+        def note(name: str) -> Callable[[nn.Module, Any, Any], None]:
+            def hook(_: nn.Module, __: Any, output: Any) -> None:
+                outputs[name] = sum(t.nbytes for t in tree_leaves(output) if torch.is_tensor(t))
+
+            return hook
+
+        handles = [block.register_forward_hook(note(name)) for name, block in blocks.items()]
+        kept, peak = self.bytes(blocks)
+        for handle in handles:
+            handle.remove()
+        return {name: max(0, kept.get(name, 0) - outputs[name]) for name in blocks}, peak
 
 
 def caption_quantiles(captions: int, mean_tokens: float, context: int, pad_id: int) -> Tensor:
@@ -80,31 +162,13 @@ def caption_quantiles(captions: int, mean_tokens: float, context: int, pad_id: i
     return torch.where(inside, pad_id + 1, pad_id)
 
 
-def _forward(model: CoCa, images: Tensor, captions: Captions) -> Tensor:
-    """What the engine calls backward on, without its factors."""
-    features, caption_sum = model(images, captions)
-    surrogate = (features.float() * features.detach().float()).sum()
-    return surrogate if caption_sum is None else surrogate + caption_sum
-
-
-def _bytes(model: CoCa, images: Tensor, captions: Captions) -> tuple[dict[str, int], int]:
-    """What the forward pass leaves, by part, and most alive beside weights and their gradients."""
-    named: dict[str, nn.Module | None] = {
+def _parts(model: CoCa) -> dict[str, nn.Module | None]:
+    return {
         "image": model.image,
         "text": model.text,
         "decoder": model.decoder,
         "caption head": model.caption_head,
     }
-    with LiveBytes() as live:
-        live.ignore([*model.parameters(), *model.buffers()])
-        with parts(live, named):
-            surrogate = _forward(model, images, captions)
-        kept = live.by_part()
-        for parameter in model.parameters():  # gradients are counted with the state
-            if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(_drop)
-        surrogate.backward()
-    return kept, live.peak
 
 
 @contextmanager
@@ -126,17 +190,17 @@ def _contrastive_bytes(recipe: Recipe, batch: BatchPlan, width: int, dtype: torc
     """Most bytes alive in the loss of the global batch on one of its ranks."""
     features = torch.empty(batch.samples_per_rank, 2, width, dtype=dtype, device="meta")
     scale = torch.zeros((), device="meta")
-    rows = recipe.loss.contrastive_chunk_rows
-    if batch.ranks == 1:
+
+    def count(group: dist.ProcessGroup | None) -> int:
         with LiveBytes() as live:
-            contrastive_loss(FeatureGather(features, None), scale, None, rows)
+            gather = FeatureGather(features, group, recipe.loss.contrastive_resident)
+            contrastive_loss(gather, scale, group, recipe.loss.contrastive_chunk_rows)
         return live.peak
+
+    if batch.ranks == 1:
+        return count(None)
     dist.init_process_group("fake", rank=0, world_size=batch.ranks, store=FakeStore())
     try:
-        with LiveBytes() as live:
-            contrastive_loss(
-                FeatureGather(features, dist.group.WORLD), scale, dist.group.WORLD, rows
-            )
+        return count(dist.group.WORLD)
     finally:
         dist.destroy_process_group()
-    return live.peak

@@ -24,6 +24,7 @@ from coca_scale.engine.launch import (
 from coca_scale.engine.watchdog import NoWatchdog, Watchdog
 from coca_scale.model import CoCa
 from coca_scale.model.lock import freeze
+from coca_scale.planning.counting import transfers
 from coca_scale.recipe import BatchPlan, Recipe, load_recipe
 from coca_scale.recipe.exits import CRASHED
 from coca_scale.training.bad_steps import Rollback
@@ -130,7 +131,8 @@ def dry_run(recipe: Recipe) -> int:
     for other in USUAL_RANKS:
         print(f"  on {other:>4} ranks  {_arithmetic(recipe, other)}")
     print("deepspeed configuration")
-    print(json.dumps(deepspeed_config(recipe, plan), indent=2))
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+    print(json.dumps(deepspeed_config(recipe, plan, transfers(model), per_node), indent=2))
     return 0
 
 

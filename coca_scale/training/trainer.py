@@ -12,7 +12,7 @@ from contextlib import closing
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from coca_scale.data.lengths import balanced_order
 from coca_scale.data.loader import (
@@ -43,6 +43,8 @@ from coca_scale.engine.watchdog import NoWatchdog, Watchdog
 from coca_scale.recipe import BatchPlan, Recipe, dump_recipe
 from coca_scale.recipe.exits import REQUEUE
 from coca_scale.training.bad_steps import BadSteps, Rollback
+from coca_scale.training.collection import Collection
+from coca_scale.training.costs import blocks_to_recompute
 from coca_scale.training.initial import initial_model, model_config
 from coca_scale.training.log import RunLog, peak_memory_bytes
 from coca_scale.training.meter import Meter
@@ -97,7 +99,8 @@ class Trainer:
             model = initial_model(recipe, self.config, self.resumed, world, self.notes)
             room = room_for_checkpoints(self.folder, sum(p.numel() for p in model[0].parameters()))
             self.notes += [room] if room is not None else []
-            self.engine = TrainEngine(*model, recipe, self.plan, world)
+            recomputed = self._agreed_blocks()
+            self.engine = TrainEngine(*model, recipe, self.plan, world, recomputed)
             world.set_timeout(max(self._step_seconds, self._slow_seconds) + 120)
         with self.watch.phase("loading the checkpoint", self._slow_seconds):
             world.agree(_message_of(self._load))
@@ -179,7 +182,8 @@ class Trainer:
         recipe = self.recipe
         meter = Meter(self.world, self.plan.global_batch, recipe.health.straggler_factor)
         limit = max(self._step_seconds, recipe.engine.start_timeout_minutes * 60)  # compiles, reads
-        with closing(Prefetcher(iter(self._loader()), self.world.device)) as batches:
+        loader = Prefetcher(iter(self._loader()), self.world.device)
+        with closing(loader) as batches, Collection(recipe.engine.gc_every_steps) as garbage:
             while self.step < self.steps:
                 with self.watch.phase(f"step {self.step + 1}", limit):
                     batch, asked = self._next_batch(batches, meter, saver, requests)
@@ -187,6 +191,7 @@ class Trainer:
                         return asked
                     self._train_step(batch, meter, log)
                 limit = self._step_seconds
+                garbage.after_step(self.step)
                 if saver.due(self.step) and self.step < self.steps:
                     saver.save()
                     requests.saved()
@@ -298,6 +303,25 @@ class Trainer:
 
     def _sources(self) -> list[Source]:
         return [self.source] if self.validation is None else [self.source, self._val_source]
+
+    def _agreed_blocks(self) -> list[str]:
+        """Blocks that are recomputed as a whole to keep to the budget, as rank 0 finds.
+
+        Raises:
+            AgreedError: the budget is too small.
+        """
+        found: list[str] = []
+        error = None
+        if self.world.rank == 0:
+            try:
+                found = blocks_to_recompute(self.recipe, self.plan)
+            except ValueError as fault:
+                error = str(fault)
+        self.world.agree(error)
+        found = cast("list[str]", self.world.gather(found)[0])
+        if found:
+            self.notes.append(f"recomputing {len(found)} blocks to keep to the activation budget")
+        return found
 
     def _agreed_checkpoint(self) -> Path | None:
         """The checkpoint the recipe asks for, whole; all ranks the same one, or none.

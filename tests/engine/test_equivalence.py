@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -37,76 +39,121 @@ def _curves(rank, ranks, layouts):
     from coca_scale.recipe import BatchPlan
 
     world = start_world()
+    pairs = tuple(f"node{number // 2}" for number in range(ranks))
     curves = []
-    for stage, micro, lr, precision, recompute in layouts:
-        recipe = tiny_recipe(
-            engine__zero_stage=stage,
-            engine__precision=precision,
-            engine__activation_checkpointing=recompute,
-            train__micro_batch=micro,
-            optim__lr=lr,
-        )
+    for layout in layouts:
+        recipe = tiny_recipe(**{"optim__lr": LOW, **layout})
         torch.manual_seed(0)
         model = CoCa(load_model_config("coca_tiny"))
-        engine = TrainEngine(
-            model, LogitScale(), recipe, BatchPlan.from_recipe(recipe, ranks), world
-        )
+        plan = BatchPlan.from_recipe(recipe, ranks)
+        here = replace(world, hosts=pairs) if recipe.engine.secondary_shard else world
+        engine = TrainEngine(model, LogitScale(), recipe, plan, here)
+        copied: list[bool] = []
+        model.caption_head.register_forward_hook(partial(note_second_copies, model, copied))
         curve = []
         rows = slice(rank * BATCH // ranks, (rank + 1) * BATCH // ranks)
         for step in range(STEPS):
             images, tokens = batch_of(step)
-            result = engine.step(images[rows], tokens[rows], lr)
+            result = engine.step(images[rows], tokens[rows], recipe.optim.lr)
             curve.append((result.loss, result.grad_norm, result.logit_scale))
+        assert any(copied) == recipe.engine.secondary_shard
         engine.close()
         curves.append(curve)
     return curves
 
 
+def note_second_copies(model, copied, *_):
+    """DeepSpeed makes them when it lets go of a weight in the forward pass."""
+    parameters = model.parameters()
+    copied.append(any(getattr(p, "ds_secondary_tensor", None) is not None for p in parameters))
+
+
+def layout(stage, micro, **changes):
+    """Everything that only saves memory or time is off unless it is named."""
+    off = {"engine__activation_checkpointing": "none"}
+    return {"engine__zero_stage": stage, "train__micro_batch": micro, **off, **changes}
+
+
 LOW, HIGH = 1e-4, 1e-3
+SELECTIVE = {"engine__activation_checkpointing": "selective"}
+FULL = {"engine__activation_checkpointing": "full"}
+FAST = {"optim__lr": HIGH}
+LET_GO = {"zero_optimization": {"stage3_max_reuse_distance": 0}}
+BF16 = {"engine__precision": "bf16"}
+EVERYTHING = {
+    **SELECTIVE,
+    "engine__offload": "all",
+    "loss__contrastive_resident": 8,
+    "loss__caption_chunk_rows": 7,
+}
 LAYOUTS = {
-    1: [(0, 16, LOW, "fp32", "none"), (0, 16, HIGH, "fp32", "none"), (3, 4, LOW, "fp32", "none")],
-    2: [
-        (0, 8, LOW, "fp32", "none"),
-        (1, 4, LOW, "fp32", "selective"),
-        (2, 2, LOW, "fp32", "none"),
-        (3, 8, LOW, "fp32", "none"),
-        (3, 2, LOW, "fp32", "full"),
-        (3, 8, LOW, "fp32", "selective"),
-        (3, 8, HIGH, "fp32", "none"),
-        (3, 8, HIGH, "fp32", "none"),
-        (3, 4, LOW, "bf16", "none"),
+    1: [
+        layout(0, 16),
+        layout(0, 16, **FAST),
+        layout(3, 4),
+        layout(2, 8, engine__offload="optimizer"),
+        layout(3, 16, **BF16),
     ],
-    4: [(3, 2, LOW, "fp32", "none"), (2, 4, HIGH, "fp32", "none")],
+    2: [
+        layout(1, 4, **SELECTIVE),
+        layout(2, 2),
+        layout(3, 8),
+        layout(3, 2, **FULL, engine__offload="all"),
+        layout(3, 8, **SELECTIVE),
+        layout(3, 8, **FAST),
+        layout(3, 8, **FAST),
+        layout(3, 4, loss__contrastive_resident=8, loss__caption_chunk_rows=7),
+        layout(3, 8, **BF16),
+        layout(3, 8, **BF16, **EVERYTHING),
+    ],
+    4: [
+        layout(3, 2),
+        layout(3, 4, **BF16),
+        # the last one: DeepSpeed keeps its group for all engines of a process
+        layout(3, 4, engine__secondary_shard=True, engine__deepspeed=LET_GO),
+    ],
 }
 
 
 @pytest.mark.slow
 def test_all_layouts_give_the_same_curve():
     curves = {
-        (ranks, number, layout): curve
+        (ranks, number): curve
         for ranks, layouts in LAYOUTS.items()
-        for number, (layout, curve) in enumerate(
-            zip(layouts, on_ranks(curves_on_rank, ranks, layouts)[0], strict=True)
-        )
+        for number, curve in enumerate(on_ranks(curves_on_rank, ranks, layouts)[0])
     }
-    reference = {lr: curves[1, i, (0, 16, lr, "fp32", "none")] for i, lr in enumerate((LOW, HIGH))}
+    reference = {LOW: curves[1, 0], HIGH: curves[1, 1]}
     worst = {LOW: 0.0, HIGH: 0.0}
-    for (ranks, _, layout), curve in curves.items():
-        _, _, lr, precision, _ = layout
+    half: dict[tuple[int, int], list[float]] = {}
+    for (ranks, number), curve in curves.items():
+        changes = LAYOUTS[ranks][number]
+        lr = changes.get("optim__lr", LOW)
         expected = reference[lr]
         relative = [abs(a[0] - b[0]) / b[0] for a, b in zip(curve, expected, strict=True)]
-        if precision == "bf16":
-            assert relative[0] < 2e-3, (ranks, layout)
-            assert max(relative) < 2e-2, (ranks, layout)
+        if "engine__precision" in changes:
+            assert relative[0] < 2e-3, (ranks, changes)
+            half[ranks, number] = [loss for loss, _, _ in curve]
             continue
-        assert relative[0] <= 1e-6, (ranks, layout)
+        assert relative[0] <= 1e-6, (ranks, changes)
         norm, expected_norm = curve[0][1], expected[0][1]
-        assert abs(norm - expected_norm) <= 1e-5 * expected_norm, (ranks, layout)
+        assert abs(norm - expected_norm) <= 1e-5 * expected_norm, (ranks, changes)
         worst[lr] = max(worst[lr], *relative)
         scales = [abs(a[2] - b[2]) / b[2] for a, b in zip(curve, expected, strict=True)]
-        assert max(scales) <= 1e-5, (ranks, layout)
+        assert max(scales) <= 1e-5, (ranks, changes)
     print(f"largest relative difference of the loss over {STEPS} steps: {worst}")
     assert worst[LOW] <= 1e-5
-    assert worst[HIGH] <= 1e-3
-    first, second = (curves[2, number, LAYOUTS[2][number]] for number in (6, 7))
-    assert first == second  # the same layout again: bit-exact
+    assert worst[HIGH] <= 5e-4
+    assert curves[2, 5] == curves[2, 6]  # the same layout again: bit-exact
+    bf16_stays_within_its_own_spread(list(half.values()))
+
+
+def bf16_stays_within_its_own_spread(curves):
+    """Two ranks with everything on are no farther from two ranks than one rank and four are.
+
+    Those differ in the order of their sums alone.
+    """
+    one, two, optimised, four = (torch.tensor(curve) for curve in curves)
+    spread = max(float(((other - two).abs() / two).max()) for other in (one, four))
+    found = float(((optimised - two).abs() / two).max())
+    print(f"bf16: {found:.1e} with every optimisation, {spread:.1e} between orders of summation")
+    assert found <= spread < 2e-2

@@ -224,7 +224,7 @@ def test_layer_groups_hold_every_parameter_once(kind, tmp_path):
 
 def test_layer_decay_is_the_learning_rate_of_the_group():
     coca = CoCa(load_model_config("coca_tiny"))
-    optimizer, factors = make_optimizer(coca, tiny_recipe(optim__layer_decay=0.5).optim, False)
+    optimizer, factors = make_optimizer(coca, tiny_recipe(optim__layer_decay=0.5).optim)
     by_parameter = {
         id(p): factor
         for group, factor in zip(optimizer.param_groups, factors, strict=True)
