@@ -31,7 +31,7 @@ test-cluster: $(READY)
 test-image: $(READY)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" python -m pytest -s -m image tests/docker $(PYTEST_ARGS)
 
-# half an hour on 2 cores
+# ten minutes on 2 idle cores
 bench: $(READY)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" python benchmarks/bench.py $(BENCH_ARGS)
 

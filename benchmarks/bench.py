@@ -1,6 +1,6 @@
 """All benchmarks of models and losses in one run: tables on screen, JSON and a plot in a folder.
 
-    make bench            # or: python benchmarks/bench.py [--out benchmarks/results] [--rounds 5]
+    make bench            # or: python benchmarks/bench.py [--out benchmarks/results] [--rounds 3]
 
 coca_ViT-B-32 is timed; of coca_ViT-L-14, which is slow on a CPU, FLOPs and bytes are counted.
 """
@@ -53,7 +53,9 @@ def plot(found: list[dict[str, Any]], path: Path) -> None:
         cost_axis.set_yticks([])
         label = "step time" if key == "step_seconds" else "FLOPs"
         cost_axis.set_xlabel(f"{case['model']}: {label} against open_clip's CLIP")
-    axes[0][0].legend(fontsize=7, loc="lower right")
+    axes[0][0].legend(
+        fontsize=7, ncols=5, loc="lower left", bbox_to_anchor=(-0.05, 1), frameon=False
+    )
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
@@ -64,7 +66,7 @@ def main() -> None:
     """Run everything."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     on_gpu = torch.cuda.is_available()
