@@ -6,7 +6,9 @@ Both CoCas have the same weights, and so have both CLIPs. All see the same image
 start and end token and a Poisson number of words of mean 18, so 20 tokens on average; open_clip
 pads them to 76 (CLIP: 77). fp32 on the CPU, bf16 on a GPU. A step is forward, losses and backward.
 FLOPs and bytes are counted, not timed: bytes are those that the forward pass leaves for the
-backward pass. `--rounds 0` counts only.
+backward pass. `--rounds 0` counts only. A GPU adds the peak of its memory, weights and gradients
+included, and the share of its FLOPs that is used (MFU). `--profile` writes where the time of our
+CoCa goes.
 """
 
 from __future__ import annotations
@@ -26,12 +28,14 @@ import torch
 from open_clip.loss import ClipLoss, CoCaLoss
 from timing import medians
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from coca_scale.losses import FeatureGather, contrastive_loss
 from coca_scale.model import load_model_config
 from coca_scale.model.weights import build_model
 from coca_scale.openclip.names import from_openclip
 from coca_scale.planning.counting import LiveBytes, flops, parts
+from coca_scale.planning.gpus import peak_flops
 from coca_scale.training.costs import caption_quantiles
 
 MEAN_TOKENS = 20.0
@@ -169,25 +173,63 @@ def _theirs(name: str, model: Any, is_coca: bool, images: Tensor, tokens: Tensor
     return Contender(name, model, named, forward)
 
 
-def compare(model: str, batch: int, rounds: int, checkpointing: str) -> dict[str, Any]:
-    """Count and time all four."""
+def device_peak(build: Callable[[], Contender]) -> tuple[Contender, int]:
+    """A contender, and most bytes of the GPU that it takes for a step, beside what was there."""
+    before = torch.cuda.memory_allocated()
+    runner = build()
+    runner.step()  # libraries take their own memory at the first step
+    torch.cuda.reset_peak_memory_stats()
+    runner.step()
+    found = torch.cuda.max_memory_allocated() - before
+    runner.module.zero_grad(set_to_none=True)
+    return runner, found
+
+
+def write_profile(step: Callable[[], object], path: Path) -> None:
+    """The operations of a step that take longest, as a table; beside it a trace for Perfetto."""
+    kinds = [ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        kinds.append(ProfilerActivity.CUDA)
+    step()
+    with profile(activities=kinds) as profiler:
+        step()
+    key = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    path.write_text(profiler.key_averages().table(sort_by=key, row_limit=30))
+    profiler.export_chrome_trace(str(path.with_suffix(".json")))
+
+
+def compare(
+    model: str, batch: int, rounds: int, checkpointing: str, profile_to: Path | None = None
+) -> dict[str, Any]:
+    """Count and time all four; write a profile of the first."""
     builders = contenders(model, batch, checkpointing)
-    table, runners = {}, {}
+    table: dict[str, dict[str, Any]] = {}
+    runners: dict[str, Contender] = {}
+    on_gpu = torch.cuda.is_available()
     for name, build in builders.items():
-        runner = build()
+        runner, peak = device_peak(build) if on_gpu else (build(), None)
         table[name] = runner.count()
+        if peak is not None:
+            table[name]["device_peak_bytes"] = peak
         if rounds:
             runners[name] = runner
+        if profile_to is not None:
+            write_profile(runner.step, profile_to)
+            profile_to = None
+    device = torch.cuda.get_device_name() if on_gpu else platform.machine()
+    per_second = peak_flops(device)
     if rounds:
         for name, seconds in medians({n: r.step for n, r in runners.items()}, rounds).items():
             table[name]["step_seconds"] = seconds
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+            table[name]["samples_per_second"] = batch / seconds
+            if per_second is not None:
+                table[name]["mfu"] = table[name]["flops"] / seconds / per_second
     return {
         "model": model,
         "batch": batch,
         "rounds": rounds,
         "activation_checkpointing": checkpointing,
-        "dtype": "bf16" if torch.cuda.is_available() else "fp32",
+        "dtype": "bf16" if on_gpu else "fp32",
         "mean_tokens": float((captions(batch, 49408) != 0).sum()) / batch,
         "device": device,
         "cores": os.cpu_count(),
@@ -211,10 +253,13 @@ def show(found: dict[str, Any]) -> None:
         for key, unit, label in (
             ("flops", 1e9 * found["batch"], "GFLOP/sample"),
             ("saved_bytes", 2**20 * found["batch"], "MiB/sample kept"),
+            ("device_peak_bytes", 2**30, "GiB at most"),
             ("step_seconds", 1, "s"),
         ):
             if key in row:
                 line += f"{row[key] / unit:9.2f} {label} ({row[key] / base[key]:.2f}×)"
+        if "mfu" in row:
+            line += f"   MFU {row['mfu']:.0%}"
         print(line, flush=True)
 
 
@@ -226,8 +271,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--checkpointing", default="selective", help="none, selective or full")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--profile", type=Path, help="a table, FILE.txt, and a trace, FILE.json")
     options = parser.parse_args()
-    found = compare(options.model, options.batch, options.rounds, options.checkpointing)
+    arguments = (options.model, options.batch, options.rounds, options.checkpointing)
+    found = compare(*arguments, options.profile)
     show(found)
     if options.out is not None:
         options.out.write_text(json.dumps(found, indent=1) + "\n")

@@ -24,6 +24,14 @@ class Gpu:
     utilization: float = 0.4
 
 
+def peak_flops(device_name: str) -> float | None:
+    """16-bit FLOPs per second of a device as CUDA names it, None if it is not in the list."""
+    for name, gpu in GPUS.items():
+        if name.partition("-")[0] in device_name.lower().replace("-", " ").split():
+            return gpu.flops
+    return None
+
+
 GPUS = {
     "a100-40gb": Gpu(39.5e9, 312e12, 300e9, 25e9),
     "a100-80gb": Gpu(79.1e9, 312e12, 300e9, 25e9),

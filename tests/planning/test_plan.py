@@ -16,6 +16,7 @@ from coca_scale import cli
 from coca_scale.engine.core import apply_settings
 from coca_scale.model import CoCa
 from coca_scale.planning.counting import LIVE
+from coca_scale.planning.gpus import GPUS, peak_flops
 from coca_scale.planning.memory import state_bytes
 from coca_scale.recipe import BatchPlan
 from coca_scale.training.costs import blocks_to_recompute, caption_quantiles, count_costs
@@ -138,6 +139,21 @@ def test_offload_empties_the_device_on_paper():
     recipe, _ = settings("coca_tiny", 4, "none", ranks=2, engine__offload="all")
     planned = state_bytes(recipe, 1000, 1000, 2, 2)
     assert (planned.total, planned.host) == (0, 1000 * (4 + 4 + 8) // 2)
+
+
+@pytest.mark.parametrize(
+    ("device", "kind"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100-80gb"),
+        ("NVIDIA A100-SXM4-40GB", "a100-40gb"),
+        ("NVIDIA H200", "h200-141gb"),
+        ("NVIDIA B200", "b200-180gb"),
+        ("NVIDIA GeForce RTX 4090", None),
+        ("x86_64", None),
+    ],
+)
+def test_devices_by_the_names_that_cuda_gives_them(device, kind):
+    assert peak_flops(device) == (None if kind is None else GPUS[kind].flops)
 
 
 def test_a_page_for_people_and_numbers_for_programs():
