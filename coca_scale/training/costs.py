@@ -61,6 +61,17 @@ def count_costs(recipe: Recipe, batch: BatchPlan) -> Costs:
     )
 
 
+def model_flops(recipe: Recipe, batch: BatchPlan) -> float:
+    """FLOPs of a sample, forward and backward, as model FLOPs utilization counts them.
+
+    What is computed a second time to save memory is left out (Chowdhery et al. 2022, appendix B).
+    """
+    case = _Case(recipe, batch)
+    case.model.set_activation_checkpointing("none")
+    with case.fake:
+        return flops(lambda: case.forward().backward()) / batch.micro_batch
+
+
 def blocks_to_recompute(recipe: Recipe, batch: BatchPlan) -> list[str]:
     """Blocks to recompute as a whole, so that activations keep to the recipe's budget.
 

@@ -14,6 +14,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
+import torch
+
 from coca_scale.data.lengths import balanced_order
 from coca_scale.data.loader import (
     LaneStates,
@@ -40,11 +42,12 @@ from coca_scale.engine.export import export
 from coca_scale.engine.launch import AgreedError, World
 from coca_scale.engine.loading import load_model
 from coca_scale.engine.watchdog import NoWatchdog, Watchdog
+from coca_scale.planning.gpus import peak_flops
 from coca_scale.recipe import BatchPlan, Recipe, dump_recipe
 from coca_scale.recipe.exits import REQUEUE
 from coca_scale.training.bad_steps import BadSteps, Rollback
 from coca_scale.training.collection import Collection
-from coca_scale.training.costs import blocks_to_recompute
+from coca_scale.training.costs import blocks_to_recompute, model_flops
 from coca_scale.training.initial import initial_model, model_config
 from coca_scale.training.log import RunLog, peak_memory_bytes
 from coca_scale.training.meter import Meter
@@ -90,6 +93,7 @@ class Trainer:
         self.lanes: LaneStates = {}
         self.notes: list[str] = []
         engine = recipe.engine
+        self._samples_at_peak: float | None = None
         self._step_seconds = engine.step_timeout_minutes * 60
         self._slow_seconds = engine.save_timeout_minutes * 60
         with self.watch.phase("starting", engine.start_timeout_minutes * 60):
@@ -99,6 +103,7 @@ class Trainer:
             model = initial_model(recipe, self.config, self.resumed, world, self.notes)
             room = room_for_checkpoints(self.folder, sum(p.numel() for p in model[0].parameters()))
             self.notes += [room] if room is not None else []
+            self._samples_at_peak = self._find_samples_at_peak()
             recomputed = self._agreed_blocks()
             self.engine = TrainEngine(*model, recipe, self.plan, world, recomputed)
             world.set_timeout(max(self._step_seconds, self._slow_seconds) + 120)
@@ -277,6 +282,8 @@ class Trainer:
             "bad_samples": self.skips.bad,
             "filtered_samples": self.skips.filtered,
         }
+        if self._samples_at_peak is not None:
+            values["mfu"] = times["samples_per_second_per_rank"] / self._samples_at_peak
         return {k: v if _writable(v) else None for k, v in values.items()}
 
     def _loader(self) -> TrainLoader:
@@ -303,6 +310,14 @@ class Trainer:
 
     def _sources(self) -> list[Source]:
         return [self.source] if self.validation is None else [self.source, self._val_source]
+
+    def _find_samples_at_peak(self) -> float | None:
+        """Samples per second if this device computed all the time, None for one not known."""
+        on_gpu = self.world.device.type == "cuda"
+        flops = peak_flops(torch.cuda.get_device_name() if on_gpu else platform.machine())
+        if self.world.rank != 0 or flops is None:
+            return None
+        return flops / model_flops(self.recipe, self.plan)
 
     def _agreed_blocks(self) -> list[str]:
         """Blocks that are recomputed as a whole to keep to the budget, as rank 0 finds.

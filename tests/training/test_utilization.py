@@ -1,0 +1,47 @@
+"""Model FLOPs utilization in the metrics of a run."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from coca_scale.recipe import BatchPlan
+from coca_scale.training.costs import model_flops
+from tests.conftest import tiny_recipe
+from tests.ranks import on_ranks
+
+PEAK = 1e12
+
+
+def recipe_of(folder, **changes):
+    return tiny_recipe(
+        run__dir=str(folder), train__steps=2, checkpoint__every_steps=None, **changes
+    )
+
+
+def train(_rank, _ranks, folder):
+    """A run on a device whose FLOPs are known."""
+    from coca_scale.training import trainer
+    from coca_scale.training.run import train_recipe
+
+    trainer.peak_flops = lambda name: PEAK
+    train_recipe(recipe_of(folder))
+
+
+@pytest.mark.slow
+def test_a_known_device_has_its_utilization_in_the_metrics(tmp_path):
+    on_ranks(train, 1, tmp_path / "run")
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    recipe = recipe_of(tmp_path)
+    flops = model_flops(recipe, BatchPlan.from_recipe(recipe, 1))
+    for line in map(json.loads, lines):
+        assert line["mfu"] == pytest.approx(line["samples_per_second_per_rank"] * flops / PEAK)
+
+
+def test_what_is_computed_twice_does_not_count(tmp_path):
+    found = []
+    for mode in ("none", "selective", "full"):
+        recipe = recipe_of(tmp_path, engine__activation_checkpointing=mode)
+        found.append(model_flops(recipe, BatchPlan.from_recipe(recipe, 1)))
+    assert found[0] == found[1] == found[2] > 1e6
