@@ -80,6 +80,7 @@ def apply_settings(model: CoCa, recipe: Recipe, recomputed: Collection[str] = ()
         model.caption_head.chunk_rows = recipe.loss.caption_chunk_rows
         model.caption_head.label_smoothing = recipe.loss.label_smoothing
         model.caption_head.z_loss = recipe.loss.z_loss
+        model.caption_head.kernel = recipe.loss.caption_kernel
 
 
 class TrainEngine:

@@ -6,12 +6,17 @@ the last thing a head computes, so its gradients can be formed chunk by chunk in
 
 from __future__ import annotations
 
-from typing import Any
+import os
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from coca_scale.losses.matmul import wide_matmul
+
+Kernel = Literal["torch", "triton"]
 
 
 def chunked_cross_entropy(
@@ -22,6 +27,7 @@ def chunked_cross_entropy(
     chunk_rows: int,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    kernel: Kernel = "torch",
 ) -> Tensor:
     """Summed cross-entropy of `hidden @ weight.T` against `labels`.
 
@@ -39,14 +45,62 @@ def chunked_cross_entropy(
         chunk_rows: rows per chunk.
         label_smoothing: mass spread evenly over the vocabulary.
         z_loss: factor of the squared log partition function.
+        kernel: what makes gradients of logits; "triton" is meant for GPUs, and is torch elsewhere.
 
     Returns:
         A scalar sum, fp32 or wider.
     """
     loss: Tensor = _ChunkedCrossEntropy.apply(
-        hidden, weight, labels, chunk_rows, label_smoothing, z_loss
+        hidden, weight, labels, chunk_rows, label_smoothing, z_loss, kernel
     )
     return loss
+
+
+def softmax_and_gradient(
+    logits: Tensor,
+    labels: Tensor,
+    smoothing: float,
+    z_loss: float,
+    gradient_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Summed loss of a chunk and its gradient.
+
+    Args:
+        logits: [n, V]; what is in them is lost.
+        labels: [n].
+        smoothing: mass spread evenly over the vocabulary.
+        z_loss: factor of the squared log partition function.
+        gradient_dtype: of the gradient, None for no gradient.
+
+    Returns:
+        A scalar, and [n, V] or None.
+    """
+    target = labels.unsqueeze(1)
+    lse = logits.logsumexp(1, keepdim=True)
+    picked = logits.gather(1, target)
+    total = (lse - (1 - smoothing) * picked).sum()
+    if smoothing:
+        total -= smoothing * logits.mean(1).sum()
+    if z_loss:
+        total += z_loss * lse.square().sum()
+    if gradient_dtype is None:
+        return total, None
+    grad = logits.sub_(lse).exp_()  # softmax
+    if z_loss:
+        grad *= 1 + 2 * z_loss * lse
+    if smoothing:
+        grad -= smoothing / logits.shape[1]
+    grad.scatter_add_(1, target, torch.full_like(picked, smoothing - 1))
+    return total, grad.to(gradient_dtype)
+
+
+def _implementation(kernel: Kernel, logits: Tensor) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    fits = logits.dtype == torch.float32 and (logits.is_cuda or "TRITON_INTERPRET" in os.environ)
+    if kernel == "triton" and fits and find_spec("triton") is not None:
+        from coca_scale.losses import softmax_kernel
+
+        return softmax_kernel.softmax_and_gradient
+    return softmax_and_gradient
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -59,37 +113,27 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         chunk_rows: int,
         label_smoothing: float,
         z_loss: float,
+        kernel: Kernel,
     ) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        needed = ctx.needs_input_grad[:2]
+        grad_dtype = hidden.dtype if any(needed) else None
         total = torch.zeros((), dtype=wide, device=hidden.device)
         # unscaled gradients: of order 1, so they survive fp16 whatever the loss is multiplied with
-        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
+        grad_hidden = torch.empty_like(hidden) if needed[0] else None
+        grad_weight = torch.zeros_like(weight, dtype=wide) if needed[1] else None
         for start in range(0, len(hidden), chunk_rows):
             chunk = slice(start, start + chunk_rows)
-            x, target = hidden[chunk], labels[chunk].unsqueeze(1)
+            x = hidden[chunk]
             logits = wide_matmul(x, weight.T, wide)
-            lse = logits.logsumexp(1, keepdim=True)
-            picked = logits.gather(1, target)
-            total += (lse - (1 - label_smoothing) * picked).sum()
-            if label_smoothing:
-                total -= label_smoothing * logits.mean(1).sum()
-            if z_loss:
-                total += z_loss * lse.square().sum()
-            if not (needs_hidden or needs_weight):
-                continue
-            grad = logits.sub_(lse).exp_()  # softmax; the logits are not needed any more
-            if z_loss:
-                grad *= 1 + 2 * z_loss * lse
-            if label_smoothing:
-                grad -= label_smoothing / logits.shape[1]
-            grad.scatter_add_(1, target, torch.full_like(picked, label_smoothing - 1))
-            narrow = grad.to(hidden.dtype)
-            if grad_hidden is not None:
-                grad_hidden[chunk] = narrow @ weight
-            if grad_weight is not None:
-                grad_weight += wide_matmul(narrow.T, x, wide)
+            loss, grad = _implementation(kernel, logits)(
+                logits, labels[chunk], label_smoothing, z_loss, grad_dtype
+            )
+            total += loss
+            if grad is not None and grad_hidden is not None:
+                grad_hidden[chunk] = grad @ weight
+            if grad is not None and grad_weight is not None:
+                grad_weight += wide_matmul(grad.T, x, wide)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return total
@@ -102,4 +146,4 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             grad_hidden = (grad_hidden * upstream).to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = (grad_weight * upstream).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None

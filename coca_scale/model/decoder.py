@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from coca_scale.losses.caption import chunked_cross_entropy
+from coca_scale.losses.caption import Kernel, chunked_cross_entropy
 from coca_scale.model.captions import Ragged
 from coca_scale.model.config import DecoderConfig
 from coca_scale.model.layers import Block, CrossBlock, normal_parameter
@@ -56,6 +56,7 @@ class CaptionHead(nn.Module):
         self.chunk_rows = 2048
         self.label_smoothing = 0.0
         self.z_loss = 0.0
+        self.kernel: Kernel = "torch"
 
     def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
         """Logits, or with labels the summed loss.
@@ -77,4 +78,5 @@ class CaptionHead(nn.Module):
             chunk_rows=self.chunk_rows,
             label_smoothing=self.label_smoothing,
             z_loss=self.z_loss,
+            kernel=self.kernel,
         )

@@ -224,6 +224,11 @@ class LossSection(Section):
     caption_chunk_rows: PositiveInt = Field(
         2048, description="Tokens whose vocabulary logits exist at a time."
     )
+    caption_kernel: Literal["torch", "triton"] = Field(
+        "torch",
+        description="What makes softmax and gradient of the logits: torch, or on GPUs one Triton "
+        "kernel, which gives the same and has not been timed yet.",
+    )
 
 
 class OptimSection(Section):
