@@ -185,10 +185,9 @@ def _traffic_bytes(
         if recipe.engine.secondary_shard and ranks > ranks_per_node:
             in_node = again * (ranks_per_node - 1) / ranks_per_node
             again = 0.0
-    elif stage == 2:
-        sent = weights + batch.accumulation * gradients
-    else:
-        sent = weights + gradients  # reduce-scatter and all-gather, or an all-reduce
+    else:  # DeepSpeed reduces with an all-reduce there, which sends twice what it reduces
+        reductions = batch.accumulation if stage == 2 else 1
+        sent = 2 * reductions * gradients + (weights if stage > 0 else 0)
     twice = batch.global_batch > recipe.loss.contrastive_resident
     features = (ranks - 1) * costs.features_bytes * (2 if twice else 1)
     return share * (sent + again) + features + in_node, in_node

@@ -18,6 +18,7 @@ from coca_scale.model import CoCa
 from coca_scale.planning.counting import LIVE
 from coca_scale.planning.gpus import GPUS, peak_flops
 from coca_scale.planning.memory import state_bytes
+from coca_scale.planning.plan import make_plan
 from coca_scale.recipe import BatchPlan
 from coca_scale.training.costs import blocks_to_recompute, caption_quantiles, count_costs
 from coca_scale.training.initial import model_config
@@ -30,10 +31,9 @@ M_MMAP_THRESHOLD = -3
 def settings(model, micro, mode, ranks=1, **changes):
     recipe = tiny_recipe(
         model__name=model,
-        train__global_batch=micro * ranks,
+        **{"train__global_batch": micro * ranks, **changes},
         train__micro_batch=micro,
         engine__activation_checkpointing=mode,
-        **changes,
     )
     return recipe, BatchPlan.from_recipe(recipe, ranks)
 
@@ -133,6 +133,67 @@ def test_state_is_that_of_a_real_engine(precision):
         print(precision, [f"{a / b - 1:+.2%}" for a, b in zip(found, expected, strict=True)])
         assert found == pytest.approx(expected, rel=0.05)
         assert whole == count < LIVE // 2  # none is gathered again for the backward pass
+
+
+TRAFFIC = ((3, 8), (3, 4), (2, 4), (1, 8))  # stage, micro-batch of a rank's 8
+
+
+def traffic_settings(stage, micro):
+    return settings(
+        "coca_tiny",
+        micro,
+        "none",
+        ranks=2,
+        train__global_batch=16,
+        engine__zero_stage=stage,
+        engine__deepspeed={"comms_logger": {"enabled": True, "prof_all": True, "verbose": False}},
+    )
+
+
+def measured_traffic(_rank, ranks):
+    """Bytes that a rank sends in a step, as DeepSpeed logs its collectives, on a ring."""
+    from deepspeed.comm.comm import comms_logger
+
+    from coca_scale.engine.core import TrainEngine
+    from coca_scale.engine.launch import start_world
+    from coca_scale.model import LogitScale
+
+    sends = {
+        "all_gather_into_tensor": ranks - 1,  # of what it is given
+        "reduce_scatter_tensor": (ranks - 1) / ranks,
+        "all_reduce": 2 * (ranks - 1) / ranks,
+    }
+    world = start_world(60)
+    found = []
+    for stage, micro in TRAFFIC:
+        recipe, batch = traffic_settings(stage, micro)
+        config = model_config(recipe.model)
+        engine = TrainEngine(CoCa(config), LogitScale(), recipe, batch, world)
+        tokens = caption_quantiles(8, 8.0, config.context_length, config.pad_id)
+        for _ in range(3):  # the first records the order in which parameters are needed
+            comms_logger.comms_dict.clear()
+            engine.step(torch.zeros(8, 3, 48, 48, dtype=torch.uint8), tokens, 1e-4)
+        logged = comms_logger.comms_dict
+        found.append(
+            sum(
+                factor * size * times[0]
+                for name, factor in sends.items()
+                for size, times in logged.get(name, {}).items()
+            )
+        )
+        engine.close()
+    return found
+
+
+@pytest.mark.slow
+def test_traffic_is_that_of_a_real_step():
+    for (stage, micro), found in zip(TRAFFIC, on_ranks(measured_traffic, 2)[0], strict=True):
+        recipe, batch = traffic_settings(stage, micro)
+        costs = count_costs(recipe, batch)
+        planned = make_plan(recipe, batch, costs, GPUS["cpu"], 2, None)
+        expected = planned.communication_bytes_per_step - costs.features_bytes  # ours, not logged
+        print(f"stage {stage}, {batch.accumulation} accumulation: {found / expected - 1:+.2%}")
+        assert found == pytest.approx(expected, rel=0.02)
 
 
 def test_offload_empties_the_device_on_paper():
