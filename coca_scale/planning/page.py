@@ -28,9 +28,9 @@ def plan_page(
         f"{_gb(plan.loss_bytes):>18} contrastive loss, gathered features included",
         f"{_gb(plan.buffers_bytes):>18} gathered layers, buckets, CUDA and NCCL",
         *([f"{_gb(plan.host_bytes):>18} per GPU in the host"] if plan.host_bytes else []),
-        f"compute   {plan.flops_per_sample / 1e9:,.0f} GFLOP per sample; "
+        f"compute   {_number(plan.flops_per_sample / 1e9)} GFLOP per sample; "
         f"{plan.compute_seconds:,.2f} s per step at {gpu.utilization:.0%} of "
-        f"{gpu.flops / 1e12:,.0f} TFLOP/s, which is assumed",
+        f"{_number(gpu.flops / 1e12)} TFLOP/s, which is assumed",
         f"traffic   {_gb(plan.communication_bytes_per_step)} per GPU and step; "
         f"{plan.communication_seconds:,.2f} s at {plan.link_bytes / 1e9:,.0f} GB/s {where}",
         f"step      {plan.step_seconds:,.2f} s; {plan.samples_per_second:,.0f} samples/s; "
@@ -70,4 +70,8 @@ def _advice(recipe: Recipe, batch: BatchPlan, plan: Plan) -> list[str]:
 
 
 def _gb(size: float) -> str:
-    return f"{size / 1e9:,.2f} GB"
+    return f"{size / 1e9:,.2f} GB" if size >= 1e7 or size == 0 else f"{size / 1e6:,.2f} MB"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2f}"
