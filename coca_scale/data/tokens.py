@@ -114,6 +114,12 @@ class FastTokenizer:
         (folder / TOKENIZER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 
+def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """Start token and words of a prompt, without the end that a whole caption has."""
+    ids: list[int] = tokenizer([prompt])[0].tolist()
+    return ids[: ids.index(tokenizer.end_id, 1)]
+
+
 def make_tokenizer(config: ModelConfig, folder: Path | None = None) -> Tokenizer:
     """The tokenizer of a model; `folder` is searched for its files first.
 

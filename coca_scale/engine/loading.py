@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from coca_scale.data.images import decode_image, eval_pixels, to_rgb
-from coca_scale.data.tokens import Tokenizer, make_tokenizer
+from coca_scale.data.tokens import Tokenizer, make_tokenizer, prompt_ids
 from coca_scale.engine.checkpoint import (
     MANIFEST,
     find_checkpoint,
@@ -19,7 +20,8 @@ from coca_scale.engine.checkpoint import (
     read_weights,
     verify_checkpoint,
 )
-from coca_scale.generation.greedy import greedy
+from coca_scale.generation.generate import generate
+from coca_scale.generation.options import GenerationOptions
 from coca_scale.model import ModelConfig, load_model_config
 from coca_scale.model.config import available_models, parse_model_config
 from coca_scale.model.image import normalize_pixels
@@ -87,27 +89,48 @@ class LoadedModel:
         """Token ids [B, T] → features [B, embed_dim]."""
         return self.model.coca.encode_text(tokens.to(self.device), normalize)
 
-    def generate(self, images: Tensor) -> Tensor:
-        """Token ids [B, context_length] of greedy captions of preprocessed images [B, 3, H, W].
+    def generate(self, images: Tensor, text: Tensor | None = None, **options: Any) -> Tensor:
+        """Captions of images.
+
+        Args:
+            images: preprocessed images [B, 3, H, W].
+            text: token ids [T] or [B, T] that captions begin with; by default the start token.
+            options: of `GenerationOptions`, which has open_clip's names and defaults.
+
+        Returns:
+            Token ids [B·samples, T], padded to the longest caption.
 
         Raises:
-            ValueError: the model is a CLIP.
+            ValueError: the model is a CLIP, or an option makes no sense.
         """
-        start, end = self.tokenizer.start_id, self.tokenizer.end_id
-        return greedy(self.model.coca, images, start, end, early_stop=True)
+        prompts = None if text is None else text.expand(len(images), -1).tolist()
+        chosen = GenerationOptions(**options)
+        written = generate(self.model.coca, images, self.tokenizer, chosen, prompts=prompts)
+        tokens = written.tokens_BNL.flatten(0, 1)
+        used = (tokens != self.tokenizer.pad_id).any(0).nonzero()
+        return tokens[:, : int(used.max()) + 1]
 
-    def caption(self, pictures: Sequence[Image.Image | str | Path]) -> list[str]:
-        """Captions of pictures or picture files.
+    def caption(
+        self, pictures: Sequence[Image.Image | str | Path], prompt: str = "", **options: Any
+    ) -> list[str]:
+        """Captions of pictures or picture files, `samples` for each.
+
+        Args:
+            pictures: pictures or their files.
+            prompt: words that every caption begins with.
+            options: of `GenerationOptions`.
 
         Raises:
-            ValueError: the model is a CLIP, or a file is not a picture.
+            ValueError: the model is a CLIP, a file is not a picture, or an option makes no sense.
         """
         opened = [
             p if isinstance(p, Image.Image) else decode_image(Path(p).read_bytes(), str(p))
             for p in pictures
         ]
         images = torch.stack([self.preprocess(picture) for picture in opened])
-        return [self.tokenizer.decode(row) for row in self.generate(images).tolist()]
+        text = torch.tensor(prompt_ids(self.tokenizer, prompt))
+        tokens = self.generate(images, text, **options)
+        return [self.tokenizer.decode(row) for row in tokens.tolist()]
 
 
 def load_model(name: str, config: str | None = None, raw_weights: bool = False) -> LoadedModel:

@@ -150,6 +150,29 @@ def arrange(
     )
 
 
+def next_tokens(tokens_RT: Tensor, places_T: Tensor) -> Captions:
+    """Lay out the next tokens of captions that are being written; nothing is pooled or learnt.
+
+    Args:
+        tokens_RT: their ids.
+        places_T: where they stand in the captions.
+    """
+    rows, new = tokens_RT.shape
+    nothing = places_T.new_zeros(0)
+    layout = Ragged(rows, new, None)
+    return Captions(
+        tokens_N=tokens_RT.flatten(),
+        positions_N=places_T.repeat(rows),
+        pooled_B=nothing,
+        seen_BL=None,
+        text=layout,
+        read_M=torch.arange(rows * new, device=tokens_RT.device),
+        decoder=layout,
+        counted_K=nothing,
+        labels_K=nothing,
+    )
+
+
 def real_lengths(tokens_BT: Tensor, pad_id: int) -> Tensor:
     """Tokens up to the last one that is not padding, int64 [B]."""
     after_BT = torch.arange(1, tokens_BT.shape[1] + 1, device=tokens_BT.device)

@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from coca_scale.model.captions import Captions, pick
+from coca_scale.model.captions import Captions, next_tokens, pick
 from coca_scale.model.config import ModelConfig
 from coca_scale.model.decoder import CaptionHead, MultimodalDecoder
 from coca_scale.model.hf_text import HuggingFaceTextTower
 from coca_scale.model.image import ImageTower
+from coca_scale.model.past import Past
 from coca_scale.model.recompute import Recomputable, Thrifty
 from coca_scale.model.text import TextTower
 from coca_scale.model.timm_tower import TimmClipTower, TimmTower
@@ -90,6 +91,43 @@ class CoCa(nn.Module):
         """Logits [B, T, V] of the token that follows each given token."""
         assert self.caption_head is not None, "a CLIP has no caption head"
         return self.caption_head(self.hidden_states(image_tokens_BSD, tokens_BT))
+
+    def new_past(self, length: int) -> Past:
+        """An empty past of captions of up to `length` tokens.
+
+        Raises:
+            ValueError: the model has no decoder, or no place for that many tokens.
+        """
+        if self.decoder is None:
+            raise ValueError("this model is a CLIP: it has no decoder and writes no captions")
+        if length > self.config.context_length:
+            raise ValueError(
+                f"this model's captions have at most {self.config.context_length} tokens, "
+                f"{length} were asked for"
+            )
+        own = self.text.blocks if isinstance(self.text, TextTower) else ()
+        return Past(length, len(own), len(self.decoder.blocks))
+
+    def next_logits(
+        self, tokens_RT: Tensor, past: Past, image_tokens_BSD: Tensor | None = None
+    ) -> Tensor:
+        """Write on.
+
+        Args:
+            tokens_RT: the next tokens of each caption.
+            past: what is kept of those before; afterwards of these, too.
+            image_tokens_BSD: with the first tokens, of which there is one row per image.
+
+        Returns:
+            Logits [R, V] of the token that follows the last of these.
+        """
+        assert self.decoder is not None and self.caption_head is not None
+        past.begin(tokens_RT)
+        captions = next_tokens(tokens_RT, past.places.new_T)
+        _, text_ND = self.text(captions, past)
+        hidden_ND = self.decoder(text_ND, captions.decoder, image_tokens_BSD, past)
+        past.end()
+        return self.caption_head(hidden_ND.unflatten(0, tokens_RT.shape)[:, -1])
 
     def forward(
         self,

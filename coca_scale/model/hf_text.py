@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, DynamicCache
 
 from coca_scale.model.captions import Captions, arrange, real_lengths
 from coca_scale.model.config import TextConfig
+from coca_scale.model.past import Past
 from coca_scale.model.recompute import Recomputable
 
 NEW_SWITCH = "activation_checkpointing_enable"
@@ -60,13 +61,15 @@ class HuggingFaceTextTower(Recomputable):
         lengths_B = torch.full_like(real_B, longest)
         return arrange(tokens_BT, lengths_B, reads_B, pooled_B, None, self.pad_id)
 
-    def forward(self, captions: Captions) -> tuple[Tensor, Tensor]:
-        """Encode captions as `arrange` lays them out.
+    def forward(self, captions: Captions, past: Past | None = None) -> tuple[Tensor, Tensor]:
+        """Encode captions as `arrange` lays them out, or as `next_tokens` does those after `past`.
 
         Returns:
             The pooled embedding [B, embed_dim], not normalised, and the features of all rows
             [N, D].
         """
+        if past is not None:
+            return self._continue(past)
         tokens_BL = captions.text.pad(captions.tokens_N)
         real_BL = (tokens_BL != self.pad_id).long()
         output = self.transformer(input_ids=tokens_BL, attention_mask=real_BL, use_cache=False)
@@ -74,6 +77,20 @@ class HuggingFaceTextTower(Recomputable):
         weights_BL1 = real_BL.unsqueeze(-1).to(hidden_BLD.dtype)
         mean = (hidden_BLD * weights_BL1).sum(1) / weights_BL1.sum(1).clamp(min=1)
         return self.proj(mean), captions.text.pack(hidden_BLD)
+
+    def _continue(self, past: Past) -> tuple[Tensor, Tensor]:
+        """No embedding, and the features [R·T, D] of the next tokens."""
+        if past.transformers is None:
+            past.transformers = DynamicCache()
+        first = past.places.filled
+        known_RL = past.tokens_RL[:, : first + len(past.places.new_T)]
+        output = self.transformer(
+            input_ids=known_RL[:, first:],
+            attention_mask=(known_RL != self.pad_id).long(),
+            past_key_values=past.transformers,
+            use_cache=True,
+        )
+        return output.last_hidden_state[:, 0, :0], output.last_hidden_state.flatten(0, 1)
 
     def contrastive_parameters(self) -> list[nn.Parameter]:
         """Those that only the contrastive loss trains."""

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coca_scale.model.captions import Ragged
+from coca_scale.model.past import KeyValues
 from coca_scale.model.recompute import (
     Again,
     LayerNorm,
@@ -96,15 +97,18 @@ class SelfAttention(nn.Module):
         mask: Tensor | None,
         causal: bool,
         rows: Ragged | None,
+        past: KeyValues | None = None,
     ) -> Tensor:
         """Attention inside each sequence.
 
         Args:
             x: [B, T, D], or with `rows` [N, D].
             again: computes `x`, so that it need not be kept.
-            mask: boolean, True where a key may be seen, broadcastable to [B, H, T, T].
+            mask: boolean, True where a key may be seen, broadcastable to [B, H, T, T], with a past
+                to [B, H, T, L].
             causal: no key after the query may be seen; not together with a mask.
             rows: where the rows lie if `x` is ragged.
+            past: of the tokens before; those of `x` are added.
 
         Returns:
             As `x`.
@@ -114,6 +118,8 @@ class SelfAttention(nn.Module):
         if rows is not None:
             qkv = rows.pad(qkv)
         q, k, v = (split_heads(t, self.heads) for t in qkv.chunk(3, dim=-1))
+        if past is not None:
+            k, v = past.extend(k, v)
         y = attend(q, k, v, mask, causal)
         return self.out(y if rows is None else rows.pack(y))
 
@@ -132,29 +138,40 @@ class CrossAttention(nn.Module):
         self,
         x: Tensor,
         again: Again | None,
-        context_BSC: Tensor,
+        context_BSC: Tensor | None,
         context_again: Again | None,
         rows: Ragged | None = None,
+        past: KeyValues | None = None,
     ) -> Tensor:
         """Attention of each sequence to its context.
 
         Args:
-            x: queries [B, T, D], or with `rows` [N, D].
+            x: queries [B, T, D], or with `rows` [N, D]; with a past, several sequences in a row may
+                have the same context.
             again: computes `x`, so that it need not be kept.
-            context_BSC: what is attended to.
+            context_BSC: what is attended to; None if `past` has its keys and values.
             context_again: computes the context.
             rows: where the rows lie if `x` is ragged.
+            past: keeps keys and values of the context.
 
         Returns:
             As `x`.
         """
-        with not_keeping(context_BSC, context_again):
-            kv = self.kv(context_BSC)
+        if context_BSC is None:
+            assert past is not None and past.pair is not None
+            k, v = past.pair
+        else:
+            with not_keeping(context_BSC, context_again):
+                kv = self.kv(context_BSC)
+            k, v = (split_heads(t, self.heads) for t in kv.chunk(2, dim=-1))
+            if past is not None:
+                past.pair = (k, v)
         with not_keeping(x, again):
             q = self.q(x)
         if rows is not None:
             q = rows.pad(q)
-        k, v = (split_heads(t, self.heads) for t in kv.chunk(2, dim=-1))
+        if past is not None:
+            q = q.reshape(len(k), -1, q.shape[-1])  # a context's sequences, one after the other
         y = attend(split_heads(q, self.heads), k, v)
         return self.out(y if rows is None else rows.pack(y))
 
@@ -191,9 +208,10 @@ class Block(Recomputable):
         mask: Tensor | None = None,
         causal: bool = False,
         rows: Ragged | None = None,
+        past: KeyValues | None = None,
     ) -> Tensor:
         """[B, T, D], or with `rows` [N, D]; returns the same."""
-        x = x + self.attn(*self.norm1(x), mask, causal, rows)
+        x = x + self.attn(*self.norm1(x), mask, causal, rows, past)
         return x + self.mlp(*self.norm2(x))
 
 
@@ -211,9 +229,19 @@ class CrossBlock(Recomputable):
         self.norm2 = LayerNorm(width)
         self.mlp = MLP(width, int(width * mlp_ratio), residual_std, quick_gelu)
 
-    def forward(self, x: Tensor, image_BSD: Tensor, rows: Ragged | None = None) -> Tensor:
-        """Text [B, T, D], or with `rows` [N, D], and normalised image tokens; returns text."""
-        x = x + self.attn(*self.norm1(x), *self.norm_kv(image_BSD), rows)
+    def forward(
+        self,
+        x: Tensor,
+        image_BSD: Tensor | None,
+        rows: Ragged | None = None,
+        past: KeyValues | None = None,
+    ) -> Tensor:
+        """Text [B, T, D], or with `rows` [N, D], and normalised image tokens; returns text.
+
+        Without image tokens, their keys and values are taken from `past`.
+        """
+        context = (None, None) if image_BSD is None else self.norm_kv(image_BSD)
+        x = x + self.attn(*self.norm1(x), *context, rows, past)
         return x + self.mlp(*self.norm2(x))
 
 

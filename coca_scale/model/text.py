@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from coca_scale.model.captions import Captions, arrange, pick, real_lengths
 from coca_scale.model.config import TextConfig
 from coca_scale.model.layers import Block, normal_parameter
-from coca_scale.model.stack import run_blocks
+from coca_scale.model.past import Past
+from coca_scale.model.stack import run_block
 
 
 class TextTower(nn.Module):
@@ -56,8 +57,8 @@ class TextTower(nn.Module):
             lengths_B = reads_B = torch.full_like(real_B, context)
         return arrange(tokens_BT, lengths_B, reads_B, pooled_B, seen_BS, self.pad_id)
 
-    def forward(self, captions: Captions) -> tuple[Tensor, Tensor]:
-        """Encode captions as `arrange` lays them out.
+    def forward(self, captions: Captions, past: Past | None = None) -> tuple[Tensor, Tensor]:
+        """Encode captions as `arrange` lays them out, or as `next_tokens` does those after `past`.
 
         Returns:
             The pooled embedding [B, embed_dim], not normalised, and the features of all rows [N, D]
@@ -69,9 +70,19 @@ class TextTower(nn.Module):
             is_cls[captions.pooled_B] = True
             x = torch.where(is_cls, self.class_embedding, x)
         x = x + F.embedding(captions.positions_N, self.position_embedding)
-        mask = attention_mask(captions)
-        x = run_blocks(self.blocks, x, mask, mask is None, captions.text)
+        mask = attention_mask(captions) if past is None else self._past_mask(past)
+        for number, block in enumerate(self.blocks):
+            assert isinstance(block, Block)
+            kept = None if past is None else past.text[number]
+            x = run_block(block, x, mask, mask is None, captions.text, kept)
         return self.norm_final(pick(x, captions.pooled_B)) @ self.projection, x
+
+    def _past_mask(self, past: Past) -> Tensor:
+        """Places that the next tokens may see, bool [R, 1, T, L], or [T, L] where all see alike."""
+        if self.class_embedding is None:
+            return past.causal_mask()
+        seen_RL = visible_keys(past.tokens_RL, self.pad_id, self.correct_cls_mask)[:, :-1]
+        return past.causal_mask() & seen_RL[:, None, None, :]
 
     def contrastive_parameters(self) -> list[nn.Parameter]:
         """Those that only the contrastive loss trains."""

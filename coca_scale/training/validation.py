@@ -14,7 +14,8 @@ from coca_scale.data.tokens import Tokenizer
 from coca_scale.engine.core import TrainEngine
 from coca_scale.evaluation.captioning import letters
 from coca_scale.evaluation.retrieval import recall_at_1
-from coca_scale.generation.greedy import greedy
+from coca_scale.generation.generate import generate
+from coca_scale.generation.options import GenerationOptions
 
 BATCH = 64
 
@@ -101,11 +102,11 @@ class Validation:
             return []
         chosen = samples[: self._captions]
         images, _ = self._tensors(chosen)
-        t = self._tokenizer
-        ids = greedy(
-            engine.module, engine.eval_images(images), t.start_id, t.end_id, early_stop=False
+        greedy = GenerationOptions("greedy", min_seq_len=0)
+        ids = generate(
+            engine.module, engine.eval_images(images), self._tokenizer, greedy, same_steps=True
         )
-        written = [t.decode(row) for row in ids.tolist()]
+        written = [self._tokenizer.decode(row) for row in ids.tokens_BNL[:, 0].tolist()]
         return [
             CaptionedPicture(s.pixels, s.caption, text)
             for s, text in zip(chosen, written, strict=False)

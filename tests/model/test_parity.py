@@ -1,12 +1,14 @@
 """Our models are OpenCLIP's, parameter for parameter and output for output."""
 
 import json
+from types import SimpleNamespace
 
 import open_clip
 import pytest
 import torch
 
-from coca_scale.generation.greedy import greedy
+from coca_scale.generation.generate import generate
+from coca_scale.generation.options import GenerationOptions
 from coca_scale.model import CoCa, load_model_config
 from coca_scale.model.config import parse_model_config
 from coca_scale.model.weights import LOGIT_SCALE, build_model, fit_weights
@@ -97,7 +99,9 @@ def assert_same_captions(theirs, config, ours):
     coca = build_model(config, fitted).coca
     size, length = config.vision_cfg.image_size, config.context_length
     images = torch.randn(4, 3, size, size)
-    written = greedy(coca, images, start_id=1, end_id=2, early_stop=False)
+    special = SimpleNamespace(start_id=1, end_id=2, pad_id=theirs.pad_id)
+    options = GenerationOptions("greedy", min_seq_len=0)
+    written = generate(coca, images, special, options).tokens_BNL[:, 0]
     assert torch.equal(written, reference_greedy(theirs, images, 1, 2, length))
     assert len({tuple(row) for row in written.tolist()}) > 1, "all captions are the same"
 

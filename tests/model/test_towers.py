@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import open_clip
 import pytest
@@ -11,7 +12,8 @@ import torch
 from open_clip.transformer import AttentionalPooler
 from transformers import AutoConfig, AutoModel, RobertaConfig, RobertaForCausalLM
 
-from coca_scale.generation.greedy import greedy
+from coca_scale.generation.generate import generate
+from coca_scale.generation.options import GenerationOptions
 from coca_scale.model import CoCa
 from coca_scale.model.config import parse_model_config
 from coca_scale.model.hf_config import CAUSAL_TYPES
@@ -314,13 +316,15 @@ def test_one_batch_is_learned_by_heart_and_reproduced(kind, tmp_path):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(coca.parameters(), 1.0)
         optimizer.step()
-    assert torch.equal(greedy(coca.eval(), images, start, end, early_stop=True), tokens)
+    special = SimpleNamespace(start_id=start, end_id=end, pad_id=config.pad_id)
+    greedy = GenerationOptions("greedy", min_seq_len=0)
+    assert torch.equal(generate(coca.eval(), images, special, greedy).tokens_BNL[:, 0], tokens)
 
 
 def test_a_clip_writes_no_captions(tmp_path):
     coca = fresh(variant("clip", tmp_path))
     with pytest.raises(ValueError, match="no decoder"):
-        greedy(coca, torch.zeros(1, 3, 48, 48), 1, 2, early_stop=True)
+        coca.new_past(10)
 
 
 def test_captions_longer_than_a_hugging_face_model_are_refused(tmp_path):

@@ -1,0 +1,43 @@
+"""Tokens that are computed one after the other are those of the whole caption."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from coca_scale.model import CoCa
+from tests.variants import CAPTIONERS, variant
+
+
+@pytest.mark.parametrize("kind", CAPTIONERS)
+@torch.no_grad()
+def test_each_token_sees_what_it_sees_in_a_whole_caption(kind, tmp_path):
+    config = variant(kind, tmp_path)
+    torch.manual_seed(0)
+    coca = CoCa(config).double().eval()
+    size, hugging_face = config.vision_cfg.image_size, config.text_cfg.hf_model_name is not None
+    images = torch.randn(2, 3, size, size, dtype=torch.float64)
+    tokens = torch.randint(5, config.text_cfg.vocab_size, (4, 10))
+    if not hugging_face:  # there, padding is no word
+        tokens[1, 3] = tokens[3, 4] = tokens[3, 5] = config.pad_id
+    _, image_tokens = coca.image(images)
+    past = coca.new_past(12)
+    found = [coca.next_logits(tokens[::2, :2], past, image_tokens)]
+    past.repeat(2)
+    tokens[1, :2], tokens[3, :2] = tokens[0, :2], tokens[2, :2]
+    for place in range(2, 10):
+        # the two captions of each image change places, as beams do
+        past.take(torch.tensor([1, 0, 3, 2]))
+        tokens[:, :place] = tokens[[1, 0, 3, 2], :place]
+        found.append(coca.next_logits(tokens[:, place : place + 1], past))
+    expected = coca.caption_logits(image_tokens.repeat_interleave(2, 0), tokens)
+    assert torch.allclose(found[0], expected[::2, 1], rtol=0, atol=1e-12)
+    assert torch.allclose(found[-1], expected[:, 9], rtol=0, atol=1e-12)
+    shorter = coca.caption_logits(image_tokens.repeat_interleave(2, 0), tokens[:, :9])
+    assert not torch.allclose(shorter[:, -1], expected[:, -1])
+
+
+def test_no_past_is_longer_than_the_context(tmp_path):
+    coca = CoCa(variant("coca", tmp_path))
+    with pytest.raises(ValueError, match="at most 16 tokens, 17 were asked for"):
+        coca.new_past(17)
