@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from coca_scale.data.images import TrainCrop, decode_image, eval_pixels, train_pixels
+from coca_scale.data.images import TrainCrop, train_pixels
 from coca_scale.data.sample import (
     BadSample,
     DataError,
@@ -287,31 +287,3 @@ def deal_lanes(
         raise DataError("the checkpoint's sample positions are of another version of coca-scale")
     mine = range(rank * lanes // ranks, (rank + 1) * lanes // ranks)
     return {lane: Position(*saved[lane]) if saved is not None else Position() for lane in mine}
-
-
-@dataclass(frozen=True)
-class EvalSample:
-    """One validation sample: uint8 pixels [3, H, W], its caption and name."""
-
-    key: str
-    pixels: Tensor
-    caption: str
-
-
-def eval_samples(
-    source: Source, image_size: int, most: int, rank: int, ranks: int
-) -> list[EvalSample]:
-    """This rank's share of the first `most` samples, in storage order; bad ones are left out."""
-    samples = []
-    share = len(range(rank, most, ranks))
-    for number, sample in enumerate(source.ordered(rank, ranks)):
-        if number == share:
-            break
-        try:
-            if isinstance(sample, BadSample):
-                raise sample
-            pixels = eval_pixels(decode_image(sample.image, sample.key), image_size)
-        except BadSample:
-            continue
-        samples.append(EvalSample(sample.key, pixels, sample.caption))
-    return samples

@@ -7,7 +7,7 @@ import io
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,11 +16,10 @@ from typing import Any
 from PIL import Image
 from webdataset import TarWriter
 
-from coca_scale.data.images import IMAGE_EXTENSIONS, decode_image
+from coca_scale.data.images import decode_image
+from coca_scale.data.listing import ListOptions, Picture, list_pictures
 from coca_scale.data.manifest import MANIFEST
 from coca_scale.data.sample import BadSample, DataError
-from coca_scale.data.sources import TABLE_SUFFIXES
-from coca_scale.data.tables import read_table
 from coca_scale.recipe.files import sha256_of
 
 JPEG_QUALITY = 95
@@ -30,12 +29,14 @@ BAD_LIST = "bad_samples.jsonl"
 
 
 @dataclass(frozen=True)
-class PackOptions:
-    """How to read the source and write the shards."""
+class PackOptions(ListOptions):
+    """How to read the source and write the shards.
 
-    images: Path | None = None
-    image_column: str = "filepath"
-    caption_column: str = "title"
+    Attributes:
+        shard_samples: most samples of a shard.
+        max_side: larger pictures are scaled down to it, in pixels.
+    """
+
     shard_samples: int = 10000
     max_side: int | None = None
 
@@ -47,14 +48,6 @@ class PackResult:
     samples: int
     shards: int
     bad: Counter[str]
-
-
-@dataclass(frozen=True)
-class Picture:
-    """An image file with its captions."""
-
-    path: Path
-    captions: tuple[str, ...]
 
 
 Progress = Callable[[int, int], None]
@@ -114,56 +107,6 @@ def pack(
             if progress is not None:
                 progress(done, len(pictures))
     return _finish(out, source, count)
-
-
-def list_pictures(source: Path, options: PackOptions) -> list[Picture]:
-    """Image files with all their captions, in order of first appearance.
-
-    Raises:
-        DataError: not a folder, table or COCO json, or without content.
-    """
-    if source.is_dir():
-        pairs = _folder_pairs(source)
-    elif source.suffix in TABLE_SUFFIXES:
-        rows = read_table(source, options.image_column, options.caption_column)
-        pairs = ((Path(path), caption) for path, caption in rows)
-    elif source.suffix == ".json" and source.is_file():
-        pairs = _coco_pairs(source, options.images)
-    else:
-        raise DataError(f"{source}: give a folder, a .csv or .tsv file, or a COCO .json file")
-    captions: dict[Path, list[str]] = {}
-    for path, caption in pairs:
-        known = captions.setdefault(path, [])
-        text = caption.strip()
-        if text and text not in known:
-            known.append(text)
-    if not captions:
-        raise DataError(f"{source}: no pictures with captions in it")
-    return [Picture(path, tuple(texts)) for path, texts in captions.items()]
-
-
-def _folder_pairs(folder: Path) -> Iterator[tuple[Path, str]]:
-    suffixes = {f".{extension}" for extension in IMAGE_EXTENSIONS}
-    images = sorted(p for p in folder.rglob("*") if p.suffix.lower() in suffixes)
-    if not images:
-        raise DataError(f"{folder}: no images ({', '.join(sorted(suffixes))}) in it")
-    for image in images:
-        caption_file = image.with_suffix(".txt")
-        text = caption_file.read_text(errors="replace") if caption_file.is_file() else ""
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
-        yield image, lines[0] if lines else ""
-
-
-def _coco_pairs(path: Path, images: Path | None) -> Iterator[tuple[Path, str]]:
-    if images is None:
-        raise DataError(f"{path}: say where the pictures are with --images DIR")
-    try:
-        content = json.loads(path.read_text())
-        names = {image["id"]: image["file_name"] for image in content["images"]}
-        pairs = [(names[a["image_id"]], a["caption"]) for a in content["annotations"]]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: not a COCO caption annotation file ({error!r})") from error
-    yield from ((images / name, caption) for name, caption in pairs)
 
 
 def _settle(out: Path, source: Path, options: PackOptions, pictures: Sequence[Picture]) -> None:

@@ -10,7 +10,7 @@ from coca_scale.data.images import IMAGE_EXTENSIONS
 from coca_scale.data.sample import BadSample, RawSample
 from coca_scale.recipe.schema import DataFilters
 
-TEXT, JSON = "txt", "json"
+TEXT, JSON, CLASS = "txt", "json", "cls"
 MAX_IMAGE_BYTES = 2**28
 MAX_TEXT_BYTES = 2**20
 # by extension, what is read of a sample and how much of it at most
@@ -18,6 +18,7 @@ LIMITS = {
     **dict.fromkeys(IMAGE_EXTENSIONS, MAX_IMAGE_BYTES),
     TEXT: MAX_TEXT_BYTES,
     JSON: MAX_TEXT_BYTES,
+    CLASS: MAX_TEXT_BYTES,
 }
 MAX_CAPTION_CHARACTERS = 4096  # merging a "word" of n letters takes CLIP's BPE n² steps
 
@@ -25,8 +26,18 @@ MAX_CAPTION_CHARACTERS = 4096  # merging a "word" of n letters takes CLIP's BPE 
 class SampleRules:
     """Reads captions and json fields as the recipe says."""
 
-    def __init__(self, captions: Mapping[str, float], filters: DataFilters) -> None:
-        """`captions`: weights by name, `txt` or a json field; empty takes .txt, else `caption`."""
+    def __init__(
+        self, captions: Mapping[str, float], filters: DataFilters, captions_needed: bool = True
+    ) -> None:
+        """What makes a sample.
+
+        Args:
+            captions: weights by name, `txt`, `cls` (a class number, as in ImageNet's shards) or a
+                json field; empty takes .txt, else `caption`.
+            filters: of pictures and json fields.
+            captions_needed: whether a picture without a caption is a bad sample.
+        """
+        self._captions_needed = captions_needed
         self._captions = dict(sorted(captions.items(), key=lambda item: -item[1]))
         self._filters = filters
 
@@ -38,7 +49,7 @@ class SampleRules:
         """
         image = next((files[e] for e in IMAGE_EXTENSIONS if files.get(e) is not None), None)
         if image is None:
-            others = set(files) - {TEXT, JSON}
+            others = set(files) - {TEXT, JSON, CLASS}
             raise BadSample("wrong_extension" if others else "missing_image", key, shard)
         if not image:
             raise BadSample("broken_image", key, shard)
@@ -52,16 +63,17 @@ class SampleRules:
         weights = self._captions or {TEXT if text is not None else "caption": 1.0}
         captions: list[tuple[str, float]] = []
         for name, weight in weights.items():
-            found = _decoded(text, key, shard) if name == TEXT else _texts(fields.get(name))
+            whole = name in (TEXT, CLASS)
+            found = _decoded(files.get(name), key, shard) if whole else _texts(fields.get(name))
             captions += [(caption, weight / len(found)) for caption in found]
-        if not captions:
+        if not captions and self._captions_needed:
             raise BadSample("missing_caption", key, shard)
         captions = [
             (caption[:MAX_CAPTION_CHARACTERS], weight)
             for caption, weight in captions
             if caption.strip()
         ]
-        if not captions:
+        if not captions and self._captions_needed:
             raise BadSample("empty_caption", key, shard)
         return RawSample(key, image, tuple(captions), shard)
 

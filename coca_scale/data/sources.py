@@ -11,10 +11,8 @@ from coca_scale.data.sample import DataError, Source
 from coca_scale.data.shards import Mixed, ShardOptions, ShardSource
 from coca_scale.data.storage import StorageOptions
 from coca_scale.data.synthetic import Shapes
-from coca_scale.data.tables import CaptionTable, IndexedSource
+from coca_scale.data.tables import TABLE_SUFFIXES, CaptionTable, IndexedSource
 from coca_scale.recipe.schema import DataSection, WeightedShards
-
-TABLE_SUFFIXES = (".csv", ".tsv")
 
 
 def open_source(spec: str | Sequence[str | WeightedShards], data: DataSection, seed: int) -> Source:

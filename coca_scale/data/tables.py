@@ -12,6 +12,8 @@ import numpy as np
 
 from coca_scale.data.sample import BadSample, DataError, Position, RawSample
 
+TABLE_SUFFIXES = (".csv", ".tsv")
+
 
 class Indexed(Protocol):
     """A collection whose items may raise BadSample."""
@@ -43,8 +45,10 @@ class CaptionTable:
             raise BadSample("missing_image", path) from error
 
 
-def read_table(path: Path, image_column: str, caption_column: str) -> list[tuple[str, str]]:
-    """Image paths and captions of a .csv or .tsv file.
+def read_table(
+    path: Path, image_column: str, caption_column: str, captions_needed: bool = True
+) -> list[tuple[str, str]]:
+    """Image paths and captions of a .csv or .tsv file; without need, captions may be empty.
 
     Raises:
         DataError: no such file, not UTF-8, columns missing, or no rows.
@@ -56,7 +60,7 @@ def read_table(path: Path, image_column: str, caption_column: str) -> list[tuple
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, delimiter=delimiter)
             columns = reader.fieldnames or []
-            for column in (image_column, caption_column):
+            for column in (image_column, caption_column)[: 1 + captions_needed]:
                 if column not in columns:
                     raise DataError(
                         f"{path}: no column {column!r}, found {', '.join(columns) or 'nothing'}; "
@@ -64,7 +68,7 @@ def read_table(path: Path, image_column: str, caption_column: str) -> list[tuple
                         "--caption-column on the command line)"
                     )
             rows = [
-                (str(path.parent / (row[image_column] or "")), row[caption_column] or "")
+                (str(path.parent / (row[image_column] or "")), row.get(caption_column) or "")
                 for row in reader
             ]
     except (UnicodeDecodeError, csv.Error) as error:
