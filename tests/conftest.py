@@ -18,6 +18,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
+from tests.captioner import Captioner, train_captioner
 from tests.cluster import testbed
 from tests.cluster.runs import Data, TrainingJob
 from tests.cluster.testbed import Cluster
@@ -49,6 +50,12 @@ def tiny_recipe(**changes: Any) -> Any:
         section, _, key = name.partition("__")
         raw.setdefault(section, {})[key] = value
     return recipe_from_dict(raw)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Captioner:
+    """A captioner that has learnt something, here and in open_clip."""
+    return train_captioner(tmp_path_factory.mktemp("trained"))
 
 
 @pytest.fixture(scope="session")

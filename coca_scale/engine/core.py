@@ -286,12 +286,15 @@ class TrainEngine:
         self._logit_scale.clamp_()
 
     @torch.no_grad()
-    def encode(self, images: Tensor, tokens: Tensor) -> Tensor:
-        """Unit features [n, 2, d] in fp32 of uint8 images and token ids, without gradients."""
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Unit features [n, d] in fp32 of uint8 images, without gradients."""
+        return self.module.encode_image(self.eval_images(images)).float()
+
+    @torch.no_grad()
+    def encode_texts(self, tokens: Tensor) -> Tensor:
+        """Unit features [n, d] in fp32 of token ids, without gradients."""
         self._engine.eval()
-        images = self._prepare(images.to(self.world.device))
-        features, _ = self._engine(images, self._arrange(tokens), None, features_only=True)
-        return features.float()
+        return self.module.encode_text(tokens.to(self.world.device)).float()
 
     @torch.no_grad()
     def eval_images(self, images: Tensor) -> Tensor:

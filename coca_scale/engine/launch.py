@@ -100,22 +100,6 @@ class World:
             set_timeout(timedelta(seconds=seconds), group)
 
 
-def planned_size() -> int:
-    """Number of processes of this launch, known before they have met."""
-    for name in ("WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
-        if os.environ.get(name, "").isdigit():
-            return int(os.environ[name])
-    return 1
-
-
-def planned_rank() -> int:
-    """Rank of this process, known before they have met."""
-    for name in ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK"):
-        if os.environ.get(name, "").isdigit():
-            return int(os.environ[name])
-    return 0
-
-
 def start_world(timeout_seconds: float = 900.0) -> World:
     """Join the process group: DeepSpeed launcher, torchrun, srun, mpirun, or a single process.
 

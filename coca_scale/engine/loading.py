@@ -13,13 +13,6 @@ from torch import Tensor
 
 from coca_scale.data.images import decode_image, eval_pixels, to_rgb
 from coca_scale.data.tokens import Tokenizer, make_tokenizer, prompt_ids
-from coca_scale.engine.checkpoint import (
-    MANIFEST,
-    find_checkpoint,
-    read_progress,
-    read_weights,
-    verify_checkpoint,
-)
 from coca_scale.generation.generate import generate
 from coca_scale.generation.options import GenerationOptions
 from coca_scale.model import ModelConfig, load_model_config
@@ -63,19 +56,26 @@ class LoadedModel:
         """A picture as the image tower takes it: shortest side resized, centre crop, normalised.
 
         Returns:
-            fp32 [3, H, W] on the model's device.
+            [3, H, W] on the model's device, in its dtype.
         """
         pixels = eval_pixels(to_rgb(image), self.config.vision_cfg.image_size)
-        return normalize_pixels(pixels[None].to(self.device), torch.float32)[0]
+        return normalize_pixels(pixels[None].to(self.device), self.dtype)[0]
 
     @property
     def device(self) -> torch.device:
         """Where the model computes."""
         return self.model.logit_scale.log_scale.device
 
-    def to(self, device: str | torch.device) -> LoadedModel:
-        """Move the model, in place."""
-        self.model.coca.to(device)
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+        return next(self.model.coca.parameters()).dtype
+
+    def to(
+        self, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> LoadedModel:
+        """Move the model, in place, and compute in another type; the logit scale stays fp32."""
+        self.model.coca.to(device, dtype)
         self.model.logit_scale.to(device)
         return self
 
@@ -83,6 +83,10 @@ class LoadedModel:
     def encode_image(self, images: Tensor, normalize: bool = True) -> Tensor:
         """Preprocessed images [B, 3, H, W] → features [B, embed_dim]."""
         return self.model.coca.encode_image(images, normalize)
+
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """uint8 pixels [B, 3, H, W] of the model's size → unit features [B, embed_dim]."""
+        return self.encode_image(normalize_pixels(pixels.to(self.device), self.dtype))
 
     @torch.no_grad()
     def encode_text(self, tokens: Tensor, normalize: bool = True) -> Tensor:
@@ -179,6 +183,15 @@ def find_model(name: str, config: str | None = None, raw_weights: bool = False) 
 def _in_folder(folder: Path, raw_weights: bool) -> Found:
     if is_model_folder(folder):
         return Found(*read_folder(folder), folder)
+    # DeepSpeed takes seconds to import, and only runs need it
+    from coca_scale.engine.checkpoint import (
+        MANIFEST,
+        find_checkpoint,
+        read_progress,
+        read_weights,
+        verify_checkpoint,
+    )
+
     checkpoint = folder if (folder / MANIFEST).is_file() else None
     checkpoint = checkpoint or find_checkpoint(folder / "checkpoints")
     if checkpoint is None:

@@ -1,26 +1,22 @@
-"""Caption pictures from files, folders, tables, shards or synthetic data."""
+"""Captions for many pictures."""
 
 from __future__ import annotations
 
+import hashlib
 import itertools
-import json
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
 
 import torch
 from PIL import Image, ImageDraw
 
-from coca_scale.data.images import IMAGE_EXTENSIONS, decode_image, eval_pixels
-from coca_scale.data.loader import EvalSample
-from coca_scale.data.sample import BadSample, DataError, RawSample
-from coca_scale.data.sources import open_source
+from coca_scale.data.tokens import prompt_ids
 from coca_scale.engine.loading import LoadedModel
-from coca_scale.evaluation.retrieval import recall_at_1
+from coca_scale.evaluation.pictures import Picture
+from coca_scale.generation.generate import generate
+from coca_scale.generation.options import GenerationOptions
 from coca_scale.model.image import normalize_pixels
-from coca_scale.recipe.schema import DataSection
 
 _TILE = 144
 _TEXT_HEIGHT = 34
@@ -28,86 +24,67 @@ _TEXT_HEIGHT = 34
 
 @dataclass(frozen=True)
 class Captioned:
-    """One picture with what the model wrote; `caption` is the true one, empty if unknown."""
+    """One picture with what the model wrote, the best or first caption first.
 
-    sample: EvalSample
-    generated: str
+    Attributes:
+        picture: with the captions that it came with.
+        captions: `samples` of them.
+        scores: log-probability per token of each.
+    """
+
+    picture: Picture
+    captions: tuple[str, ...]
+    scores: tuple[float, ...]
 
     @property
     def right(self) -> bool:
-        """Whether the generated caption equals the true one but for case and spaces.
-
-        BPE puts spaces around punctuation, so spaces say nothing.
-        """
-        return letters(self.sample.caption) == letters(self.generated)
+        """Whether the first caption equals one that came with the picture."""
+        return letters(self.captions[0]) in {letters(c) for c in self.picture.captions}
 
 
 def letters(caption: str) -> str:
-    """Lower case, no spaces."""
+    """Lower case, no spaces: BPE puts some around punctuation, so they say nothing."""
     return "".join(caption.lower().split())
 
 
-def read_pictures(inputs: Sequence[str], data: DataSection) -> Iterator[RawSample | BadSample]:
-    """Pictures of each input: an image file, a folder, or anything `data.train` takes.
+@dataclass(frozen=True)
+class Captioner:
+    """A model that writes, and how.
 
-    Raises:
-        DataError: an input that names nothing.
+    Attributes:
+        loaded: the model.
+        options: how captions are written.
+        prompt: words that every caption begins with.
+        batch_size: pictures at a time.
     """
-    suffixes = {f".{extension}" for extension in IMAGE_EXTENSIONS}
-    for name in inputs:
-        path = Path(name)
-        if path.is_dir() and not any(path.glob("*.tar")):
-            files = sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes)
-            if not files:
-                raise DataError(f"{name}: no pictures in this folder")
-            yield from (RawSample(str(p), p.read_bytes()) for p in files)
-        elif path.suffix.lower() in suffixes:
-            if not path.is_file():
-                raise DataError(f"{name}: no such file")
-            yield RawSample(name, path.read_bytes())
-        else:
-            source = open_source(name, data, seed=0)
-            source.check()
-            yield from source.ordered(0, 1)
 
+    loaded: LoadedModel
+    options: GenerationOptions
+    prompt: str = ""
+    batch_size: int = 64
 
-def caption_pictures(
-    loaded: LoadedModel,
-    pictures: Iterator[RawSample | BadSample],
-    batch_size: int,
-    bad: Counter[str],
-) -> Iterator[Captioned]:
-    """Greedy captions, in order; unusable pictures are counted in `bad` and left out."""
-    usable = _decoded(loaded, pictures, bad)
-    while batch := list(itertools.islice(usable, batch_size)):
-        images = normalize_pixels(torch.stack([s.pixels for s in batch]), torch.float32)
-        for sample, row in zip(batch, loaded.generate(images).tolist(), strict=True):
-            yield Captioned(sample, loaded.tokenizer.decode(row))
+    def write(self, pictures: Iterator[Picture]) -> Iterator[list[Captioned]]:
+        """Captions in order, a batch at a time."""
+        while batch := list(itertools.islice(pictures, self.batch_size)):
+            yield self._batch(batch)
 
-
-def write_jsonl(captioned: Iterator[Captioned], file: TextIO) -> list[Captioned]:
-    """One JSON object per picture: key, caption, and the true caption where there is one."""
-    written = []
-    for item in captioned:
-        line = {"key": item.sample.key, "caption": item.generated}
-        if item.sample.caption:
-            line["reference"] = item.sample.caption
-        file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        written.append(item)
-    return written
-
-
-def retrieval(loaded: LoadedModel, samples: Sequence[EvalSample]) -> tuple[float, float]:
-    """R@1 image to text and text to image over samples with captions."""
-    images, texts = [], []
-    for start in range(0, len(samples), 64):
-        batch = samples[start : start + 64]
-        pixels = normalize_pixels(torch.stack([s.pixels for s in batch]), torch.float32)
-        images.append(loaded.encode_image(pixels))
-        tokens = loaded.tokenizer([s.caption for s in batch])
-        texts.append(loaded.encode_text(tokens))
-    captions = [letters(sample.caption) for sample in samples]
-    return recall_at_1(torch.cat(images), torch.cat(texts), captions)
+    def _batch(self, batch: Sequence[Picture]) -> list[Captioned]:
+        model = self.loaded
+        pixels = torch.stack([picture.pixels for picture in batch]).to(model.device)
+        start = prompt_ids(model.tokenizer, self.prompt)
+        written = generate(
+            model.model.coca,
+            normalize_pixels(pixels, model.dtype),
+            model.tokenizer,
+            self.options,
+            prompts=[start] * len(batch),
+            seeds=[_seed(picture.key) for picture in batch],
+        )
+        rows = zip(batch, written.tokens_BNL.tolist(), written.scores_BN.tolist(), strict=True)
+        return [
+            Captioned(picture, tuple(model.tokenizer.decode(t) for t in tokens), tuple(scores))
+            for picture, tokens, scores in rows
+        ]
 
 
 def draw_grid(captioned: Sequence[Captioned], path: Path, columns: int = 6) -> None:
@@ -118,36 +95,27 @@ def draw_grid(captioned: Sequence[Captioned], path: Path, columns: int = 6) -> N
     draw = ImageDraw.Draw(sheet)
     for number, item in enumerate(captioned):
         x, y = (number % columns) * width + 6, (number // columns) * height + 4
-        picture = Image.fromarray(item.sample.pixels.permute(1, 2, 0).numpy())
+        picture = Image.fromarray(item.picture.pixels.permute(1, 2, 0).numpy())
         sheet.paste(picture.resize((_TILE, _TILE), Image.Resampling.BICUBIC), (x, y))
-        colour = ("darkgreen" if item.right else "firebrick") if item.sample.caption else "black"
-        text = _wrap(draw, item.generated, _TILE)
+        known = "darkgreen" if item.right else "firebrick"
+        colour = known if item.picture.captions else "black"
+        text = _wrap(draw.textlength, item.captions[0], _TILE)
         draw.multiline_text((x, y + _TILE + 2), text, fill=colour, spacing=1)
     sheet.save(path)
 
 
-def _wrap(draw: ImageDraw.ImageDraw, text: str, width: int) -> str:
+def _wrap(length: Callable[[str], float], text: str, width: int) -> str:
     """At most two lines that fit."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
-        if draw.textlength(longer) <= width or not lines[-1]:
+        if length(longer) <= width or not lines[-1]:
             lines[-1] = longer
         else:
             lines.append(word)
     return "\n".join(lines[:2])
 
 
-def _decoded(
-    loaded: LoadedModel, pictures: Iterator[RawSample | BadSample], bad: Counter[str]
-) -> Iterator[EvalSample]:
-    size = loaded.config.vision_cfg.image_size
-    for picture in pictures:
-        try:
-            if isinstance(picture, BadSample):
-                raise picture
-            pixels = eval_pixels(decode_image(picture.image, picture.key), size)
-        except BadSample as error:
-            bad[error.cause] += 1
-            continue
-        yield EvalSample(picture.key, pixels, picture.caption)
+def _seed(key: str) -> int:
+    """A number of a picture, whatever the order and number of pictures and ranks."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big")

@@ -17,10 +17,9 @@ from coca_scale.engine.launch import (
     LaunchError,
     World,
     end_world,
-    planned_rank,
-    planned_size,
     start_world,
 )
+from coca_scale.engine.planned import planned_rank, planned_size
 from coca_scale.engine.watchdog import NoWatchdog, Watchdog
 from coca_scale.model import CoCa
 from coca_scale.model.lock import freeze

@@ -1,0 +1,37 @@
+"""The `coca-scale` command; training itself is started by `coca_scale/train.py`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import typer
+
+from coca_scale.cli import data, evaluate, models, runs
+
+app = typer.Typer(
+    help="Tools around CoCa training: check recipes, pack data, caption, evaluate, report, export.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("check")(runs.check_command)
+app.command("plan")(runs.plan_command)
+app.command("slurm")(runs.slurm_command)
+app.command("doctor")(runs.doctor_command)
+app.add_typer(data.app, name="data")
+app.command("caption")(models.caption_command)
+app.add_typer(evaluate.app, name="eval")
+app.command("export")(models.export_command)
+app.command("demo")(models.demo_command)
+app.command("report")(runs.report_command)
+
+
+def main() -> None:
+    """Console entry: a user's mistake is one line and exit code 1."""
+    logging.disable(logging.WARNING)  # libraries' notes about themselves
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        print(f"coca-scale: {error}", file=sys.stderr)
+        sys.exit(1)

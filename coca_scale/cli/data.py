@@ -1,0 +1,87 @@
+"""`coca-scale data`: prepare and inspect training data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from coca_scale.cli.options import (
+    CORES,
+    CaptionColumn,
+    ImageColumn,
+    ImagesOption,
+    SplitOption,
+    Workers,
+    progress_bar,
+    skipped,
+)
+
+app = typer.Typer(help="Prepare and inspect training data.", no_args_is_help=True)
+
+
+@app.command("pack")
+def data_pack(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder with .txt side-cars (first line), .csv/.tsv, COCO's or Karpathy's .json."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the shards.")],
+    images: ImagesOption = None,
+    split: SplitOption = None,
+    image_column: ImageColumn = "filepath",
+    caption_column: CaptionColumn = "title",
+    shard_samples: Annotated[int, typer.Option(min=1, help="Samples per shard.")] = 10000,
+    max_side: Annotated[
+        int | None, typer.Option(min=16, help="Scale larger pictures down, in pixels.")
+    ] = None,
+    workers: Workers = CORES,
+) -> None:
+    """Write WebDataset shards and manifest.json; goes on where an interrupted call stopped.
+
+    Example: coca-scale data pack photos/ --out shards/
+    """
+    from coca_scale.data.pack import PackOptions, pack
+
+    columns = (image_column, caption_column)
+    options = PackOptions(images, *columns, split, shard_samples, max_side)
+    with progress_bar("pictures") as progress:
+        result = pack(source, out, options, workers, progress)
+    typer.echo(f"{result.samples} samples in {result.shards} shards in {out}{skipped(result.bad)}")
+
+
+@app.command("inspect")
+def data_inspect(
+    shards: Annotated[
+        list[str], typer.Argument(metavar="SHARDS...", help="Folders, paths, braces, urls, pipe:.")
+    ],
+    decode: Annotated[
+        bool, typer.Option(help="Decode every picture, which is what finds broken ones.")
+    ] = True,
+    picture: Annotated[Path | None, typer.Option(help="PNG with the caption lengths.")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON with all counts.")] = None,
+    write_manifest: Annotated[
+        bool, typer.Option("--write-manifest", help="Write manifest.json beside the shards.")
+    ] = False,
+    workers: Workers = CORES,
+) -> None:
+    """Count what shards hold: samples, sizes, caption lengths, faults by cause.
+
+    Example: coca-scale data inspect "shards/{000000..000009}.tar" --picture lengths.png
+    """
+    from coca_scale.data import inspection
+
+    with progress_bar("shards") as progress:
+        found = inspection.inspect_shards(shards, decode, workers, progress)
+    typer.echo(found.text())
+    if picture is not None:
+        found.draw(picture)
+        typer.echo(f"picture: {picture}")
+    if out is not None:
+        out.write_text(json.dumps(found.facts(), indent=1) + "\n")
+    if write_manifest:
+        typer.echo(f"wrote {inspection.write_manifest(found)}")

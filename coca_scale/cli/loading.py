@@ -1,0 +1,57 @@
+"""Models and data as verbs name them."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from coca_scale.cli.options import Precision
+
+if TYPE_CHECKING:
+    from coca_scale.engine.launch import World
+    from coca_scale.engine.loading import LoadedModel
+    from coca_scale.recipe.schema import DataSection
+
+
+def data_section(inputs: list[str]) -> DataSection:
+    """How data is read, without a recipe."""
+    from coca_scale.recipe.schema import DataSection
+
+    return DataSection.model_validate({"train": inputs})
+
+
+@contextmanager
+def ranks() -> Iterator[World | None]:
+    """The processes of a launch by torchrun, srun or mpirun; None for a single one."""
+    from coca_scale.engine.planned import planned_size
+
+    if planned_size() == 1:
+        yield None
+        return
+    from coca_scale.engine.launch import end_world, start_world  # DeepSpeed takes seconds
+
+    with contextlib.redirect_stdout(io.StringIO()):  # it says which op it has built
+        world = start_world()
+    yield world
+    end_world()
+
+
+def load(
+    model: str,
+    config: str | None,
+    raw_weights: bool,
+    precision: Precision = Precision.FP32,
+    world: World | None = None,
+) -> LoadedModel:
+    """A model on this rank's accelerator, or on the CPU."""
+    import torch
+
+    from coca_scale.engine.loading import load_model
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if precision is Precision.BF16 else torch.float32
+    loaded = load_model(model, config, raw_weights)
+    return loaded.to(device if world is None else world.device, dtype)

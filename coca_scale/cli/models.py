@@ -1,0 +1,182 @@
+"""Verbs that use a model: caption, demo, export."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from coca_scale.cli.loading import data_section, load, ranks
+from coca_scale.cli.options import (
+    METHODS,
+    BatchSize,
+    CaptionColumn,
+    ConfigOption,
+    ImageColumn,
+    ImagesOption,
+    MaxLength,
+    Method,
+    MethodOption,
+    MinLength,
+    ModelArgument,
+    NumBeams,
+    Precision,
+    PrecisionOption,
+    RawWeights,
+    SplitOption,
+    progress_bar,
+    skipped,
+)
+
+VERIFY_TOLERANCE = 1e-3
+
+
+def export_command(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    verify: Annotated[
+        bool, typer.Option(help="Load the result with open_clip and compare outputs.")
+    ] = False,
+    config: ConfigOption = None,
+    raw_weights: RawWeights = False,
+) -> None:
+    """Write an OpenCLIP model folder, or say why OpenCLIP cannot have this model.
+
+    Example: coca-scale export runs/tiny --out runs/tiny/export --verify
+    """
+    from coca_scale.engine.export import export
+    from coca_scale.engine.loading import load_model
+    from coca_scale.openclip.folder import verify_folder
+
+    loaded = load_model(model, config, raw_weights)
+    obstacle = export(loaded, out)
+    if obstacle is None:
+        typer.echo(f"wrote {out}; load it with open_clip as local-dir:{out}")
+    else:
+        typer.echo(f"wrote {out} for coca-scale alone: {obstacle}")
+    if verify:
+        found = verify_folder(out, loaded.model)
+        typer.echo("largest difference to open_clip on random inputs (fp32):")
+        typer.echo(f"  image features  {found.image_features:.2e}")
+        typer.echo(f"  text features   {found.text_features:.2e}")
+        typer.echo(f"  caption logits  {found.caption_logits:.2e}")
+        if not found.largest < VERIFY_TOLERANCE:
+            raise ValueError(f"{out}: open_clip computes something else with this model")
+
+
+def caption_command(
+    model: ModelArgument,
+    inputs: Annotated[
+        list[str],
+        typer.Argument(help="Pictures, folders, .csv/.tsv, .json, shards, synthetic://shapes."),
+    ],
+    out: Annotated[
+        Path, typer.Option(help="JSONL file, or a folder for one file per input shard.")
+    ],
+    method: MethodOption = Method.BEAM,
+    num_beams: NumBeams = 6,
+    num_beam_groups: Annotated[int, typer.Option(help="Beams in groups that differ.")] = 1,
+    diversity_penalty: Annotated[float, typer.Option(help="How much groups differ.")] = 0.0,
+    length_penalty: Annotated[float, typer.Option(help="Above 0 favours long captions.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Draw from that many tokens.")] = 1,
+    top_p: Annotated[float, typer.Option(help="Draw from that share of probability.")] = 0.1,
+    temperature: Annotated[float, typer.Option(help="Of drawing.")] = 1.0,
+    repetition_penalty: Annotated[float, typer.Option(help="1 is none.")] = 1.0,
+    max_length: MaxLength = None,
+    min_length: MinLength = 5,
+    samples: Annotated[int, typer.Option(help="Captions per picture.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of drawing.")] = 0,
+    prompt: Annotated[str, typer.Option(help="Words that every caption begins with.")] = "",
+    picture: Annotated[Path | None, typer.Option(help="Also draw a PNG grid.")] = None,
+    batch_size: BatchSize = 64,
+    precision: PrecisionOption = Precision.FP32,
+    image_column: ImageColumn = "filepath",
+    caption_column: CaptionColumn = "title",
+    images: ImagesOption = None,
+    split: SplitOption = None,
+    config: ConfigOption = None,
+    raw_weights: RawWeights = False,
+) -> None:
+    """Caption pictures; goes on where an interrupted call stopped.
+
+    Example: coca-scale caption runs/tiny photos/ --out captions.jsonl
+
+    On 8 GPUs: torchrun --nproc-per-node 8 -m coca_scale caption MODEL shards/ --out captions/
+    """
+    from coca_scale.data.listing import ListOptions
+    from coca_scale.evaluation import captioning
+    from coca_scale.evaluation.caption_job import CaptionJob
+    from coca_scale.evaluation.pictures import open_pictures
+    from coca_scale.generation.options import GenerationOptions
+
+    options = GenerationOptions(
+        generation_type=METHODS[method],
+        seq_len=max_length,
+        min_seq_len=min_length,
+        num_beams=num_beams,
+        num_beam_groups=num_beam_groups,
+        diversity_penalty=diversity_penalty,
+        length_penalty=length_penalty,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        repetition_penalty=repetition_penalty,
+        samples=samples,
+        seed=seed,
+    )
+    listing = ListOptions(images, image_column, caption_column, split)
+    parts = open_pictures(inputs, data_section(inputs), listing)
+    with ranks() as world:
+        loaded = load(model, config, raw_weights, precision, world)
+        captioner = captioning.Captioner(loaded, options, prompt, batch_size)
+        settings = {"model": model, "raw_weights": raw_weights, "inputs": inputs, "prompt": prompt}
+        settings |= {"precision": precision.value, "split": split, **asdict(options)}
+        with progress_bar("pictures", world is None or world.rank == 0) as progress:
+            job = CaptionJob(captioner, parts, settings, world, progress)
+            in_file = out.suffix in (".jsonl", ".json")
+            done = job.to_file(out) if in_file else job.to_folder(out)
+        if world is not None and world.rank > 0:
+            return
+    before = f", {done.there} were there before" if done.there else ""
+    rate = f" in {done.seconds:.1f} s ({done.per_second:.1f} pictures/s)"
+    typer.echo(f"{done.written} pictures captioned in {out}{rate}{before}{skipped(done.bad)}")
+    if picture is not None:
+        captioning.draw_grid(done.shown, picture)
+        typer.echo(f"picture: {picture}")
+
+
+def demo_command(
+    model: ModelArgument,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 7860,
+    num_beams: NumBeams = 6,
+    max_length: MaxLength = None,
+    min_length: MinLength = 5,
+    upload_megabytes: Annotated[float, typer.Option(min=0.1, help="Of one picture.")] = 20.0,
+    precision: PrecisionOption = Precision.FP32,
+    config: ConfigOption = None,
+    raw_weights: RawWeights = False,
+) -> None:
+    """A local web page: drop a picture, get captions and scores of labels.
+
+    Example: coca-scale demo runs/tiny
+    """
+    import uvicorn
+
+    from coca_scale.evaluation.demo import LOOPBACK, Describer, Limits, listen, make_app
+    from coca_scale.generation.options import GenerationOptions
+
+    options = GenerationOptions(
+        seq_len=max_length, min_seq_len=min_length, num_beams=num_beams, samples=min(3, num_beams)
+    )
+    socket = listen(host, port)
+    describer = Describer(load(model, config, raw_weights, precision), options)
+    on_loopback = host in LOOPBACK
+    limits = Limits(upload_bytes=int(upload_megabytes * 1e6))
+    site = make_app(describer, model, limits, LOOPBACK if on_loopback else None)
+    if not on_loopback:
+        typer.echo(f"warning: everybody who reaches {host} can use this page", err=True)
+    typer.echo(f"http://{host}:{socket.getsockname()[1]}   (ctrl-c ends it)")
+    uvicorn.Server(uvicorn.Config(site, log_level="warning")).run(sockets=[socket])

@@ -1,0 +1,137 @@
+"""Verbs around a run: check, plan, slurm, report, doctor."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from coca_scale.cli.options import Overrides, RecipeArgument
+
+
+def check_command(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option(min=1, help="Processes of the planned job.")] = 1,
+    device_gigabytes: Annotated[
+        float | None, typer.Option(min=0.1, help="Memory per process; default: as found here.")
+    ] = None,
+) -> None:
+    """Look at recipe, data, model and memory without training; lists every fault, then exits 1.
+
+    Example: coca-scale check recipes/large.yaml --gpus 64 --device-gigabytes 80
+    """
+    from coca_scale.recipe import load_recipe
+    from coca_scale.training.check import check
+
+    loaded = load_recipe(recipe, overrides or ())
+    device_bytes = None if device_gigabytes is None else int(device_gigabytes * 1e9)
+    report = check(loaded, gpus, device_bytes)
+    typer.echo(report.text())
+    if report.faults:
+        raise ValueError(f"{recipe}: {len(report.faults)} fault(s)")
+
+
+def plan_command(
+    recipe: RecipeArgument,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs, which need not exist.")],
+    gpu: Annotated[str, typer.Option(help="Their kind, such as h100-80gb or a100-40gb.")],
+    overrides: Overrides = None,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of a node.")] = 8,
+    as_json: Annotated[bool, typer.Option("--json", help="All numbers as JSON.")] = False,
+) -> None:
+    """Memory, FLOPs, traffic, time and cost of a run; exits 1 if it does not fit.
+
+    Example: coca-scale plan recipes/large.yaml --gpus 64 --gpu h100-80gb
+    """
+    from coca_scale.planning.gpus import GPUS
+    from coca_scale.planning.page import plan_page
+    from coca_scale.planning.plan import make_plan
+    from coca_scale.recipe import BatchPlan, load_recipe
+    from coca_scale.training.costs import count_costs
+    from coca_scale.training.schedule import total_steps
+
+    if gpu not in GPUS:
+        raise ValueError(f"--gpu {gpu} is not known; use one of {', '.join(GPUS)}")
+    loaded = load_recipe(recipe, overrides or ())
+    batch = BatchPlan.from_recipe(loaded, gpus)
+    known = loaded.train.epochs is None or loaded.data.train_samples is not None
+    steps = total_steps(loaded.train, loaded.data.train_samples) if known else None
+    costs = count_costs(loaded, batch)
+    plan = make_plan(loaded, batch, costs, GPUS[gpu], gpus_per_node, steps)
+    if as_json:
+        typer.echo(json.dumps(plan.json(), indent=1))
+    else:
+        typer.echo(plan_page(loaded, batch, costs, plan, GPUS[gpu], gpu))
+    if not plan.fits:
+        raise ValueError(f"{recipe}: {gpus} × {gpu} do not have the memory")
+
+
+def doctor_command(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="No compiling and no all-reduce; for health checks.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of the table.")] = False,
+) -> None:
+    """Say what of this machine works, what does not, and the fix; exit 1 if training cannot work.
+
+    Example: coca-scale doctor
+    """
+    from coca_scale.engine.doctor import diagnose
+    from coca_scale.engine.report import show
+
+    diagnosis = diagnose(quick)
+    if as_json:
+        typer.echo(diagnosis.json())
+    else:
+        show(diagnosis.rows)
+    if diagnosis.faults:
+        raise ValueError(f"training does not work here: {', '.join(diagnosis.faults)}")
+    if not as_json:
+        left_out = "; the op was not loaded and no all-reduce was done" if quick else ""
+        typer.echo(f"training works here{left_out}")
+
+
+def slurm_command(
+    recipe: RecipeArgument,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs of the job, one rank each.")],
+    overrides: Overrides = None,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of a node.")] = 8,
+    time: Annotated[
+        str, typer.Option(help="Time limit; the job saves and queues itself again before it.")
+    ] = "24:00:00",
+    out: Annotated[Path | None, typer.Option(help="File to write instead of the screen.")] = None,
+    send: Annotated[bool, typer.Option("--submit", help="Send it with sbatch.")] = False,
+) -> None:
+    """Write the sbatch script of a recipe, and with --submit send it.
+
+    Example: coca-scale slurm recipes/large.yaml --gpus 64 --time 2-00:00:00 --submit
+    """
+    from coca_scale.planning import slurm
+
+    script = slurm.render(
+        recipe, overrides or (), gpus=gpus, gpus_per_node=gpus_per_node, time=time
+    )
+    if out is not None:
+        out.write_text(script)
+        typer.echo(f"wrote {out}")
+    if send:
+        typer.echo(f"job {slurm.submit(script, out)}")
+    elif out is None:
+        typer.echo(script, nl=False)
+
+
+def report_command(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
+    out: Annotated[Path, typer.Option(help="HTML file to write.")],
+) -> None:
+    """One self-contained page: curves, throughput, memory, captions; several runs are overlaid.
+
+    Example: coca-scale report runs/tiny runs/tiny2 --out report.html
+    """
+    from coca_scale.training.page import report
+
+    out.write_text(report(runs), encoding="utf-8")
+    typer.echo(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB)")

@@ -1,0 +1,175 @@
+"""JSONL files of captions that grow until they are complete, whatever ends the program meanwhile.
+
+A rank appends what it has written to `OUT.part-RANK-of-RANKS`, with the place of every picture. A
+later call, on any number of ranks, leaves out whatever is in such a file, so every picture is
+captioned once. When all ranks are through, the parts become OUT, in the order of the inputs.
+Side-cars of shards are written whole, one file per shard.
+"""
+
+from __future__ import annotations
+
+import heapq
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from coca_scale.data.sample import DataError
+from coca_scale.evaluation.captioning import Captioned
+from coca_scale.evaluation.pictures import Part, Place
+
+SETTINGS = "settings.json"
+_PART, _NUMBER = "part", "number"
+
+
+class CaptionFile:
+    """One rank's share of a JSONL file."""
+
+    def __init__(self, out: Path, rank: int, ranks: int, settings: Mapping[str, Any]) -> None:
+        """Go on where an interrupted call stopped.
+
+        Raises:
+            DataError: it was begun with other settings.
+        """
+        self._out = out
+        self._settings = json.loads(json.dumps(settings))
+        out.parent.mkdir(parents=True, exist_ok=True)
+        self._mine = out.with_name(f"{out.name}.part-{rank}-of-{ranks}")
+        self.done = frozenset(self._read_done())
+        _drop_torn_line(self._mine)
+        if not self._mine.is_file() or not self._mine.stat().st_size:
+            self._mine.write_text(json.dumps({"settings": self._settings}) + "\n")
+        self._file = self._mine.open("a")
+
+    def add(self, captioned: Iterable[Captioned]) -> None:
+        """Append captions; afterwards they are in the file."""
+        lines = []
+        for item in captioned:
+            place = {_PART: item.picture.place.part, _NUMBER: item.picture.place.number}
+            lines.append(json.dumps(place | _record(item), ensure_ascii=False) + "\n")
+        self._file.write("".join(lines))
+        self._file.flush()
+
+    def close(self) -> None:
+        """Write to disk what the system still holds."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def merge(self) -> int:
+        """All parts of all ranks as one file, whose lines are counted; every rank has closed."""
+        temporary = self._out.with_name(self._out.name + ".tmp")
+        parts = self._parts()
+        with temporary.open("w") as file:
+            count = 0
+            for _, record in heapq.merge(*(_sorted(path) for path in parts), key=lambda x: x[0]):
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                count += 1
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self._out)
+        for path in parts:
+            path.unlink()
+        return count
+
+    def _parts(self) -> list[Path]:
+        return sorted(self._out.parent.glob(f"{_escaped(self._out.name)}.part-*-of-*"))
+
+    def _read_done(self) -> Iterator[Place]:
+        for path in self._parts():
+            lines = _lines(path)
+            first = next(lines, None)
+            if first is not None and first.get("settings") != self._settings:
+                raise DataError(
+                    f"{path} was begun with another model, other inputs or options; finish it with "
+                    "those, write to another file, or delete it"
+                )
+            yield from (Place(line[_PART], line[_NUMBER]) for line in lines)
+
+
+class SideCars:
+    """A folder with a JSONL file for every shard."""
+
+    def __init__(self, folder: Path, parts: Sequence[Part], settings: Mapping[str, Any]) -> None:
+        """Raises DataError for inputs that are no shards, and a folder of something else."""
+        others = [part.name for part in parts if not part.is_shard]
+        if others:
+            raise DataError(f"{others[0]}: side-cars are of shards; name a .jsonl file as --out")
+        self._paths = [folder / f"{_stem(part.name)}.jsonl" for part in parts]
+        if len(set(self._paths)) < len(parts):
+            raise DataError("two shards have the same name; caption them into separate folders")
+        folder.mkdir(parents=True, exist_ok=True)
+        known = folder / SETTINGS
+        content = json.dumps(settings, indent=1) + "\n"
+        if not known.is_file():
+            temporary = known.with_suffix(f".{os.getpid()}.tmp")
+            temporary.write_text(content)
+            temporary.replace(known)
+        elif known.read_text() != content:
+            raise DataError(
+                f"{folder} holds captions of another model or other options; see {known}, and "
+                "choose another folder"
+            )
+
+    def is_done(self, part: int) -> bool:
+        """Whether the side-car of a shard is there."""
+        return self._paths[part].is_file()
+
+    def add(self, part: int, batches: Iterable[Iterable[Captioned]]) -> int:
+        """Write a side-car; it is there as a whole or not at all. Returns its lines."""
+        path = self._paths[part]
+        temporary = path.with_suffix(".tmp")
+        count = 0
+        with temporary.open("w") as file:
+            for batch in batches:
+                for item in batch:
+                    file.write(json.dumps(_record(item), ensure_ascii=False) + "\n")
+                    count += 1
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        return count
+
+
+def _record(item: Captioned) -> dict[str, Any]:
+    record: dict[str, Any] = {
+        "key": item.picture.key,
+        "caption": item.captions[0],
+        "score": round(item.scores[0], 4),
+    }
+    if len(item.captions) > 1:
+        record["captions"] = list(item.captions)
+        record["scores"] = [round(score, 4) for score in item.scores]
+    if item.picture.captions:
+        record["references"] = list(item.picture.captions)
+    return record
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Objects of a file, without a last line that was not written to its end."""
+    with path.open() as file:
+        for line in file:
+            if line.endswith("\n"):
+                yield json.loads(line)
+
+
+def _sorted(path: Path) -> list[tuple[Place, dict[str, Any]]]:
+    lines = _lines(path)
+    next(lines, None)  # settings
+    found = [(Place(line.pop(_PART), line.pop(_NUMBER)), line) for line in lines]
+    return sorted(found, key=lambda item: item[0])
+
+
+def _drop_torn_line(path: Path) -> None:
+    if path.is_file():
+        whole = path.read_bytes().rpartition(b"\n")
+        os.truncate(path, len(whole[0]) + len(whole[1]))
+
+
+def _escaped(name: str) -> str:
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
+
+
+def _stem(url: str) -> str:
+    return Path(url.rpartition("/")[2]).stem

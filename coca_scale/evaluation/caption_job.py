@@ -1,0 +1,131 @@
+"""Captioning as a job: one rank or many, into a file or side-cars, on from where it stopped."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from coca_scale.evaluation.caption_files import CaptionFile, SideCars
+from coca_scale.evaluation.captioning import Captioned, Captioner
+from coca_scale.evaluation.pictures import Part, Picture, read_pictures
+
+if TYPE_CHECKING:
+    from coca_scale.engine.launch import World
+
+SHOWN_PICTURES = 30
+Progress = Callable[[int, int | None], None]
+
+
+@dataclass
+class Summary:
+    """What a call did, on all ranks.
+
+    Attributes:
+        written: captions of this call.
+        there: pictures that an earlier call had captioned.
+        bad: unusable pictures by cause.
+        seconds: of this rank, from the first picture to the last.
+        shown: the first captioned pictures of this rank.
+    """
+
+    written: int = 0
+    there: int = 0
+    bad: Counter[str] = field(default_factory=Counter)
+    seconds: float = 0.0
+    shown: list[Captioned] = field(default_factory=list)
+
+    @property
+    def per_second(self) -> float:
+        """Pictures per second of all ranks."""
+        return self.written / max(self.seconds, 1e-9)
+
+
+class CaptionJob:
+    """Writes captions of pictures; a collective if there are several ranks."""
+
+    def __init__(
+        self,
+        captioner: Captioner,
+        parts: Sequence[Part],
+        settings: Mapping[str, Any],
+        world: World | None,
+        progress: Progress,
+    ) -> None:
+        """`settings` tell one job from another; `progress` is told of pictures done and in all."""
+        self._captioner = captioner
+        self._parts = parts
+        self._settings = settings
+        self._world = world
+        self._rank, self._ranks = (world.rank, world.size) if world is not None else (0, 1)
+        self._progress = progress
+        self._summary = Summary()
+        counts = [part.count for part in parts]
+        known = [count for count in counts if count is not None]
+        self._total = sum(known) if len(known) == len(counts) else None
+
+    def to_file(self, out: Path) -> Summary:
+        """One JSON object per picture, in the order of the inputs.
+
+        Raises:
+            DataError: the file was begun with other settings.
+        """
+        file = CaptionFile(out, self._rank, self._ranks, self._settings)
+        self._summary.there = len(file.done)
+        try:
+            for batch in self._batches(self._parts, self._rank, self._ranks, file.done):
+                file.add(batch)
+        finally:
+            file.close()
+        self._add_up()
+        if self._rank == 0:
+            file.merge()
+        return self._summary
+
+    def to_folder(self, folder: Path) -> Summary:
+        """A side-car for every shard.
+
+        Raises:
+            DataError: inputs that are no shards, or a folder of another job.
+        """
+        # more shards may be captioned into it later
+        settings = {name: value for name, value in self._settings.items() if name != "inputs"}
+        side_cars = SideCars(folder, self._parts, settings)
+        for number in range(self._rank, len(self._parts), self._ranks):
+            if not side_cars.is_done(number):
+                side_cars.add(number, self._batches(self._parts[number : number + 1], 0, 1))
+        self._add_up()
+        return self._summary
+
+    def _batches(
+        self, parts: Sequence[Part], rank: int, ranks: int, done: frozenset[Any] = frozenset()
+    ) -> Iterator[list[Captioned]]:
+        summary, size = self._summary, self._captioner.loaded.config.vision_cfg.image_size
+        pictures: Iterator[Picture] = read_pictures(
+            parts, size, summary.bad, rank=rank, ranks=ranks, done=done
+        )
+        started = time.perf_counter() - summary.seconds
+        for batch in self._captioner.write(pictures):
+            summary.written += len(batch)
+            summary.seconds = time.perf_counter() - started
+            missing = SHOWN_PICTURES - len(summary.shown)
+            summary.shown += itertools.islice(batch, max(0, missing))
+            yield batch
+            self._progress((summary.written + sum(summary.bad.values())) * ranks, self._total)
+
+    def _add_up(self) -> None:
+        """Wait for all ranks, and add up what they did."""
+        if self._world is None:
+            return
+        mine = self._summary
+        found = self._world.gather((mine.written, dict(mine.bad), mine.seconds))
+        mine.written, mine.bad = 0, Counter()
+        for entry in found:
+            assert isinstance(entry, tuple)
+            mine.written += entry[0]
+            mine.bad.update(entry[1])
+            mine.seconds = max(mine.seconds, entry[2])

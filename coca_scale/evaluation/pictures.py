@@ -1,0 +1,217 @@
+"""Pictures to look at with a model: from files, folders, tables, shards or synthetic data."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+from coca_scale.data.images import decode_image, eval_pixels
+from coca_scale.data.listing import (
+    ANNOTATIONS,
+    ListOptions,
+    PictureFiles,
+    is_picture,
+    list_pictures,
+)
+from coca_scale.data.listing import Picture as Listed
+from coca_scale.data.plan import expand_shards
+from coca_scale.data.rules import SampleRules
+from coca_scale.data.sample import BadSample, DataError, RawSample, Source
+from coca_scale.data.shards import missing_shards, read_shard
+from coca_scale.data.sources import storage_options
+from coca_scale.data.synthetic import Shapes
+from coca_scale.data.tables import TABLE_SUFFIXES, IndexedSource
+from coca_scale.recipe.schema import DataSection
+
+THREADS = min(8, len(os.sched_getaffinity(0)))
+Entry = RawSample | BadSample
+Read = Callable[[int, int], Iterator[Entry]]
+
+
+class Place(NamedTuple):
+    """Which picture of an input: the same in every call with the same inputs."""
+
+    part: int
+    number: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """Pictures that are read one after the other: a shard, a folder, a table.
+
+    Attributes:
+        name: of the input.
+        read: every `stride`-th one from `index` on.
+        count: how many there are, None if nobody knows.
+        is_shard: whether it is a shard.
+    """
+
+    name: str
+    read: Read
+    count: int | None
+    is_shard: bool = False
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A decoded picture.
+
+    Attributes:
+        place: in the inputs.
+        key: its name.
+        pixels: uint8 [3, H, W].
+        captions: that came with it, the main one first.
+    """
+
+    place: Place
+    key: str
+    pixels: Tensor
+    captions: tuple[str, ...]
+
+
+def open_pictures(
+    inputs: Sequence[str], data: DataSection, options: ListOptions, captions_needed: bool = False
+) -> list[Part]:
+    """Inputs in parts; picture files next to each other are one part.
+
+    Args:
+        inputs: picture files, folders of pictures or shards, .csv/.tsv tables, COCO or Karpathy
+            .json files, shards (paths, braces, urls, pipe:), synthetic://.
+        data: captions of shards, how remote shards are read.
+        options: how tables and annotation files are read.
+        captions_needed: whether a table must have a column with captions.
+
+    Raises:
+        DataError: an input that names nothing.
+    """
+    parts: list[Part] = []
+    for are_files, names in itertools.groupby(inputs, _is_file):
+        if are_files:
+            parts.append(listed_part([Listed(Path(name), ()) for name in names], "pictures"))
+        else:
+            for name in names:
+                parts += _open(name, data, options, captions_needed)
+    return parts
+
+
+def read_pictures(
+    parts: Sequence[Part],
+    image_size: int,
+    bad: Counter[str],
+    *,
+    rank: int = 0,
+    ranks: int = 1,
+    done: frozenset[Place] = frozenset(),
+    captions_needed: bool = False,
+) -> Iterator[Picture]:
+    """A rank's pictures in order, decoded by threads; unusable ones are counted in `bad`.
+
+    With at least as many parts as ranks each rank reads parts of its own, so that no shard is read
+    twice. `done` are left out, and so are pictures without captions where these are needed.
+    """
+    entries = _entries(parts, rank, ranks, done)
+    with ThreadPoolExecutor(THREADS) as pool:
+        pending: deque[Future[Picture | BadSample]] = deque()
+        for place, raw in entries:
+            pending.append(pool.submit(_decode, place, raw, image_size, captions_needed))
+            if len(pending) > 8 * THREADS:
+                yield from _usable(pending.popleft().result(), bad)
+        while pending:
+            yield from _usable(pending.popleft().result(), bad)
+
+
+def first_pictures(
+    source: Source, image_size: int, most: int, rank: int, ranks: int
+) -> list[Picture]:
+    """A rank's share of the first `most` samples of a source, without unusable ones."""
+    share = len(range(rank, most, ranks))
+    entries = itertools.islice(source.ordered(rank, ranks), share)
+    found = [_decode(Place(0, n), raw, image_size, True) for n, raw in enumerate(entries)]
+    return [picture for picture in found if isinstance(picture, Picture)]
+
+
+def _entries(
+    parts: Sequence[Part], rank: int, ranks: int, done: frozenset[Place]
+) -> Iterator[tuple[Place, Entry]]:
+    whole = len(parts) >= ranks
+    first, stride = (0, 1) if whole else (rank, ranks)
+    for number, part in enumerate(parts):
+        if whole and number % ranks != rank:
+            continue
+        places = (Place(number, n) for n in itertools.count(first, stride))
+        for place, raw in zip(places, part.read(first, stride), strict=False):
+            if place not in done:
+                yield place, raw
+
+
+def _decode(
+    place: Place, raw: Entry, image_size: int, captions_needed: bool
+) -> Picture | BadSample:
+    if isinstance(raw, BadSample):
+        return raw
+    if captions_needed and not raw.captions:
+        return BadSample("missing_caption", raw.key, raw.shard)
+    try:
+        pixels = eval_pixels(decode_image(raw.image, raw.key), image_size)
+    except BadSample as bad:
+        return bad
+    return Picture(place, raw.key, pixels, tuple(caption for caption, _ in raw.captions))
+
+
+def _usable(found: Picture | BadSample, bad: Counter[str]) -> Iterator[Picture]:
+    if isinstance(found, Picture):
+        yield found
+    else:
+        bad[found.cause] += found.skipped.lost
+
+
+def _is_file(name: str) -> bool:
+    if "://" in name or not is_picture(Path(name)):
+        return False
+    if not Path(name).is_file():
+        raise DataError(f"{name}: no such file")
+    return True
+
+
+def _open(
+    name: str, data: DataSection, options: ListOptions, captions_needed: bool
+) -> Iterator[Part]:
+    path = Path(name)
+    if name.startswith("synthetic://"):
+        shapes = Shapes.from_url(name)
+        yield Part(name, IndexedSource(shapes, name, 0).ordered, len(shapes))
+    elif path.suffix in (*TABLE_SUFFIXES, ANNOTATIONS) or (
+        path.is_dir() and not any(path.glob("*.tar"))
+    ):
+        yield listed_part(list_pictures(path, options, captions_needed), name)
+    else:
+        yield from _shards(name, data)
+
+
+def listed_part(pictures: Sequence[Listed], name: str) -> Part:
+    """Picture files as one part."""
+    return Part(name, IndexedSource(PictureFiles(pictures), name, 0).ordered, len(pictures))
+
+
+def _shards(name: str, data: DataSection) -> Iterator[Part]:
+    storage = storage_options(data)
+    urls = list(expand_shards(name, storage))
+    if missing := missing_shards(urls):
+        raise DataError(f"{missing[0]}: no such shard")
+    rules = SampleRules(data.captions, data.filters, captions_needed=False)
+
+    def reader(url: str) -> Read:
+        def read(index: int, stride: int) -> Iterator[Entry]:
+            return itertools.islice(read_shard(url, rules, storage), index, None, stride)
+
+        return read
+
+    yield from (Part(url, reader(url), None, is_shard=True) for url in urls)

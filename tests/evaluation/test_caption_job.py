@@ -1,0 +1,182 @@
+"""`coca-scale caption`: every picture once, in order, whatever happens."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from coca_scale.cli import app
+from coca_scale.data.synthetic import Shapes
+from tests.data.test_lanes import write_shards
+from tests.ranks import free_port
+
+QUICK = ("--method", "greedy", "--max-length", "8")
+
+
+def caption(*arguments):
+    done = CliRunner().invoke(app, ["caption", *map(str, arguments)])
+    assert done.exit_code == 0, (done.output, done.exception)
+    return done.output
+
+
+def lines_of(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """500 small pictures, two of which are none."""
+    out = tmp_path_factory.mktemp("pictures")
+    shapes = Shapes(500, 32, "val")
+    for number in range(500):
+        shapes[number].image.save(out / f"{number:03d}.png")
+    (out / "017.png").write_bytes(b"no picture")
+    (out / "400.png").write_bytes(b"")
+    return out
+
+
+def test_files_folders_tables_and_shards(trained, folder, tmp_path):
+    table = tmp_path / "some.csv"
+    table.write_text(f"filepath\n{folder}/003.png\n{folder}/gone.png\n{folder}/004.png\n")
+    shard = write_shards(tmp_path, [5])
+    out = tmp_path / "new" / "captions.jsonl"
+    shown = caption(
+        *(trained.folder, folder / "001.png", folder / "002.png", table, shard, "--out", out),
+        *(*QUICK, "--picture", tmp_path / "grid.png"),
+    )
+    found = lines_of(out)
+    names = [str(folder / f"00{n}.png") for n in (1, 2, 3, 4)]
+    assert [line["key"] for line in found[:4]] == names
+    assert len(found) == 9 and all(line["caption"] and line["score"] < 0 for line in found)
+    assert "references" in found[-1] and "references" not in found[0]
+    assert "9 pictures captioned" in shown and "pictures/s" in shown
+    assert "skipped 1 (1 × missing_image)" in shown
+    assert Image.open(tmp_path / "grid.png").size[0] > 500
+    assert not list(out.parent.glob("*.part*"))
+
+
+def test_captions_do_not_depend_on_batches(trained, folder, tmp_path):
+    outs = []
+    for size in (3, 50):
+        outs.append(tmp_path / f"{size}.jsonl")
+        draw = ("--method", "top-p", "--top-p", "0.9", "--samples", "2", "--seed", "7")
+        data = (folder / "001.png", folder / "002.png", folder / "003.png", folder / "004.png")
+        caption(trained.folder, *data, "--out", outs[-1], *draw, "--batch-size", size)
+    texts = [[line["captions"] for line in lines_of(out)] for out in outs]
+    assert texts[0] == texts[1]
+    assert all(len(pair) == 2 for pair in texts[0])
+
+
+def test_a_prompt_begins_every_caption(trained, folder, tmp_path):
+    out = tmp_path / "p.jsonl"
+    caption(trained.folder, folder / "001.png", "--out", out, "--prompt", "the blue")
+    assert lines_of(out)[0]["caption"].startswith("the blue")
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_every_picture_comes_once(trained, folder, tmp_path):
+    out = tmp_path / "captions.jsonl"
+    command = [sys.executable, "-m", "coca_scale", "caption", str(trained.folder), str(folder)]
+    command += ["--out", str(out), *QUICK, "--batch-size", "8"]
+    dice, kills = random.Random(0), 0
+    for _ in range(40):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        part = tmp_path / "captions.jsonl.part-0-of-1"
+        before = part.stat().st_size if part.is_file() else 0
+        # most of the time goes into starting; the kill is to come while captions are written
+        while process.poll() is None and (not part.is_file() or part.stat().st_size <= before):
+            time.sleep(0.01)
+        time.sleep(dice.uniform(0, 0.4))
+        if kills < 3 and process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+            process.communicate()
+            continue
+        shown, _ = process.communicate()
+        assert process.returncode == 0
+        break
+    assert kills == 3 and "were there before" in shown
+    names = sorted(str(p) for p in folder.glob("*.png") if p.stem not in ("017", "400"))
+    assert [line["key"] for line in lines_of(out)] == names
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["captions.jsonl"]
+
+
+def start(count, arguments):
+    """One process per rank, as torchrun starts them."""
+    port = str(free_port())
+    for rank in range(count):
+        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_PORT": port}
+        environment = {**os.environ, "MASTER_ADDR": "127.0.0.1"}
+        environment |= {name: str(value) for name, value in variables.items()}
+        command = [sys.executable, "-m", "coca_scale", "caption", *map(str, arguments)]
+        yield subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def ranks(count, arguments):
+    """What each rank said."""
+    started = list(start(count, arguments))
+    found = [process.communicate(timeout=300)[0] for process in started]
+    assert [process.returncode for process in started] == [0] * count
+    return found
+
+
+@pytest.mark.slow
+def test_two_ranks_go_on_with_what_three_have_left(trained, folder, tmp_path):
+    out, whole = tmp_path / "captions.jsonl", tmp_path / "whole.jsonl"
+    pictures = sorted(folder.glob("*.png"))[:300]
+    caption(trained.folder, *pictures, "--out", whole, *QUICK)
+    arguments = (trained.folder, *pictures, "--out", out, *QUICK, "--batch-size", "2")
+    first = list(start(3, arguments))
+    parts = [tmp_path / f"captions.jsonl.part-{rank}-of-3" for rank in range(3)]
+    while not all(part.is_file() and part.read_text().count("\n") > 5 for part in parts):
+        assert all(process.poll() is None for process in first)
+        time.sleep(0.01)
+    for process in first:
+        process.kill()
+        process.communicate()
+    assert not out.exists()
+    with parts[1].open("a") as part:
+        part.write('{"part": 0, "num')  # a line that was being written
+    shown = ranks(2, arguments)
+    assert "were there before" in shown[0] and "skipped 1" in shown[0]
+    assert not shown[1]
+    keys = [[(line["key"], line["caption"]) for line in lines_of(file)] for file in (out, whole)]
+    assert keys[0] == keys[1]
+
+
+@pytest.mark.slow
+def test_shards_get_side_cars(trained, tmp_path):
+    write_shards(tmp_path, [6, 9, 4])
+    out = tmp_path / "captions"
+    arguments = (trained.folder, tmp_path, "--out", out, *QUICK)
+    shown = ranks(2, arguments)
+    assert "19 pictures captioned" in shown[0]
+    found = {p.stem: lines_of(p) for p in out.glob("*.jsonl")}
+    assert sorted(map(len, found.values())) == [4, 6, 9]
+    victim = next(out.glob("*.jsonl"))
+    kept = victim.read_text()
+    victim.unlink()
+    assert f"{len(kept.splitlines())} pictures captioned" in caption(*arguments)
+    assert victim.read_text() == kept
+    done = CliRunner().invoke(app, ["caption", *map(str, arguments), "--seed", "3"])
+    assert "holds captions of another model or other options" in str(done.exception)
+
+
+def test_other_options_do_not_mix(trained, folder, tmp_path):
+    out = tmp_path / "captions.jsonl"
+    part = tmp_path / "captions.jsonl.part-0-of-1"
+    part.write_text('{"settings": {"model": "other"}}\n')
+    arguments = [str(trained.folder), str(folder / "001.png"), "--out", str(out)]
+    done = CliRunner().invoke(app, ["caption", *arguments])
+    assert "was begun with another model" in str(done.exception)
+    done = CliRunner().invoke(app, ["caption", *arguments[:2], "--out", str(tmp_path / "folder")])
+    assert "side-cars are of shards" in str(done.exception)
