@@ -20,8 +20,10 @@ deepspeed --num_gpus "$ranks" coca_scale/train.py --recipe recipes/tiny.yaml \
   run.name=demo run.dir="$RUN" engine.precision="$precision" \
   2>&1 | tee "$RUN/train.log" | grep --line-buffered -E '^(step |validation |  «|finished |resumed |coca-scale: )'
 
-echo "captioning 256 held-out pictures"
+echo "captioning 256 held-out pictures, and measuring it"
 coca-scale caption "$RUN" "$HELD_OUT" --out "$RUN/captions.jsonl" --picture "$RUN/captions.png"
+coca-scale eval retrieval "$RUN" "$HELD_OUT" --equal-captions
+coca-scale eval captioning "$RUN" "$HELD_OUT"
 echo "exporting to OpenCLIP"
 coca-scale export "$RUN" --out "$RUN/export" --verify
 

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Captions and retrieval R@1 of every checkpoint of a run, on every data set named.
+# Retrieval and captioning scores of every checkpoint of a run, on every data set named.
 #   sbatch --array=0-3 slurm/eval_array.sh RUN DATA [DATA ...]
-# RUN may also be a single model (checkpoint, export, NAME@TAG); DATA is what `coca-scale caption`
-# takes: folder, CSV/TSV, shards. The pairs of checkpoint and data set are dealt to the tasks of the
-# array, however many there are. Results, one .jsonl and one .txt per pair, are written to OUT
-# (default: RUN/eval, or eval for a single model); pairs that have theirs are left alone.
+# RUN may also be a single model (checkpoint, export, NAME@TAG); DATA is what `coca-scale eval` takes:
+# folder, CSV/TSV, shards; class folders with EVAL=zeroshot. The pairs of checkpoint and data set are
+# dealt to the tasks of the array, however many there are. Results, one .json and one .txt per pair
+# and evaluation, are written to OUT (default: RUN/eval, or eval for a single model); what is there
+# is left alone. EVAL names the evaluations (default: "retrieval captioning"), EVAL_ARGS more options.
 #SBATCH --job-name=coca_eval
 #SBATCH --nodes=1
 #SBATCH --ntasks=1
@@ -40,19 +41,22 @@ for data in "$@"; do
   for model in "${models[@]%/}"; do
     pair=$((pair + 1))
     [ $((pair % tasks)) = "$mine" ] || continue
-    result=$out/$(basename "$model").$(tr -cs '[:alnum:]\n' _ <<<"$data")
-    if [ -s "$result.txt" ]; then
-      say "$result.txt is there already"
-      continue
-    fi
-    say "$model on $data"
-    if alone "$PYTHON" -m coca_scale caption "$model" "$data" --out "$result.jsonl" \
-      >"$result.txt.tmp"; then
-      mv "$result.txt.tmp" "$result.txt"
-      cat "$result.txt"
-    else
-      failed=1
-    fi
+    for evaluation in ${EVAL:-retrieval captioning}; do
+      result=$out/$(basename "$model").$(tr -cs '[:alnum:]\n' _ <<<"$data").$evaluation
+      if [ -s "$result.txt" ]; then
+        say "$result.txt is there already"
+        continue
+      fi
+      say "$evaluation of $model on $data"
+      # shellcheck disable=SC2086
+      if alone "$PYTHON" -m coca_scale eval "$evaluation" "$model" "$data" ${EVAL_ARGS:-} \
+        --out "$result.json" >"$result.txt.tmp"; then
+        mv "$result.txt.tmp" "$result.txt"
+        cat "$result.txt"
+      else
+        failed=1
+      fi
+    done
   done
 done
 exit "$failed"

@@ -3,30 +3,84 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from coca_scale.evaluation.captioning import letters
 
-def recall_at_1(
-    image_features: Tensor, text_features: Tensor, captions: Sequence[str]
-) -> tuple[float, float]:
-    """Share of queries whose nearest neighbour carries the right caption.
+CUTS = (1, 5, 10)
+_QUERIES, _KEYS = 1024, 65_536
 
-    Any sample with an equal caption counts as right, so repeated captions are no faults.
+
+@dataclass(frozen=True)
+class Recall:
+    """Shares of queries with a right answer among the best k, by k.
+
+    Attributes:
+        image_to_text: of images, over all captions.
+        text_to_image: of captions, over all images.
+        images: number of images.
+        texts: number of captions.
+    """
+
+    image_to_text: dict[int, float]
+    text_to_image: dict[int, float]
+    images: int
+    texts: int
+
+    def scores(self) -> dict[str, float]:
+        """By name."""
+        directions = {"image_to_text": self.image_to_text, "text_to_image": self.text_to_image}
+        return {
+            f"{name}_r{k}": value
+            for name, found in directions.items()
+            for k, value in found.items()
+        }
+
+
+def recall(
+    image_features: Tensor, text_features: Tensor, image_ids: Tensor, text_ids: Tensor
+) -> Recall:
+    """Recall at 1, 5 and 10 in both directions, in pieces: a million of each needs some 5 GB.
 
     Args:
-        image_features: [n, d], unit length.
-        text_features: [n, d], unit length.
-        captions: of the n pairs.
-
-    Returns:
-        Image to text, and text to image.
+        image_features: [N, d], unit length.
+        text_features: [M, d], unit length.
+        image_ids: int64 [N].
+        text_ids: int64 [M]; a caption is right for an image with the same id.
     """
-    ids = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}
-    label = torch.tensor([ids[caption] for caption in captions], device=image_features.device)
-    hits = []
-    for queries, keys in ((image_features, text_features), (text_features, image_features)):
-        found = torch.cat([(chunk @ keys.T).argmax(1) for chunk in queries.split(1024)])
-        hits.append(float((label[found] == label).float().mean()))
-    return hits[0], hits[1]
+    images, texts = (image_features, image_ids), (text_features, text_ids)
+    return Recall(
+        _recall_at(images, texts), _recall_at(texts, images), len(image_ids), len(text_ids)
+    )
+
+
+def same_caption_ids(captions: Sequence[str]) -> Tensor:
+    """Ids of pairs, so that any pair with an equal caption is right: repeated captions are no
+    faults."""
+    known: dict[str, int] = {}
+    return torch.tensor([known.setdefault(letters(c), len(known)) for c in captions])
+
+
+def _recall_at(queries: tuple[Tensor, Tensor], keys: tuple[Tensor, Tensor]) -> dict[int, float]:
+    hits = torch.zeros(len(CUTS), dtype=torch.float64)
+    for features, ids in zip(*(part.split(_QUERIES) for part in queries), strict=True):
+        right = keys[1][_nearest(features, keys[0])] == ids[:, None]
+        hits += torch.stack([right[:, :k].any(1).sum() for k in CUTS]).cpu()
+    return {k: float(hit) / len(queries[1]) for k, hit in zip(CUTS, hits, strict=True)}
+
+
+def _nearest(queries: Tensor, keys: Tensor) -> Tensor:
+    """Places of the best keys of each query, best first, [n, most of CUTS] or all there are."""
+    best = queries.new_zeros(len(queries), 0)
+    places = torch.zeros(len(queries), 0, dtype=torch.long, device=queries.device)
+    for first in range(0, len(keys), _KEYS):
+        scores = queries @ keys[first : first + _KEYS].T
+        here = torch.arange(first, first + scores.shape[1], device=keys.device)
+        scores = torch.cat([best, scores], 1)
+        all_places = torch.cat([places, here.expand(len(queries), -1)], 1)
+        best, kept = scores.topk(min(max(CUTS), scores.shape[1]))
+        places = all_places.gather(1, kept)
+    return places

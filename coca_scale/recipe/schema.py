@@ -411,7 +411,23 @@ class EvalSection(Section):
         None, description="Steps between validations; null validates at the end only."
     )
     samples: PositiveInt = Field(1024, description="Most validation samples used.")
-    captions: NonNegativeInt = Field(8, description="Pictures captioned into TensorBoard.")
+    captions: NonNegativeInt = Field(
+        8, description="Pictures with captions in TensorBoard and RUN/validation."
+    )
+    scored_captions: NonNegativeInt = Field(
+        0,
+        description="Validation samples that are captioned (greedy search) and scored with BLEU, "
+        "ROUGE-L and CIDEr; 0 scores none.",
+    )
+    zeroshot: str | None = Field(
+        None, description="Folder of class folders, or shards with .cls, to classify zero-shot."
+    )
+    classnames: str | None = Field(
+        None, description="imagenet, or a file with a class name per line; null: folder names."
+    )
+    templates: str = Field(
+        "openai", description="openai, simple, or a file of sentences with {} for the name."
+    )
 
 
 class LogSection(Section):

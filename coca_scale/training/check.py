@@ -18,6 +18,7 @@ from coca_scale.data.sample import BadSample, Source
 from coca_scale.data.shards import ShardSource, missing_numbers, missing_shards
 from coca_scale.data.sources import open_source, train_crop
 from coca_scale.data.tokens import Tokenizer, make_tokenizer
+from coca_scale.evaluation.zeroshot import open_labelled
 from coca_scale.model import CoCa, ModelConfig
 from coca_scale.model.lock import freeze
 from coca_scale.planning.memory import state_bytes
@@ -58,6 +59,7 @@ def check(recipe: Recipe, ranks: int, device_bytes: int | None = None) -> Report
         spec = getattr(recipe.data, name)
         if spec is not None:
             _data(name, spec, recipe, plan, config, tokenizer, report)
+    _zeroshot(recipe, report)
     _folder(recipe.run.folder, report)
     return report
 
@@ -167,6 +169,19 @@ def _data(
         )
     if config is not None and tokenizer is not None:
         _samples(label, source, recipe, config, tokenizer, report)
+
+
+def _zeroshot(recipe: Recipe, report: Report) -> None:
+    settings = recipe.eval
+    if settings.zeroshot is None:
+        return
+    names = (settings.classnames, settings.templates)
+    try:
+        labelled = open_labelled(settings.zeroshot, recipe.data, *names)
+    except ValueError as error:
+        report.faults.append(f"eval.zeroshot: {error}")
+        return
+    report.fine.append(f"eval.zeroshot: {len(labelled.classes.names):,} classes")
 
 
 def _shards(label: str, source: ShardSource, plan: BatchPlan | None, report: Report) -> None:

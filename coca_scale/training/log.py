@@ -16,10 +16,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
+from coca_scale.evaluation.captioning import draw_grid
 from coca_scale.training.appending import append, warn_once
 from coca_scale.training.bad_steps import BAD_STEPS
 from coca_scale.training.skipped import BAD_SAMPLES
 from coca_scale.training.validation import ValidationResult
+
+VALIDATION = "validation.jsonl"
 
 
 class RunLog:
@@ -64,7 +67,7 @@ class RunLog:
     def resume_at(self, step: int) -> None:
         """Forget what was written about steps after `step`, which will be run again."""
         if self._active:
-            for name in ("metrics.jsonl", BAD_SAMPLES, BAD_STEPS):
+            for name in ("metrics.jsonl", VALIDATION, BAD_SAMPLES, BAD_STEPS):
                 _forget_after(self._folder / name, step)
 
     def say(self, message: str) -> None:
@@ -111,21 +114,41 @@ class RunLog:
             warn_once(self._folder / "tensorboard", error)
 
     def validation(self, step: int, result: ValidationResult) -> None:
-        """Retrieval scores and captioned pictures."""
+        """A line of validation.jsonl, TensorBoard scalars, and a sheet of captioned pictures."""
+        if not self._active:
+            return
+        scores = result.scores
+        others = {k: v for k, v in scores.items() if k in ("cider", "bleu_4", "zeroshot_top_1")}
         self.say(
-            f"validation at step {step}: R@1 image→text {result.image_to_text_r1:.3f}, "
-            f"text→image {result.text_to_image_r1:.3f} over {result.samples} pairs"
+            f"validation at step {step}: R@1 image→text {scores['image_to_text_r1']:.3f}, "
+            f"text→image {scores['text_to_image_r1']:.3f} over {result.samples} pairs"
+            + "".join(f", {name} {value:.3f}" for name, value in others.items())
         )
-        for picture in result.pictures[:3]:
-            self.say(f"  «{picture.caption.strip()}» captioned as «{picture.generated}»")
+        for item in result.captioned[:3]:
+            self.say(f"  «{item.picture.captions[0].strip()}» captioned as «{item.captions[0]}»")
+        line = {"step": step, "samples": result.samples, **scores}
+        append(self._folder / VALIDATION, json.dumps(line) + "\n")
+        try:
+            self._draw(step, result)
+        except OSError as error:
+            warn_once(self._folder / "validation", error)
+
+    def _draw(self, step: int, result: ValidationResult) -> None:
+        if result.captioned:
+            sheet = self._folder / "validation" / f"step_{step:08d}.png"
+            sheet.parent.mkdir(exist_ok=True)
+            draw_grid(result.captioned, sheet)
         if self._writer is None:
             return
-        self._writer.add_scalar("val/image_to_text_r1", result.image_to_text_r1, step)
-        self._writer.add_scalar("val/text_to_image_r1", result.text_to_image_r1, step)
-        if result.pictures:
-            images = torch.stack([p.pixels for p in result.pictures])
+        for name, value in result.scores.items():
+            self._writer.add_scalar(f"val/{name}", value, step)
+        if result.captioned:
+            images = torch.stack([item.picture.pixels for item in result.captioned])
             self._writer.add_images("val/pictures", images, step)
-            rows = [f"| {p.caption.strip()} | {p.generated} |" for p in result.pictures]
+            rows = [
+                f"| {item.picture.captions[0].strip()} | {item.captions[0]} |"
+                for item in result.captioned
+            ]
             table = "\n".join(["| caption | generated |", "|---|---|", *rows])
             self._writer.add_text("val/captions", table, step)
 

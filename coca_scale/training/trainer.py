@@ -42,6 +42,7 @@ from coca_scale.engine.export import export
 from coca_scale.engine.launch import AgreedError, World
 from coca_scale.engine.loading import load_model
 from coca_scale.engine.watchdog import NoWatchdog, Watchdog
+from coca_scale.evaluation.zeroshot import open_labelled
 from coca_scale.planning.gpus import peak_flops
 from coca_scale.recipe import BatchPlan, Recipe, dump_recipe
 from coca_scale.recipe.exits import REQUEUE
@@ -306,7 +307,10 @@ class Trainer:
             return None
         self._val_source = open_source(data.val, data, self.recipe.run.seed)
         size = self.config.vision_cfg.image_size
-        return Validation(self._val_source, self.tokenizer, size, ev.samples, ev.captions)
+        labelled = None
+        if ev.zeroshot is not None:
+            labelled = open_labelled(ev.zeroshot, data, ev.classnames, ev.templates)
+        return Validation(self._val_source, self.tokenizer, size, ev, labelled)
 
     def _sources(self) -> list[Source]:
         return [self.source] if self.validation is None else [self.source, self._val_source]

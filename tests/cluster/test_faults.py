@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -116,7 +117,9 @@ def test_evaluation_array(cluster, undisturbed, tmp_path):
     checkpoints = sorted(p.name for p in (undisturbed.run / "checkpoints").glob("step_*"))
     assert len(checkpoints) == 2
     for checkpoint in checkpoints:
-        (table,) = (undisturbed.run / "eval").glob(f"{checkpoint}.*.txt")
-        assert "retrieval R@1: image to text" in table.read_text()
-        assert len(table.with_suffix(".jsonl").read_text().splitlines()) == 4
+        for task, score in (("retrieval", "image_to_text_r1"), ("captioning", "cider")):
+            (table,) = (undisturbed.run / "eval").glob(f"{checkpoint}.*.{task}.txt")
+            assert table.read_text().startswith(f"{task}: 4 pictures")
+            found = json.loads(table.with_suffix(".json").read_text())
+            assert found["pictures"] == 4 and score in found["scores"]
     assert len(list(tmp_path.glob("*.out"))) == 2

@@ -1,0 +1,193 @@
+"""Zero-shot classification: a class is the mean of the features of sentences about it.
+
+As Radford et al. 2021, section 3.1.4, and open_clip's `build_zero_shot_classifier`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from open_clip import (
+    IMAGENET_CLASSNAMES,
+    OPENAI_IMAGENET_TEMPLATES,
+    SIMPLE_IMAGENET_TEMPLATES,
+)
+from torch import Tensor
+
+from coca_scale.data.listing import ListOptions, is_picture
+from coca_scale.data.listing import Picture as Listed
+from coca_scale.data.rules import CLASS
+from coca_scale.data.sample import DataError
+from coca_scale.evaluation.pictures import Part, Picture, listed_part, open_pictures
+from coca_scale.model.coca import unit
+from coca_scale.recipe.schema import DataSection
+
+IMAGENET = "imagenet"
+TEMPLATES: dict[str, Sequence[Callable[[str], str]]] = {
+    "openai": OPENAI_IMAGENET_TEMPLATES,
+    "simple": SIMPLE_IMAGENET_TEMPLATES,
+}
+_IMAGENET_FOLDER = re.compile(r"n\d{8}")
+
+
+@dataclass(frozen=True)
+class Classes:
+    """What pictures are told apart into.
+
+    Attributes:
+        names: of the classes.
+        templates: sentences about one.
+    """
+
+    names: Sequence[str]
+    templates: Sequence[Callable[[str], str]]
+
+    def prompts(self) -> list[str]:
+        """All sentences, class after class."""
+        return [template(name) for name in self.names for template in self.templates]
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Pictures whose first caption is the number of their class.
+
+    Attributes:
+        parts: the pictures.
+        classes: what they are told apart into.
+    """
+
+    parts: Sequence[Part]
+    classes: Classes
+
+    def label(self, picture: Picture) -> int:
+        """Its class; raises DataError for one that there is not."""
+        label = picture.captions[0].strip() if picture.captions else ""
+        if not label.isdigit() or int(label) >= len(self.classes.names):
+            last = len(self.classes.names) - 1
+            raise DataError(f"{picture.key}: class {label!r} is none of 0 … {last}")
+        return int(label)
+
+
+def open_labelled(
+    data: str, section: DataSection, classnames: str | None, templates: str
+) -> Labelled:
+    """Pictures in a folder of class folders, or of shards with .cls files.
+
+    Args:
+        data: the folder or shards.
+        section: how remote shards are read.
+        classnames: as of `make_classes`.
+        templates: as of `make_classes`.
+
+    Raises:
+        DataError: neither of these, or class names that do not fit.
+    """
+    folder = Path(data)
+    if folder.is_dir() and not any(folder.glob("*.tar")):
+        folders, pictures = class_folders(folder)
+        return Labelled([listed_part(pictures, data)], make_classes(classnames, templates, folders))
+    by_class = section.model_copy(update={"captions": {CLASS: 1.0}})
+    parts = open_pictures([data], by_class, ListOptions(), captions_needed=True)
+    return Labelled(parts, make_classes(classnames, templates, None))
+
+
+def make_classes(classnames: str | None, templates: str, folders: Sequence[str] | None) -> Classes:
+    """Classes by what a user names.
+
+    Args:
+        classnames: `imagenet`, or a file with a name per line; None takes the folders' names, or
+            those of ImageNet where the folders are its 1000.
+        templates: `openai` (80 sentences), `simple` (7), or a file with a sentence per line that
+            has {} in the name's place.
+        folders: names of the class folders, None if the data are no folders.
+
+    Raises:
+        DataError: a file that is missing or empty, or as many names as folders are not given.
+    """
+    if classnames is None and folders is None:
+        raise DataError("shards do not name their classes: give --classnames imagenet, or a file")
+    if classnames == IMAGENET or (classnames is None and _is_imagenet(folders or ())):
+        names: Sequence[str] = IMAGENET_CLASSNAMES
+    elif classnames is None:
+        names = [folder.replace("_", " ") for folder in folders or ()]
+    else:
+        names = _read_lines(classnames)
+    if folders is not None and len(names) != len(folders):
+        raise DataError(f"{len(names)} class names for {len(folders)} class folders")
+    if templates in TEMPLATES:
+        return Classes(names, TEMPLATES[templates])
+    sentences = _read_lines(templates)
+    if wrong := [s for s in sentences if "{}" not in s]:
+        raise DataError(f"{templates}: no {{}} in {wrong[0]!r}")
+    return Classes(names, [_filler(sentence) for sentence in sentences])
+
+
+def class_folders(folder: Path) -> tuple[list[str], list[Listed]]:
+    """Names of the folders in a folder, sorted, and the pictures in each with its number.
+
+    Raises:
+        DataError: no folders, or none with pictures.
+    """
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    pictures = [
+        Listed(path, (str(number),))
+        for number, name in enumerate(names)
+        for path in sorted((folder / name).rglob("*"))
+        if is_picture(path)
+    ]
+    if not pictures:
+        raise DataError(f"{folder}: no folders with pictures in it, one per class")
+    return names, pictures
+
+
+def classifier(features_of_prompts: Tensor, classes: Classes) -> Tensor:
+    """Unit features [C·T, d] of all prompts → unit features of the classes, [C, d]."""
+    return unit(features_of_prompts.unflatten(0, (len(classes.names), -1)).mean(1))
+
+
+def accuracy(image_features: Tensor, weights: Tensor, labels: Tensor) -> dict[str, float]:
+    """Share of images whose class is the likeliest, among the 5 likeliest, and the mean of the
+    former over classes.
+
+    Args:
+        image_features: [N, d].
+        weights: features of the classes, [C, d].
+        labels: int64 [N].
+    """
+    most = min(5, len(weights))
+    best = torch.cat([(x @ weights.T).topk(most).indices for x in image_features.split(1024)])
+    right = best == labels[:, None]
+    first = right[:, 0].double()
+    of_class = torch.zeros(len(weights), dtype=torch.float64, device=labels.device)
+    count = labels.bincount(minlength=len(weights))
+    per_class = of_class.index_add(0, labels, first)[count > 0] / count[count > 0]
+    return {
+        "top_1": float(first.mean()),
+        "top_5": float(right.any(1).double().mean()),
+        "mean_per_class": float(per_class.mean()),
+    }
+
+
+def _is_imagenet(folders: Sequence[str]) -> bool:
+    return len(folders) == len(IMAGENET_CLASSNAMES) and all(
+        _IMAGENET_FOLDER.fullmatch(name) for name in folders
+    )
+
+
+def _filler(sentence: str) -> Callable[[str], str]:
+    return lambda name: sentence.replace("{}", name)
+
+
+def _read_lines(name: str) -> list[str]:
+    path = Path(name)
+    if not path.is_file():
+        raise DataError(f"{name}: no such file")
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = [line for line in lines if line]
+    if not lines:
+        raise DataError(f"{name}: empty")
+    return lines
