@@ -13,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from coca_scale.cli import app
+from coca_scale.data.synthetic import Shapes
 from coca_scale.engine.checkpoint import find_checkpoint, verify_checkpoint
 from tests.ranks import TrainingRanks, free_port
 
@@ -61,7 +62,14 @@ def losses(folder):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "whole"
-    code, output = under_deepspeed(f"run.dir={folder}")
+    classes = folder.parent / "classes"
+    shapes = Shapes(11, 48, "val")
+    for number in range(11):  # an odd number, for two ranks
+        name = shapes[number].caption.split()[-1]
+        (classes / name).mkdir(parents=True, exist_ok=True)
+        shapes[number].image.save(classes / name / f"{number}.png")
+    measured = (f"eval.zeroshot={classes}", "eval.templates=simple", "eval.scored_captions=12")
+    code, output = under_deepspeed(f"run.dir={folder}", *measured)
     assert code == 0, output[-3000:]
     return folder, output
 
@@ -125,6 +133,75 @@ def test_export_caption_and_verify(finished, tmp_path):
         lines.append(file.read_text())
     assert lines[0] == lines[1]
     assert len(lines[0].splitlines()) == 8
+
+
+@pytest.mark.slow
+def test_validation_on_two_ranks_finds_what_eval_finds(finished, tmp_path):
+    folder, _ = finished
+    found = json.loads((folder / "validation.jsonl").read_text().splitlines()[-1])
+    drawings = "synthetic://shapes?split=val&count=12&size=48"
+    tasks = {
+        "retrieval": (drawings, "--equal-captions"),
+        "captioning": (drawings, "--method", "greedy", "--min-length", "0"),
+        "zeroshot": (str(folder.parent / "classes"), "--templates", "simple"),
+    }
+    for task, arguments in tasks.items():
+        out = tmp_path / f"{task}.json"
+        done = CliRunner().invoke(app, ["eval", task, str(folder), *arguments, "--out", str(out)])
+        assert done.exit_code == 0, (done.output, done.exception)
+        scores = json.loads(out.read_text())["scores"]
+        prefix = "zeroshot_" if task == "zeroshot" else ""
+        shared = [name for name in scores if f"{prefix}{name}" in found]
+        assert len(shared) >= {"retrieval": 6, "captioning": 6, "zeroshot": 3}[task]
+        for name in shared:
+            assert found[f"{prefix}{name}"] == pytest.approx(scores[name], abs=1e-6), name
+    assert found["step"] == 12 and found["samples"] == 12
+    assert (folder / "validation" / "step_00000012.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_a_report_shows_runs_next_to_each_other(finished, tmp_path):
+    import shutil
+
+    from tests.browser import opened_browser, quiet_page
+
+    other = tmp_path / "faster"
+    kept = ("recipe.yaml", "versions.json", "metrics.jsonl", "validation.jsonl")
+    other.mkdir()
+    for name in kept:
+        shutil.copy(finished[0] / name, other / name)
+    recipe = (other / "recipe.yaml").read_text()
+    (other / "recipe.yaml").write_text(recipe.replace("  lr: ", "  lr: 1"))
+    with (other / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 13, "los')  # a run that is writing
+    out = tmp_path / "report.html"
+    done = CliRunner().invoke(app, ["report", str(finished[0]), str(other), "--out", str(out)])
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert "http" not in out.read_text().replace('="http://www.w3.org/', "")  # names, not addresses
+    with opened_browser() as browser:
+        for width in (1200, 360):
+            with quiet_page(browser, width) as page:
+                page.goto(out.as_uri())
+                facts = page.inner_text("#facts")
+                assert "coca_tiny" in facts and "faster" in facts and "R@1" in facts
+                charts = page.locator("#charts svg")
+                assert charts.count() >= 8
+                assert all(box["width"] > 200 for box in boxes(charts))
+                sheet = page.locator("img")
+                assert sheet.count() == 1, "one of the runs has pictures"
+                assert sheet.first.evaluate("image => image.naturalWidth") > 100
+                assert page.locator("#differences tbody tr").count() == 1
+                assert "optim.lr" in page.inner_text("#differences")
+                assert page.evaluate("document.documentElement.scrollWidth") <= width
+    for folder, message in ((tmp_path, "no recipe.yaml"), (tmp_path / "empty", "logged nothing")):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        shutil.copy(other / "recipe.yaml", tmp_path / "empty" / "recipe.yaml")
+        done = CliRunner().invoke(app, ["report", str(folder), "--out", str(out)])
+        assert message in str(done.exception)
+
+
+def boxes(locator):
+    return [locator.nth(i).bounding_box() for i in range(locator.count())]
 
 
 def test_damaged_checkpoints_are_refused(finished, tmp_path):

@@ -1,0 +1,223 @@
+"""One self-contained HTML page about a run, or several next to each other."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import statistics
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, StrictUndefined
+
+from coca_scale.training.curves import Curve, chart
+from coca_scale.training.log import VALIDATION
+from coca_scale.training.skipped import BAD_SAMPLES
+from coca_scale.version import __version__
+
+COLOURS = ("#3b6fb6", "#d1652f", "#3f8f5b", "#8c5aa8", "#b3923a", "#5b8f95", "#b0487a", "#6d6d6d")
+_TEMPLATE = "report.html"
+# file key → title, how values are shown
+_TRAINING = {
+    "loss": "loss",
+    "contrastive_loss": "contrastive loss",
+    "caption_loss": "caption loss (per token)",
+    "samples_per_second": "samples per second",
+    "peak_memory_bytes": "peak memory per rank (GiB)",
+    "mfu": "model FLOPs utilization",
+    "data_wait_fraction": "share of time waiting for data",
+    "grad_norm": "gradient norm before clipping",
+    "lr": "learning rate",
+    "logit_scale": "logit scale (1 / temperature)",
+    "skipped_steps": "skipped steps",
+}
+_VALIDATION = {
+    "image_to_text_r1": "validation: image to text, R@1",
+    "text_to_image_r1": "validation: text to image, R@1",
+    "image_to_text_r5": "validation: image to text, R@5",
+    "text_to_image_r5": "validation: text to image, R@5",
+    "cider": "validation: CIDEr",
+    "bleu_4": "validation: BLEU-4",
+    "zeroshot_top_1": "validation: zero-shot top-1",
+}
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a run has written.
+
+    Attributes:
+        name: of its folder.
+        folder: the folder.
+        metrics: lines of metrics.jsonl.
+        validation: lines of validation.jsonl.
+        recipe: resolved, flattened to dotted keys.
+        about: versions, commit, ranks.
+        bad: bad samples by cause.
+    """
+
+    name: str
+    folder: Path
+    metrics: list[dict[str, Any]]
+    validation: list[dict[str, Any]]
+    recipe: dict[str, Any]
+    about: dict[str, Any]
+    bad: Counter[str]
+
+
+def read_run(folder: Path) -> RunRecord:
+    """Read a run folder.
+
+    Raises:
+        ValueError: it is none, or nothing has been logged yet.
+    """
+    recipe = folder / "recipe.yaml"
+    if not recipe.is_file():
+        raise ValueError(f"{folder} is no run: it has no recipe.yaml")
+    metrics = list(_lines(folder / "metrics.jsonl"))
+    if not metrics:
+        raise ValueError(f"{folder} has logged nothing yet: metrics.jsonl is empty or not there")
+    versions = folder / "versions.json"
+    return RunRecord(
+        name=folder.resolve().name,
+        folder=folder,
+        metrics=metrics,
+        validation=list(_lines(folder / VALIDATION)),
+        recipe=dict(_flat(yaml.safe_load(recipe.read_text()))),
+        about=json.loads(versions.read_text()) if versions.is_file() else {},
+        bad=Counter(line["cause"] for line in _lines(folder / BAD_SAMPLES)),
+    )
+
+
+def report(folders: Sequence[Path]) -> str:
+    """The page, which needs nothing from outside itself.
+
+    Raises:
+        ValueError: a folder is no run, or more runs than colours.
+    """
+    if len(folders) > len(COLOURS):
+        raise ValueError(f"a page shows at most {len(COLOURS)} runs, not {len(folders)}")
+    runs = [read_run(folder) for folder in folders]
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    template = files("coca_scale.training").joinpath(_TEMPLATE).read_text(encoding="utf-8")
+    return environment.from_string(template).render(
+        title=" and ".join(run.name for run in runs),
+        written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        version=__version__,
+        runs=[
+            {"name": run.name, "colour": colour, "facts": _facts(run), "sheet": _sheet(run)}
+            for run, colour in zip(runs, COLOURS, strict=False)
+        ],
+        charts=list(_charts(runs)),
+        differences=_differences(runs),
+        recipes=[{"name": run.name, "text": _recipe_text(run)} for run in runs],
+        bad=[{"name": run.name, "causes": run.bad.most_common()} for run in runs if run.bad],
+    )
+
+
+def _facts(run: RunRecord) -> dict[str, str]:
+    """What a run is and how it went, in a few words each."""
+    last, recipe = run.metrics[-1], run.recipe
+    rates = [line["samples_per_second"] for line in run.metrics[len(run.metrics) // 10 :]]
+    peak = max(line["peak_memory_bytes"] or 0 for line in run.metrics)
+    facts = {
+        "model": str(recipe.get("model.name", "")),
+        "ranks": str(run.about.get("ranks", "")),
+        "global batch": f"{last['global_batch']:,}",
+        "precision": f"{recipe.get('engine.precision')}, ZeRO {recipe.get('engine.zero_stage')}",
+        "steps": f"{last['step']:,}",
+        "samples seen": f"{last['samples_seen']:,}",
+        "last loss": _number(last["loss"]),
+        "samples per second": _number(statistics.median(r for r in rates if r is not None)),
+        "peak memory": f"{peak / 2**30:.2f} GiB per rank",
+        "skipped steps": f"{last['skipped_steps']:,}",
+        "bad samples": f"{last['bad_samples']:,}",
+    }
+    if run.validation:
+        final = run.validation[-1]
+        facts["R@1, image to text"] = f"{final['image_to_text_r1']:.1%} of {final['samples']:,}"
+        facts["R@1, text to image"] = f"{final['text_to_image_r1']:.1%}"
+        if "cider" in final:
+            facts["CIDEr, BLEU-4"] = f"{100 * final['cider']:.1f}, {100 * final['bleu_4']:.1f}"
+        if "zeroshot_top_1" in final:
+            facts["zero-shot top-1"] = f"{final['zeroshot_top_1']:.1%}"
+    versions = run.about.get("versions", {})
+    facts["versions"] = ", ".join(f"{name} {number}" for name, number in versions.items())
+    facts["commit"] = (run.about.get("git_commit") or "unknown")[:12]
+    return facts
+
+
+def _charts(runs: Sequence[RunRecord]) -> Iterator[dict[str, str]]:
+    """Titles and SVG of what at least one run has values of."""
+    for titles, of_run in (
+        (_TRAINING, lambda run: run.metrics),
+        (_VALIDATION, lambda run: run.validation),
+    ):
+        for key, title in titles.items():
+            curves = [
+                Curve(run.name, colour, _points(of_run(run), key))
+                for run, colour in zip(runs, COLOURS, strict=False)
+            ]
+            # a count that stayed 0 needs no chart
+            if any(y for curve in curves for _, y in curve.points):
+                yield {"title": title, "svg": chart(curves, f"{title} by step")}
+
+
+def _points(lines: Sequence[dict[str, Any]], key: str) -> list[tuple[float, float]]:
+    scale = 2**-30 if key.endswith("_bytes") else 1
+    found = ((line["step"], line.get(key)) for line in lines)
+    return [(step, value * scale) for step, value in found if value is not None]
+
+
+def _sheet(run: RunRecord) -> dict[str, str] | None:
+    """The last sheet of captioned pictures as a data URL."""
+    sheets = sorted((run.folder / "validation").glob("step_*.png"))
+    if not sheets:
+        return None
+    content = base64.b64encode(sheets[-1].read_bytes()).decode()
+    step = int(sheets[-1].stem.removeprefix("step_"))
+    return {"step": f"{step:,}", "url": f"data:image/png;base64,{content}"}
+
+
+def _differences(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
+    """Recipe keys whose values are not the same in all runs, but for names and folders."""
+    keys = sorted({key for run in runs for key in run.recipe} - {"run.name", "run.dir"})
+    rows = [(key, [json.dumps(run.recipe.get(key)) for run in runs]) for key in keys]
+    return [(key, values) for key, values in rows if len(set(values)) > 1]
+
+
+def _recipe_text(run: RunRecord) -> str:
+    return (run.folder / "recipe.yaml").read_text()
+
+
+def _flat(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Objects of a file that a run may be writing to: a last line may be incomplete."""
+    if not path.is_file():
+        return
+    with path.open() as file:
+        for line in file:
+            if line.endswith("\n"):
+                yield json.loads(line)
+
+
+def _number(value: float | None) -> str:
+    """Three digits that count."""
+    if value is None:
+        return "none"
+    digits = max(0, 2 - math.floor(math.log10(abs(value)))) if value else 0
+    return f"{value:,.{min(digits, 6)}f}"
