@@ -17,6 +17,11 @@ import matplotlib
 import torch
 import train_step
 
+from coca_scale.planning.gpus import GPUS
+from coca_scale.planning.plan import make_plan
+from coca_scale.recipe import BatchPlan, load_recipe
+from coca_scale.training.costs import count_costs
+
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
@@ -81,8 +86,28 @@ def main() -> None:
     rows = losses.caption_losses(options.rounds) + losses.contrastive_losses(options.rounds)
     losses.show(rows)
     write(rows, options.out / f"losses_{device}.json")
+    print("communication")
+    write(traffic(64), options.out / "communication.json")
     plot(found, options.out / f"train_step_{device}.png")
     print(f"written to {options.out}")
+
+
+def traffic(ranks: int) -> list[dict[str, Any]]:
+    """Bytes that each rank sends in a step, as `plan` counts them.
+
+    The tests compare these counts with DeepSpeed's log of real steps (tests/planning).
+    """
+    rows = []
+    for stage in (1, 2, 3):
+        recipe = load_recipe(Path("recipes/large.yaml"), [f"engine.zero_stage={stage}"])
+        batch = BatchPlan.from_recipe(recipe, ranks)
+        plan = make_plan(recipe, batch, count_costs(recipe, batch), GPUS["h100-80gb"], 8, None)
+        sent = plan.communication_bytes_per_step
+        rows.append({"ranks": ranks, "zero_stage": stage, "bytes_per_rank_and_step": sent})
+        print(
+            f"  large.yaml on {ranks} ranks, ZeRO {stage}: {sent / 1e9:6.2f} GB per rank and step"
+        )
+    return rows
 
 
 def write(found: object, path: Path) -> None:
