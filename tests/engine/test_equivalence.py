@@ -14,7 +14,7 @@ import torch
 from tests.conftest import tiny_recipe
 from tests.ranks import on_ranks
 
-BATCH, STEPS = 16, 20
+BATCH, STEPS, SHORT = 16, 20, 8
 
 
 def batch_of(step):
@@ -52,7 +52,8 @@ def _curves(rank, ranks, layouts):
         model.caption_head.register_forward_hook(partial(note_second_copies, model, copied))
         curve = []
         rows = slice(rank * BATCH // ranks, (rank + 1) * BATCH // ranks)
-        for step in range(STEPS):
+        fast = recipe.optim.lr == HIGH
+        for step in range(STEPS if fast else SHORT):  # where differences grow most, for longest
             images, tokens = batch_of(step)
             result = engine.step(images[rows], tokens[rows], recipe.optim.lr)
             curve.append((result.loss, result.grad_norm, result.logit_scale))
@@ -140,7 +141,7 @@ def test_all_layouts_give_the_same_curve():
         worst[lr] = max(worst[lr], *relative)
         scales = [abs(a[2] - b[2]) / b[2] for a, b in zip(curve, expected, strict=True)]
         assert max(scales) <= 1e-5, (ranks, changes)
-    print(f"largest relative difference of the loss over {STEPS} steps: {worst}")
+    print(f"largest relative difference of the loss: {worst}")
     assert worst[LOW] <= 1e-5
     assert worst[HIGH] <= 5e-4
     assert curves[2, 5] == curves[2, 6]  # the same layout again: bit-exact
