@@ -98,9 +98,8 @@ class BeamSearch:
     def advance(self, logits_RV: Tensor, position: int) -> Tensor:
         """Take the token of `position` in every row; returns the row each one goes on from."""
         count, batch = self.rows_per_image, len(logits_RV) // self.rows_per_image
-        tokens_RT = self._tokens()[:, :, :position].flatten(0, 1)
         log_probs = logits_RV.float().log_softmax(-1)
-        log_probs = ruled(log_probs, tokens_RT, self._options, self._prompts.end_id)
+        log_probs = ruled(log_probs, self.written(position), self._options, self._prompts.end_id)
         log_probs_BnV = self._prompts.force(log_probs.unflatten(0, (batch, count)), position)
         taken_BV = torch.zeros_like(log_probs_BnV[:, 0])
         parents, first = [], 0
@@ -116,9 +115,10 @@ class BeamSearch:
         image_first = torch.arange(0, batch * count, count, device=logits_RV.device)
         return (image_first[:, None] + torch.cat(parents, 1)).flatten()
 
-    def latest(self, position: int) -> Tensor:
-        """The token of `position` in every row."""
-        return self._tokens()[:, :, position].flatten()
+    def written(self, count: int) -> Tensor:
+        """The first `count` tokens of every row."""
+        groups = [group.tokens_BnL[:, :, :count] for group in self._groups]
+        return torch.cat(groups, 1).flatten(0, 1)
 
     @property
     def finished(self) -> bool:
@@ -131,9 +131,6 @@ class BeamSearch:
         tokens = torch.cat([group.done_BnL for group in self._groups], 1)
         best, kept = scores.topk(self._options.samples)
         return _choose(tokens, kept), best
-
-    def _tokens(self) -> Tensor:
-        return torch.cat([group.tokens_BnL for group in self._groups], 1)
 
 
 def _choose(sequences_BML: Tensor, kept_BN: Tensor) -> Tensor:

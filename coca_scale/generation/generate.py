@@ -90,5 +90,5 @@ def generate(
             break
         if rows is not None:
             past.take(rows)
-        logits = coca.next_logits(search.latest(position)[:, None], past)
+        logits = coca.next_logits(search.written(position + 1)[:, -1:], past)
     return Generated(*search.result())

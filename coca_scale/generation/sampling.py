@@ -36,7 +36,7 @@ class Sampling:
     def advance(self, logits_RV: Tensor, position: int) -> None:
         """Choose the token of `position` in every row."""
         options, end_id = self._options, self._prompts.end_id
-        tokens_RT = self.tokens_BnL[:, :, :position].flatten(0, 1)
+        tokens_RT = self.written(position)
         logits_RV = logits_RV.float()
         if options.generation_type == "greedy":
             chosen_R = ruled(logits_RV, tokens_RT, options, end_id).argmax(-1)
@@ -53,9 +53,9 @@ class Sampling:
         self.tokens_BnL[:, :, position] = chosen_Bn
         self._ended_Bn |= counts_Bn & (chosen_Bn == end_id)
 
-    def latest(self, position: int) -> Tensor:
-        """The token of `position` in every row."""
-        return self.tokens_BnL[:, :, position].flatten()
+    def written(self, count: int) -> Tensor:
+        """The first `count` tokens of every row."""
+        return self.tokens_BnL[:, :, :count].flatten(0, 1)
 
     @property
     def finished(self) -> bool:
