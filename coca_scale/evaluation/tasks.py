@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from torch import Tensor
 
 from coca_scale.data.sample import DataError
@@ -68,14 +68,13 @@ class Result:
     def show(self, console: Console) -> None:
         """A table; scores in percent, CIDEr as COCO's server shows it."""
         counts = ", ".join(f"{count} {name}" for name, count in self.counts.items())
-        table = Table(title=f"{self.task}: {counts}", title_justify="left", box=None)
-        table.add_column("score", justify="left")
-        table.add_column("%", justify="right")
+        console.print(f"{self.task}: {counts}", highlight=False)
+        table = Table("score", Column("%", justify="right"), box=None)
         for name, value in self.scores.items():
             table.add_row(_label(name), f"{100 * value:.2f}")
-        for name, reason in self.left_out.items():
-            table.add_row(_label(name), f"left out: {reason}")
         console.print(table)
+        for name, reason in self.left_out.items():
+            console.print(f"without {_label(name)}: {reason}", highlight=False)
 
 
 @dataclass(frozen=True)

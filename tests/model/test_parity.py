@@ -118,7 +118,7 @@ def test_shipped_configs_equal_openclip(name, tmp_path):
     assert back.keys() == state.keys()
     assert all(torch.equal(back[key], state[key]) for key in state)
     assert_same(theirs, config, ours)
-    if config.multimodal_cfg is not None:
+    if config.multimodal_cfg is not None and "L-14" not in name:  # slow, and built like B-32
         assert_same_captions(theirs, config.resized(context_length=7), ours)
 
 
