@@ -25,7 +25,7 @@ from coca_scale.engine.loading import LoadedModel
 from coca_scale.generation.generate import generate
 from coca_scale.generation.options import GenerationOptions
 
-LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+LOOPBACK = ("127.0.0.1", "localhost")
 MOST_LABELS = 100
 MOST_CHARACTERS = 300
 _PAGE = "demo.html"

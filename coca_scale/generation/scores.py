@@ -43,4 +43,5 @@ def draw(chances_RV: Tensor, uniform_R: Tensor) -> Tensor:
     """Tokens [R] where the cumulative probability passes `uniform_R`, fp64 in [0, 1)."""
     sums = chances_RV.cumsum(-1)
     target = (uniform_R * sums[:, -1])[:, None]
-    return torch.searchsorted(sums, target, right=True).squeeze(1)
+    drawn = torch.searchsorted(sums, target, right=True).squeeze(1)
+    return drawn.clamp(max=chances_RV.shape[1] - 1)  # the product may round up to the whole sum
