@@ -41,3 +41,26 @@ def test_no_past_is_longer_than_the_context(tmp_path):
     coca = CoCa(variant("coca", tmp_path))
     with pytest.raises(ValueError, match="at most 16 tokens, 17 were asked for"):
         coca.new_past(17)
+
+
+@torch.no_grad()
+def test_steps_have_the_same_shapes_so_that_one_compilation_serves_all(tmp_path):
+    from torch._dynamo.testing import CompileCounter
+
+    torch.manual_seed(0)
+    coca = CoCa(variant("coca", tmp_path)).eval()
+    images = torch.randn(2, 3, 48, 48)
+
+    def write():
+        past = coca.new_past(12)
+        found = [coca.next_logits(torch.ones(2, 1, dtype=torch.long), past, coca.image(images)[1])]
+        past.repeat(3)
+        for token in range(5, 12):
+            found.append(coca.next_logits(torch.full((6, 1), token), past))
+        return torch.cat(found)
+
+    plain, counter = write(), CompileCounter()
+    coca.text.forward = torch.compile(coca.text.forward, backend=counter, dynamic=False)
+    coca.decoder.forward = torch.compile(coca.decoder.forward, backend=counter, dynamic=False)
+    assert torch.allclose(write(), plain, rtol=0, atol=1e-5)
+    assert counter.frame_count == 4  # both, for the first tokens and for one more
