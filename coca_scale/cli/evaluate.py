@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from coca_scale.cli.loading import data_section, load
+from coca_scale.cli.loading import data_section, load, open_inputs
 from coca_scale.cli.options import (
     METHODS,
     BatchSize,
@@ -93,12 +93,9 @@ def eval_retrieval(
 
     Example: coca-scale eval retrieval runs/large dataset_coco.json --images coco/ --split test
     """
-    from coca_scale.data.listing import ListOptions
-    from coca_scale.evaluation.pictures import open_pictures
     from coca_scale.evaluation.tasks import Evaluation
 
-    listing = ListOptions(images, image_column, caption_column, split)
-    parts = open_pictures(data, data_section(data), listing, captions_needed=True)
+    parts = open_inputs(data, image_column, caption_column, images, split, captions_needed=True)
     loaded = load(model, config, raw_weights, precision)
     with progress_bar("pictures") as progress:
         task = Evaluation(loaded, batch_size, limit, progress)
@@ -129,15 +126,12 @@ def eval_captioning(
 
     Example: coca-scale eval captioning runs/large dataset_coco.json --images coco/ --split test
     """
-    from coca_scale.data.listing import ListOptions
     from coca_scale.evaluation.captioning import Captioner
-    from coca_scale.evaluation.pictures import open_pictures
     from coca_scale.evaluation.tasks import Evaluation
     from coca_scale.generation.options import GenerationOptions
 
     options = GenerationOptions(METHODS[method], max_length, min_length, num_beams)
-    listing = ListOptions(images, image_column, caption_column, split)
-    parts = open_pictures(data, data_section(data), listing, captions_needed=True)
+    parts = open_inputs(data, image_column, caption_column, images, split, captions_needed=True)
     loaded = load(model, config, raw_weights, precision)
     with progress_bar("pictures") as progress:
         task = Evaluation(loaded, batch_size, limit, progress)

@@ -6,6 +6,7 @@ import contextlib
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from coca_scale.cli.options import Precision
@@ -13,7 +14,24 @@ from coca_scale.cli.options import Precision
 if TYPE_CHECKING:
     from coca_scale.engine.launch import World
     from coca_scale.engine.loading import LoadedModel
+    from coca_scale.evaluation.pictures import Part
     from coca_scale.recipe.schema import DataSection
+
+
+def open_inputs(
+    inputs: list[str],
+    image_column: str,
+    caption_column: str,
+    images: Path | None,
+    split: str | None,
+    captions_needed: bool,
+) -> list[Part]:
+    """What DATA or INPUTS of a verb name."""
+    from coca_scale.data.listing import ListOptions
+    from coca_scale.evaluation.pictures import open_pictures
+
+    listing = ListOptions(images, image_column, caption_column, split)
+    return open_pictures(inputs, data_section(inputs), listing, captions_needed)
 
 
 def data_section(inputs: list[str]) -> DataSection:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from coca_scale.cli.loading import data_section, load, ranks
+from coca_scale.cli.loading import load, open_inputs, ranks
 from coca_scale.cli.options import (
     METHODS,
     BatchSize,
@@ -105,10 +105,8 @@ def caption_command(
 
     On 8 GPUs: torchrun --nproc-per-node 8 -m coca_scale caption MODEL shards/ --out captions/
     """
-    from coca_scale.data.listing import ListOptions
     from coca_scale.evaluation import captioning
     from coca_scale.evaluation.caption_job import CaptionJob
-    from coca_scale.evaluation.pictures import open_pictures
     from coca_scale.generation.options import GenerationOptions
 
     options = GenerationOptions(
@@ -126,8 +124,7 @@ def caption_command(
         samples=samples,
         seed=seed,
     )
-    listing = ListOptions(images, image_column, caption_column, split)
-    parts = open_pictures(inputs, data_section(inputs), listing)
+    parts = open_inputs(inputs, image_column, caption_column, images, split, captions_needed=False)
     with ranks() as world:
         loaded = load(model, config, raw_weights, precision, world)
         captioner = captioning.Captioner(loaded, options, prompt, batch_size)

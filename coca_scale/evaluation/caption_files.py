@@ -18,6 +18,7 @@ from typing import Any
 from coca_scale.data.sample import DataError
 from coca_scale.evaluation.captioning import Captioned
 from coca_scale.evaluation.pictures import Part, Place
+from coca_scale.recipe.files import json_lines
 
 SETTINGS = "settings.json"
 _PART, _NUMBER = "part", "number"
@@ -47,7 +48,7 @@ class CaptionFile:
         lines = []
         for item in captioned:
             place = {_PART: item.picture.place.part, _NUMBER: item.picture.place.number}
-            lines.append(json.dumps(place | _record(item), ensure_ascii=False) + "\n")
+            lines.append(_line(place | _record(item)))
         self._file.write("".join(lines))
         self._file.flush()
 
@@ -57,28 +58,20 @@ class CaptionFile:
         os.fsync(self._file.fileno())
         self._file.close()
 
-    def merge(self) -> int:
-        """All parts of all ranks as one file, whose lines are counted; every rank has closed."""
-        temporary = self._out.with_name(self._out.name + ".tmp")
+    def merge(self) -> None:
+        """Make one file of the parts of all ranks, which have closed them."""
         parts = self._parts()
-        with temporary.open("w") as file:
-            count = 0
-            for _, record in heapq.merge(*(_sorted(path) for path in parts), key=lambda x: x[0]):
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-                count += 1
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self._out)
+        ordered = heapq.merge(*(_sorted(path) for path in parts), key=lambda item: item[0])
+        _write_whole(self._out, (record for _, record in ordered))
         for path in parts:
             path.unlink()
-        return count
 
     def _parts(self) -> list[Path]:
         return sorted(self._out.parent.glob(f"{_escaped(self._out.name)}.part-*-of-*"))
 
     def _read_done(self) -> Iterator[Place]:
         for path in self._parts():
-            lines = _lines(path)
+            lines = json_lines(path)
             first = next(lines, None)
             if first is not None and first.get("settings") != self._settings:
                 raise DataError(
@@ -116,20 +109,22 @@ class SideCars:
         """Whether the side-car of a shard is there."""
         return self._paths[part].is_file()
 
-    def add(self, part: int, batches: Iterable[Iterable[Captioned]]) -> int:
-        """Write a side-car; it is there as a whole or not at all. Returns its lines."""
-        path = self._paths[part]
-        temporary = path.with_suffix(".tmp")
-        count = 0
-        with temporary.open("w") as file:
-            for batch in batches:
-                for item in batch:
-                    file.write(json.dumps(_record(item), ensure_ascii=False) + "\n")
-                    count += 1
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        return count
+    def add(self, part: int, batches: Iterable[Iterable[Captioned]]) -> None:
+        """Write a side-car; it is there as a whole or not at all."""
+        _write_whole(self._paths[part], (_record(item) for batch in batches for item in batch))
+
+
+def _write_whole(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w") as file:
+        file.writelines(_line(record) for record in records)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(record, ensure_ascii=False) + "\n"
 
 
 def _record(item: Captioned) -> dict[str, Any]:
@@ -146,16 +141,8 @@ def _record(item: Captioned) -> dict[str, Any]:
     return record
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Objects of a file, without a last line that was not written to its end."""
-    with path.open() as file:
-        for line in file:
-            if line.endswith("\n"):
-                yield json.loads(line)
-
-
 def _sorted(path: Path) -> list[tuple[Place, dict[str, Any]]]:
-    lines = _lines(path)
+    lines = json_lines(path)
     next(lines, None)  # settings
     found = [(Place(line.pop(_PART), line.pop(_NUMBER)), line) for line in lines]
     return sorted(found, key=lambda item: item[0])

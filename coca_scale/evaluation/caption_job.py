@@ -5,20 +5,25 @@ from __future__ import annotations
 import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coca_scale.evaluation.caption_files import CaptionFile, SideCars
 from coca_scale.evaluation.captioning import Captioned, Captioner
-from coca_scale.evaluation.pictures import Part, Picture, read_pictures
+from coca_scale.evaluation.pictures import (
+    Part,
+    Picture,
+    Progress,
+    count_pictures,
+    read_pictures,
+)
 
 if TYPE_CHECKING:
     from coca_scale.engine.launch import World
 
 SHOWN_PICTURES = 30
-Progress = Callable[[int, int | None], None]
 
 
 @dataclass
@@ -64,9 +69,7 @@ class CaptionJob:
         self._rank, self._ranks = (world.rank, world.size) if world is not None else (0, 1)
         self._progress = progress
         self._summary = Summary()
-        counts = [part.count for part in parts]
-        known = [count for count in counts if count is not None]
-        self._total = sum(known) if len(known) == len(counts) else None
+        self._total = count_pictures(parts)
 
     def to_file(self, out: Path) -> Summary:
         """One JSON object per picture, in the order of the inputs.

@@ -34,6 +34,7 @@ from coca_scale.recipe.schema import DataSection
 THREADS = min(8, len(os.sched_getaffinity(0)))
 Entry = RawSample | BadSample
 Read = Callable[[int, int], Iterator[Entry]]
+Progress = Callable[[int, int | None], None]  # pictures done, and in all where that is known
 
 
 class Place(NamedTuple):
@@ -100,6 +101,17 @@ def open_pictures(
             for name in names:
                 parts += _open(name, data, options, captions_needed)
     return parts
+
+
+def count_pictures(parts: Sequence[Part]) -> int | None:
+    """How many there are, None if nobody knows."""
+    known = [part.count for part in parts if part.count is not None]
+    return sum(known) if len(known) == len(parts) else None
+
+
+def is_picture_folder(path: Path) -> bool:
+    """Whether it is a folder, and not one of shards."""
+    return path.is_dir() and not any(path.glob("*.tar"))
 
 
 def read_pictures(
@@ -188,9 +200,7 @@ def _open(
     if name.startswith("synthetic://"):
         shapes = Shapes.from_url(name)
         yield Part(name, IndexedSource(shapes, name, 0).ordered, len(shapes))
-    elif path.suffix in (*TABLE_SUFFIXES, ANNOTATIONS) or (
-        path.is_dir() and not any(path.glob("*.tar"))
-    ):
+    elif path.suffix in (*TABLE_SUFFIXES, ANNOTATIONS) or is_picture_folder(path):
         yield listed_part(list_pictures(path, options, captions_needed), name)
     else:
         yield from _shards(name, data)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,11 +17,16 @@ from coca_scale.data.sample import DataError
 from coca_scale.engine.loading import LoadedModel
 from coca_scale.evaluation.caption_scores import score_captions
 from coca_scale.evaluation.captioning import Captioner
-from coca_scale.evaluation.pictures import Part, Picture, read_pictures
+from coca_scale.evaluation.pictures import (
+    Part,
+    Picture,
+    Progress,
+    count_pictures,
+    read_pictures,
+)
 from coca_scale.evaluation.retrieval import recall, same_caption_ids
 from coca_scale.evaluation.zeroshot import Labelled, accuracy, classifier
 
-Progress = Callable[[int, int | None], None]
 NAMES = {
     "top_1": "top-1 accuracy",
     "top_5": "top-5 accuracy",
@@ -148,7 +153,7 @@ class Evaluation:
                 references[len(captions)] = item.picture.captions
                 captions[len(captions)] = item.captions[0]
                 exact += item.right
-            self.progress(len(captions), _total(parts))
+            self.progress(len(captions), count_pictures(parts))
         if not captions:
             raise DataError(_NOTHING)
         scores = score_captions(references, captions, java=True)
@@ -177,19 +182,13 @@ class Evaluation:
             pixels = torch.stack([picture.pixels for picture in batch])
             features.append(self.loaded.encode_pixels(pixels).float())
             found += [Picture(p.place, p.key, pixels[0, :0], p.captions) for p in batch]
-            self.progress(len(found), _total(parts))
+            self.progress(len(found), count_pictures(parts))
         if not found:
             raise DataError(_NOTHING)
         return torch.cat(features), found
 
 
 _NOTHING = "the data has no usable picture"
-
-
-def _total(parts: Sequence[Part]) -> int | None:
-    counts = [part.count for part in parts]
-    known = [count for count in counts if count is not None]
-    return sum(known) if len(known) == len(counts) else None
 
 
 def _label(name: str) -> str:

@@ -22,7 +22,13 @@ from coca_scale.data.listing import ListOptions, is_picture
 from coca_scale.data.listing import Picture as Listed
 from coca_scale.data.rules import CLASS
 from coca_scale.data.sample import DataError
-from coca_scale.evaluation.pictures import Part, Picture, listed_part, open_pictures
+from coca_scale.evaluation.pictures import (
+    Part,
+    Picture,
+    is_picture_folder,
+    listed_part,
+    open_pictures,
+)
 from coca_scale.model.coca import unit
 from coca_scale.recipe.schema import DataSection
 
@@ -87,7 +93,7 @@ def open_labelled(
         DataError: neither of these, or class names that do not fit.
     """
     folder = Path(data)
-    if folder.is_dir() and not any(folder.glob("*.tar")):
+    if is_picture_folder(folder):
         folders, pictures = class_folders(folder)
         return Labelled([listed_part(pictures, data)], make_classes(classnames, templates, folders))
     by_class = section.model_copy(update={"captions": {CLASS: 1.0}})

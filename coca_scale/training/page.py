@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, StrictUndefined
 
+from coca_scale.recipe.files import json_lines
 from coca_scale.training.curves import Curve, chart
 from coca_scale.training.log import VALIDATION
 from coca_scale.training.skipped import BAD_SAMPLES
@@ -206,13 +207,8 @@ def _flat(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Objects of a file that a run may be writing to: a last line may be incomplete."""
-    if not path.is_file():
-        return
-    with path.open() as file:
-        for line in file:
-            if line.endswith("\n"):
-                yield json.loads(line)
+    """Objects of a file that a run may not have written yet."""
+    return json_lines(path) if path.is_file() else iter(())
 
 
 def _number(value: float | None) -> str:
