@@ -29,6 +29,7 @@ LOOPBACK = ("127.0.0.1", "localhost")
 MOST_LABELS = 100
 MOST_CHARACTERS = 300
 _PAGE = "demo.html"
+_READ_ON = 20  # times the limit
 
 
 @dataclass(frozen=True)
@@ -144,15 +145,19 @@ def make_app(
 
 
 async def _body(request: Request, most: int) -> bytes | None:
-    """What was sent, None if it is more than `most` bytes, of which no more are read."""
-    if int(request.headers.get("content-length", 0)) > most:
-        return None
-    data = bytearray()
+    """What was sent, None if it is more than `most` bytes, of which no more are kept.
+
+    The rest is read all the same, up to a point: a browser that is still sending when the server
+    hangs up shows a broken connection and not the answer.
+    """
+    data, size = bytearray(), 0
     async for chunk in request.stream():
-        data += chunk
-        if len(data) > most:
-            return None
-    return bytes(data)
+        size += len(chunk)
+        if size <= most:
+            data += chunk
+        elif size > _READ_ON * most:
+            break
+    return bytes(data) if size <= most else None
 
 
 def _refusal(status: int, message: str) -> Response:
