@@ -39,19 +39,28 @@ def data_pack(
     max_side: Annotated[
         int | None, typer.Option(min=16, help="Scale larger pictures down, in pixels.")
     ] = None,
+    hold_out: Annotated[
+        int | None,
+        typer.Option(min=2, help="Every N-th picture goes to OUT/val, others OUT/train."),
+    ] = None,
     workers: Workers = CORES,
 ) -> None:
     """Write WebDataset shards and manifest.json; goes on where an interrupted call stopped.
 
-    Example: coca-scale data pack photos/ --out shards/
+    Example: coca-scale data pack photos/ --out shards/ --hold-out 10
     """
-    from coca_scale.data.pack import PackOptions, pack
+    from coca_scale.data.pack import PackOptions, pack, pack_split
 
     columns = (image_column, caption_column)
     options = PackOptions(images, *columns, split, shard_samples, max_side)
     with progress_bar("pictures") as progress:
-        result = pack(source, out, options, workers, progress)
-    typer.echo(f"{result.samples} samples in {result.shards} shards in {out}{skipped(result.bad)}")
+        if hold_out is None:
+            results = {out: pack(source, out, options, workers, progress)}
+        else:
+            parts = pack_split(source, out, options, hold_out, workers, progress)
+            results = {out / name: result for name, result in parts.items()}
+    for place, done in results.items():
+        typer.echo(f"{done.samples} samples in {done.shards} shards in {place}{skipped(done.bad)}")
 
 
 @app.command("inspect")

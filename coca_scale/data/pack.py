@@ -78,9 +78,53 @@ def pack(
         DataError: the source cannot be read, or nothing in it can be used, or `out` holds shards of
             something else.
     """
+    return _pack(list_pictures(source, options), source, out, options, workers, progress)
+
+
+def pack_split(
+    source: Path,
+    out: Path,
+    options: PackOptions,
+    hold_out: int,
+    workers: int = 1,
+    progress: Progress | None = None,
+) -> dict[str, PackResult]:
+    """Write every `hold_out`-th picture into `out`/val and the others into `out`/train.
+
+    A picture is in one of them with all its captions. The rest is as in `pack`; val comes first, so
+    after an interruption it may be complete already.
+    """
+    pictures = list_pictures(source, options)
+    held = pictures[::hold_out]
+    rest = [picture for place, picture in enumerate(pictures) if place % hold_out]
+    if not rest:
+        raise DataError(f"{source}: has one picture, so none can be held out")
+    if (out / "val" / MANIFEST).exists() and not (out / "train" / MANIFEST).exists():
+        validation = _packed(out / "val")
+    else:
+        validation = _pack(held, source, out / "val", options, workers, progress)
+    return {
+        "train": _pack(rest, source, out / "train", options, workers, progress),
+        "val": validation,
+    }
+
+
+def _packed(out: Path) -> PackResult:
+    """What an earlier call has written."""
+    found = json.loads((out / MANIFEST).read_text())
+    return PackResult(found["samples"], len(found["shards"]), Counter(found["bad"]))
+
+
+def _pack(
+    pictures: Sequence[Picture],
+    source: Path,
+    out: Path,
+    options: PackOptions,
+    workers: int,
+    progress: Progress | None,
+) -> PackResult:
     if (out / MANIFEST).exists():
         raise DataError(f"{out}: holds packed shards already; choose another folder")
-    pictures = list_pictures(source, options)
     out.mkdir(parents=True, exist_ok=True)
     _settle(out, source, options, pictures)
     several = any(len(picture.captions) > 1 for picture in pictures)

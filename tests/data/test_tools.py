@@ -15,13 +15,15 @@ from typer.testing import CliRunner
 
 from coca_scale.cli import app
 from coca_scale.data.inspection import inspect_shards
-from coca_scale.data.pack import PackOptions, pack
+from coca_scale.data.pack import PackOptions, pack, pack_split
 from coca_scale.data.sample import DataError
 from coca_scale.data.sources import open_source
 from coca_scale.recipe.files import sha256_of
 from tests.conftest import tiny_recipe
 from tests.data.rot import rot_shards, write_rotten_shards
 from tests.data.test_lanes import write_shards
+
+DATA = tiny_recipe().data
 
 
 def write_pictures(folder, count, size=(300, 200)):
@@ -75,6 +77,24 @@ def test_a_killed_pack_goes_on_and_gives_the_same_shards(tmp_path):
     assert kept == {p: p.stat().st_mtime_ns for p in kept}  # not written again
     pack(pictures, tmp_path / "whole", PackOptions(shard_samples=6, max_side=64))
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_every_nth_picture_is_held_out_once(tmp_path):
+    pictures = write_pictures(tmp_path / "pictures", 11, (30, 20))
+    arguments = ["data", "pack", str(pictures), "--out", str(tmp_path / "out"), "--hold-out", "4"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    found = {
+        part: [s.caption for s in open_source(str(tmp_path / "out" / part), DATA, 0).ordered(0, 1)]
+        for part in ("train", "val")
+    }
+    assert found["val"] == [f"picture number {n}" for n in (0, 4, 8)]
+    assert sorted(found["train"] + found["val"]) == sorted(f"picture number {n}" for n in range(11))
+    (tmp_path / "out" / "train" / "manifest.json").unlink()  # as if it had been killed there
+    again = pack_split(pictures, tmp_path / "out", PackOptions(), 4)
+    assert (again["train"].samples, again["val"].samples) == (8, 3)
+    with pytest.raises(DataError, match="holds packed shards already"):
+        pack_split(pictures, tmp_path / "out", PackOptions(), 4)
 
 
 def test_captions_of_one_picture_stay_together(tmp_path):
