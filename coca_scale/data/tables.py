@@ -50,14 +50,17 @@ def read_table(
 ) -> list[tuple[str, str]]:
     """Image paths and captions of a .csv or .tsv file; without need, captions may be empty.
 
+    A tab in the first line means that tabs separate: OpenCLIP's .csv files have them as well.
+
     Raises:
         DataError: no such file, not UTF-8, columns missing, or no rows.
     """
     if not path.is_file():
         raise DataError(f"{path}: no such file")
-    delimiter = "\t" if path.suffix == ".tsv" else ","
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
+            delimiter = "\t" if path.suffix == ".tsv" or "\t" in file.readline() else ","
+            file.seek(0)
             reader = csv.DictReader(file, delimiter=delimiter)
             columns = reader.fieldnames or []
             for column in (image_column, caption_column)[: 1 + captions_needed]:

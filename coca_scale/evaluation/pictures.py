@@ -142,12 +142,13 @@ def read_pictures(
 
 def first_pictures(
     source: Source, image_size: int, most: int, rank: int, ranks: int
-) -> list[Picture]:
-    """A rank's share of the first `most` samples of a source, without unusable ones."""
+) -> tuple[list[Picture], Counter[str]]:
+    """A rank's share of the first `most` samples of a source, and the unusable ones by cause."""
     share = len(range(rank, most, ranks))
     entries = itertools.islice(source.ordered(rank, ranks), share)
+    bad: Counter[str] = Counter()
     found = [_decode(Place(0, n), raw, image_size, True) for n, raw in enumerate(entries)]
-    return [picture for picture in found if isinstance(picture, Picture)]
+    return [picture for entry in found for picture in _usable(entry, bad)], bad
 
 
 def _entries(

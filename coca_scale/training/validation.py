@@ -88,16 +88,20 @@ class Validation:
     def _load(self, engine: TrainEngine) -> list[Picture]:
         if self._samples is None:
             world, error = engine.world, None
+            bad: Counter[str] = Counter()
             most = self._settings.samples
             try:
-                self._samples = first_pictures(
+                self._samples, bad = first_pictures(
                     self._source, self._image_size, most, world.rank, world.size
                 )
             except DataError as fault:
                 self._samples, error = [], str(fault)
             world.agree(error)
             if not any(world.gather(bool(self._samples))):
-                world.agree("data.val has no usable sample")
+                counts: list[Any] = world.gather(bad)
+                causes: Counter[str] = sum(counts, Counter())
+                found = ", ".join(f"{n} × {cause}" for cause, n in causes.most_common())
+                world.agree(f"data.val has no usable sample (found {found or 'nothing'})")
         return self._samples
 
     def _caption(self, engine: TrainEngine, samples: Sequence[Picture]) -> list[Captioned]:
