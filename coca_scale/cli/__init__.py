@@ -18,6 +18,7 @@ app = typer.Typer(
 app.command("check")(runs.check_command)
 app.command("plan")(runs.plan_command)
 app.command("slurm")(runs.slurm_command)
+app.command("translate")(runs.translate_command)
 app.command("doctor")(runs.doctor_command)
 app.add_typer(data.app, name="data")
 app.command("caption")(models.caption_command)

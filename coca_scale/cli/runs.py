@@ -1,4 +1,4 @@
-"""Verbs around a run: check, plan, slurm, report, doctor."""
+"""Verbs around a run: check, plan, slurm, translate, report, doctor."""
 
 from __future__ import annotations
 
@@ -48,19 +48,13 @@ def plan_command(
     """
     from coca_scale.planning.gpus import GPUS
     from coca_scale.planning.page import plan_page
-    from coca_scale.planning.plan import make_plan
-    from coca_scale.recipe import BatchPlan, load_recipe
-    from coca_scale.training.costs import count_costs
-    from coca_scale.training.schedule import total_steps
+    from coca_scale.recipe import load_recipe
+    from coca_scale.training.costs import plan_run
 
     if gpu not in GPUS:
         raise ValueError(f"--gpu {gpu} is not known; use one of {', '.join(GPUS)}")
     loaded = load_recipe(recipe, overrides or ())
-    batch = BatchPlan.from_recipe(loaded, gpus)
-    known = loaded.train.epochs is None or loaded.data.train_samples is not None
-    steps = total_steps(loaded.train, loaded.data.train_samples) if known else None
-    costs = count_costs(loaded, batch)
-    plan = make_plan(loaded, batch, costs, GPUS[gpu], gpus_per_node, steps)
+    batch, costs, plan = plan_run(loaded, gpus, GPUS[gpu], gpus_per_node)
     if as_json:
         typer.echo(json.dumps(plan.json(), indent=1))
     else:
@@ -121,6 +115,31 @@ def slurm_command(
         typer.echo(f"job {slurm.submit(script, out)}")
     elif out is None:
         typer.echo(script, nl=False)
+
+
+def translate_command(
+    command: Annotated[
+        str, typer.Argument(metavar="COMMAND", help="The command in quotes, or a script with it.")
+    ],
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="GPUs of the job; default: what the launcher says.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="File to write instead of the screen.")] = None,
+) -> None:
+    """An OpenCLIP training command as a recipe; says what differs and what is missing.
+
+    Example: coca-scale translate "torchrun --nproc_per_node 4 -m open_clip_train.main
+    --model coca_ViT-B-32 --train-data train.csv" --out recipe.yaml
+    """
+    from coca_scale.openclip.translate import translate
+
+    found = translate(command, gpus)
+    typer.echo(found.report(), err=True)
+    if out is None:
+        typer.echo(found.yaml(), nl=False)
+    else:
+        out.write_text(found.yaml())
+        typer.echo(f"wrote {out}; deepspeed coca_scale/train.py --recipe {out} --dry-run")
 
 
 def report_command(

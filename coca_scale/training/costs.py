@@ -19,9 +19,26 @@ from coca_scale.losses import FeatureGather, contrastive_loss
 from coca_scale.model import CoCa
 from coca_scale.model.lock import freeze
 from coca_scale.planning.counting import LiveBytes, flops, parts, transfers
-from coca_scale.planning.plan import Costs
+from coca_scale.planning.gpus import Gpu
+from coca_scale.planning.plan import Costs, Plan, make_plan
 from coca_scale.recipe import BatchPlan, Recipe
 from coca_scale.training.initial import model_config
+from coca_scale.training.schedule import total_steps
+
+
+def plan_run(
+    recipe: Recipe, ranks: int, gpu: Gpu, gpus_per_node: int = 8
+) -> tuple[BatchPlan, Costs, Plan]:
+    """What a recipe costs on `ranks` devices: its batch over them, the counts, the plan.
+
+    Raises:
+        ValueError: as `count_costs`, or the batch does not divide over the ranks.
+    """
+    batch = BatchPlan.from_recipe(recipe, ranks)
+    known = recipe.train.epochs is None or recipe.data.train_samples is not None
+    steps = total_steps(recipe.train, recipe.data.train_samples) if known else None
+    costs = count_costs(recipe, batch)
+    return batch, costs, make_plan(recipe, batch, costs, gpu, gpus_per_node, steps)
 
 
 def count_costs(recipe: Recipe, batch: BatchPlan) -> Costs:

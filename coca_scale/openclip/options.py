@@ -1,0 +1,157 @@
+"""What becomes of every option of OpenCLIP's training command."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Fate = Literal["taken", "differs", "not needed", "left out", "refused"]
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of OpenCLIP's.
+
+    Attributes:
+        fate: taken over as it is; taken over, but meaning something else here; not needed here;
+            left out, since there is nothing like it; refused, since without it the run would be
+            another one.
+        key: of the recipe, empty if there is none.
+        note: what differs, or why.
+    """
+
+    fate: Fate
+    key: str = ""
+    note: str = ""
+
+
+def _taken(key: str) -> Option:
+    return Option("taken", key)
+
+
+def _differs(key: str, note: str) -> Option:
+    return Option("differs", key, note)
+
+
+def _needless(note: str) -> Option:
+    return Option("not needed", note=note)
+
+
+def _left(note: str) -> Option:
+    return Option("left out", note=note)
+
+
+def _refused(note: str) -> Option:
+    return Option("refused", note=note)
+
+
+_LAUNCH = "the launcher decides"
+_EXACT = "the loss and its gradient are exact over all ranks, and sharded, anyway"
+_STATISTICS = "a model carries its own, and OpenCLIP's are the default"
+
+# by the name under which OpenCLIP's parser stores them
+OPTIONS: dict[str, Option] = {
+    "train_data": _differs("data.train", "`::` becomes a list; table paths count from the table"),
+    "train_data_upsampling_factors": _taken("data.train[].weight"),
+    "val_data": _taken("data.val"),
+    "train_num_samples": _taken("data.train_samples"),
+    "val_num_samples": _taken("eval.samples"),
+    "dataset_type": _needless("the name of the data says it"),
+    "dataset_resampled": _taken("data.replacement"),
+    "csv_separator": _needless("the first line of a table shows it: tab or comma"),
+    "csv_img_key": _taken("data.image_column"),
+    "csv_caption_key": _taken("data.caption_column"),
+    "imagenet_val": _taken("eval.zeroshot"),
+    "imagenet_v2": _left("`coca-scale eval zeroshot` measures it afterwards"),
+    "cache_dir": _left("set HF_HOME"),
+    "logs": _taken("run.dir"),
+    "log_local": _needless("every rank's lines are in the log of the job"),
+    "name": _taken("run.name"),
+    "workers": _taken("data.workers"),
+    "batch_size": _differs("train.micro_batch", "global_batch = it × GPUs × accumulation"),
+    "epochs": _taken("train.epochs"),
+    "epochs_cooldown": _differs("schedule.cooldown_steps", "in steps"),
+    "lr": _taken("optim.lr"),
+    "beta1": _taken("optim.beta1"),
+    "beta2": _taken("optim.beta2"),
+    "eps": _taken("optim.eps"),
+    "wd": _taken("optim.weight_decay"),
+    "momentum": _needless("AdamW has none"),
+    "warmup": _taken("schedule.warmup_steps"),
+    "opt": _refused("the optimizer is AdamW"),
+    "use_bn_sync": _differs("", "BatchNorm always runs with its stored statistics"),
+    "skip_scheduler": _taken("schedule.name"),
+    "lr_scheduler": _taken("schedule.name"),
+    "lr_cooldown_end": _refused("the cooldown ends at 0"),
+    "lr_cooldown_power": _refused("the cooldown is linear"),
+    "save_frequency": _differs("checkpoint.every_steps", "in steps"),
+    "save_most_recent": _needless("`checkpoint.keep` says how many stay"),
+    "zeroshot_frequency": _differs("eval.every_steps", "together with the rest of validation"),
+    "val_frequency": _differs("eval.every_steps", "in steps"),
+    "resume": _differs("checkpoint.resume", "the same command goes on by itself"),
+    "precision": _differs("engine.precision", "amp is bf16; the optimizer keeps fp32 always"),
+    "model": _taken("model.name"),
+    "pretrained": _taken("model.pretrained"),
+    "pretrained_image": _differs(
+        "model.pretrained_towers", "where the model's config names weights"
+    ),
+    "lock_image": _taken("model.lock_image"),
+    "lock_image_unlocked_groups": _taken("model.image_unlocked_groups"),
+    "lock_image_freeze_bn_stats": _needless("they always are"),
+    "image_mean": _refused(_STATISTICS),
+    "image_std": _refused(_STATISTICS),
+    "image_interpolation": _refused("pictures are resized bicubically"),
+    "image_resize_mode": _refused("the shortest side is resized, and the centre cut out"),
+    "aug_cfg": _differs("data.crop_scale_min", "the smallest `scale`; nothing else is augmented"),
+    "grad_checkpointing": _differs(
+        "engine.activation_checkpointing", "full; without it selective, which is nearly free"
+    ),
+    "local_loss": _needless(_EXACT),
+    "gather_with_grad": _needless(_EXACT),
+    "force_context_length": _taken("model.context_length"),
+    "force_image_size": _taken("model.image_size"),
+    "force_quick_gelu": _refused("give a model JSON with quick_gelu: true as --model"),
+    "force_patch_dropout": _taken("model.patch_dropout"),
+    "force_custom_text": _needless("weights mean the same with and without"),
+    "torchscript": _left("nothing like it"),
+    "torchcompile": _left("nothing like it; blocks gain nothing where it was measured"),
+    "trace": _left("nothing like it"),
+    "accum_freq": _differs("train.global_batch", "follows from global and micro-batch, exactly"),
+    "device": _needless("the accelerator that is there, or the CPU"),
+    "dist_url": _needless(_LAUNCH),
+    "dist_backend": _needless(_LAUNCH),
+    "report_to": _differs("log.tensorboard", "TensorBoard alone; `wandb sync RUN/tensorboard`"),
+    "wandb_notes": _left("Weights & Biases reads RUN/tensorboard"),
+    "wandb_project_name": _left("Weights & Biases reads RUN/tensorboard"),
+    "debug": _left("`coca-scale doctor` and `check` look at what may be wrong"),
+    "copy_codebase": _left("RUN/versions.json has the commit"),
+    "horovod": _needless(_LAUNCH),
+    "ddp_static_graph": _needless("DeepSpeed shards the model"),
+    "no_set_device_rank": _needless(_LAUNCH),
+    "seed": _differs("run.seed", "other random numbers follow from it"),
+    "grad_clip_norm": _taken("optim.clip_norm"),
+    "lock_text": _taken("model.lock_text"),
+    "lock_text_unlocked_layers": _taken("model.text_unlocked_groups"),
+    "lock_text_freeze_layer_norm": _needless("a locked tower is locked with its norms"),
+    "log_every_n_steps": _taken("log.every_steps"),
+    "coca_caption_loss_weight": _taken("loss.caption_weight"),
+    "coca_contrastive_loss_weight": _taken("loss.contrastive_weight"),
+    "remote_sync": _left("copy the run folder with a tool of your own"),
+    "remote_sync_frequency": _left("copy the run folder with a tool of your own"),
+    "remote_sync_protocol": _left("copy the run folder with a tool of your own"),
+    "delete_previous_checkpoint": _taken("checkpoint.keep"),
+    "distill_model": _refused("there is no distillation"),
+    "distill_pretrained": _refused("there is no distillation"),
+    "use_bnb_linear": _refused("linear layers stay what they are"),
+    "siglip": _refused("the contrastive loss is CLIP's softmax"),
+    "loss_dist_impl": _needless("it is SigLIP's"),
+}
+
+
+def options_table() -> str:
+    """All of them as Markdown."""
+    lines = ["| OpenCLIP | here | |", "|---|---|---|"]
+    for name, option in OPTIONS.items():
+        here = f"`{option.key}`" if option.key else option.fate
+        lines.append(f"| `--{name.replace('_', '-')}` | {here} | {option.note} |")
+    return "\n".join(lines) + "\n"
