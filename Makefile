@@ -8,7 +8,7 @@ DEMO := runs/demo
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-cluster test-image bench lint clean
+.PHONY: demo test test-docs test-cluster test-image bench docs lint clean
 
 $(READY): requirements.lock setup.py
 	@$(PYTHON) -m venv $(VENV) || { echo "cannot make a virtual environment; on Debian: apt-get install python3-venv" >&2; exit 1; }
@@ -23,6 +23,10 @@ demo: $(READY)
 test: $(READY)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 python -m pytest $(PYTEST_ARGS)
 
+# every command of README and docs; some 10 minutes
+test-docs: $(READY)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 python -m pytest -m docs tests/docs $(PYTEST_ARGS)
+
 # needs root and Debian's slurmctld, slurmd, slurm-client, munge and openmpi-bin; some 13 minutes
 test-cluster: $(READY)
 	@PATH="$(CURDIR)/$(BIN):/usr/sbin:$$PATH" OMP_NUM_THREADS=1 python -m pytest -m cluster tests/cluster tests/distributed $(PYTEST_ARGS)
@@ -34,6 +38,10 @@ test-image: $(READY)
 # ten minutes on 2 idle cores
 bench: $(READY)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" python benchmarks/bench.py $(BENCH_ARGS)
+
+docs: $(READY)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
+	@echo "built build/site; to read it: $(BIN)/python -m http.server --directory build/site 8000"
 
 lint: $(READY)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" && ruff check . && ruff format --check . && mypy && lint-imports && shellcheck slurm/*.sh docker/*.sh demo.sh .ci/run && hadolint docker/Dockerfile

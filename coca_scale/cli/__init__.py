@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 
 import typer
@@ -24,6 +25,7 @@ app.add_typer(data.app, name="data")
 app.command("caption")(models.caption_command)
 app.add_typer(evaluate.app, name="eval")
 app.command("export")(models.export_command)
+app.command("publish")(models.publish_command)
 app.command("demo")(models.demo_command)
 app.command("report")(runs.report_command)
 
@@ -31,6 +33,8 @@ app.command("report")(runs.report_command)
 def main() -> None:
     """Console entry: a user's mistake is one line and exit code 1."""
     logging.disable(logging.WARNING)  # libraries' notes about themselves
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # a log is no place for bars
     try:
         app()
     except (ValueError, OSError) as error:

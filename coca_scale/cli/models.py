@@ -1,4 +1,4 @@
-"""Verbs that use a model: caption, demo, export."""
+"""Verbs that use a model: caption, demo, export, publish."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from coca_scale.cli.options import (
     progress_bar,
     skipped,
 )
+from coca_scale.version import __version__
 
 VERIFY_TOLERANCE = 1e-3
 
@@ -64,6 +65,49 @@ def export_command(
         typer.echo(f"  caption logits  {found.caption_logits:.2e}")
         if not found.largest < VERIFY_TOLERANCE:
             raise ValueError(f"{out}: open_clip computes something else with this model")
+
+
+def publish_command(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Exported folder, or a run with its export.")
+    ],
+    repo: Annotated[str, typer.Option(help="ORG/NAME on the Hugging Face hub.")],
+    run: Annotated[
+        Path | None, typer.Option(help="Run it came from; default: the folder the export is in.")
+    ] = None,
+    scores: Annotated[
+        list[Path] | None, typer.Option(help="JSON of coca-scale eval --out; as many as you like.")
+    ] = None,
+    licence: Annotated[str | None, typer.Option(help="As the hub calls it: mit, ...")] = None,
+    private: Annotated[bool, typer.Option("--private", help="If the repository is new.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show model card and files, and send nothing.")
+    ] = False,
+) -> None:
+    """Push an exported model to the Hugging Face hub, with a model card filled in from its run.
+
+    Example: coca-scale publish runs/large --repo my-org/coca-large --licence mit --dry-run
+    """
+    from huggingface_hub.utils import validate_repo_id
+
+    from coca_scale.openclip.hub import upload
+    from coca_scale.training.publish import prepare
+
+    validate_repo_id(repo)
+    if "/" not in repo:
+        raise ValueError(f"--repo {repo}: say whose it is, ORG/{repo}")
+    publication = prepare(folder, repo, run, scores or (), licence)
+    if dry_run:
+        typer.echo(publication.card)
+    for file in publication.files:
+        typer.echo(f"{file.size_bytes / 1e6:10,.3f} MB  {file.name}")
+    for warning in publication.warnings:
+        typer.echo(f"warning: {warning}", err=True)
+    if dry_run:
+        typer.echo(f"nothing was sent; without --dry-run these files go to {repo}")
+        return
+    message = f"Upload of coca-scale {__version__}"
+    typer.echo(upload(repo, publication.files, private or None, message))
 
 
 def caption_command(

@@ -153,7 +153,8 @@ def _find_rank() -> None:
         port = int(os.environ.get("MASTER_PORT", "29500"))
         deepspeed.comm.mpi_discovery(distributed_port=port, verbose=False)
         return
-    defaults = ("0", "0", "1", "127.0.0.1", "29500")
+    with socket.create_server(("127.0.0.1", 0)) as free:  # several runs may share a machine
+        defaults = ("0", "0", "1", "127.0.0.1", str(free.getsockname()[1]))
     for name, value in zip(_LAUNCHER_VARIABLES, defaults, strict=True):
         os.environ.setdefault(name, value)
 

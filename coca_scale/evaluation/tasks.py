@@ -76,10 +76,10 @@ class Result:
         console.print(f"{self.task}: {counts}", highlight=False)
         table = Table("score", Column("%", justify="right"), box=None)
         for name, value in self.scores.items():
-            table.add_row(_label(name), f"{100 * value:.2f}")
+            table.add_row(score_label(name), f"{100 * value:.2f}")
         console.print(table)
         for name, reason in self.left_out.items():
-            console.print(f"without {_label(name)}: {reason}", highlight=False)
+            console.print(f"without {score_label(name)}: {reason}", highlight=False)
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ class Evaluation:
 _NOTHING = "the data has no usable picture"
 
 
-def _label(name: str) -> str:
+def score_label(name: str) -> str:
     for start, label in NAMES.items():
         if name.startswith(start):
             return label + name.removeprefix(start)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.errors import HfHubHTTPError, HTTPError  # of whichever client it uses
 from open_clip import get_pretrained_cfg
 from open_clip.pretrained import (
     download_pretrained,
@@ -51,6 +55,61 @@ def registry_file(model: str, tag: str) -> Path:
         return Path(download_pretrained(entry))
     except _FAULTS as error:
         raise ValueError(_unreachable(f"{model}@{tag}", error)) from error
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """A file for the hub, on disk or in memory.
+
+    Attributes:
+        name: in the repository.
+        content: its path, or what is in it.
+    """
+
+    name: str
+    content: Path | bytes
+
+    @property
+    def size_bytes(self) -> int:
+        """How large it is."""
+        held = self.content
+        return held.stat().st_size if isinstance(held, Path) else len(held)
+
+
+def upload(repository: str, files: Sequence[HubFile], private: bool | None, message: str) -> str:
+    """Put files into a repository of the Hugging Face hub, in one commit; make it if need be.
+
+    Args:
+        repository: ORG/NAME.
+        files: files of the same names are replaced, others stay.
+        private: None leaves it to the hub's default.
+        message: of the commit.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        ValueError: not signed in, not allowed, or not reachable.
+    """
+    api = HfApi(library_name="coca-scale")
+    try:
+        address = api.create_repo(repository, private=private, exist_ok=True)
+        operations = [CommitOperationAdd(file.name, file.content) for file in files]
+        api.create_commit(repository, operations, commit_message=message)
+    except (HTTPError, OSError) as error:
+        raise ValueError(_not_uploaded(repository, error)) from error
+    return str(address)
+
+
+def _not_uploaded(repository: str, error: Exception) -> str:
+    """What to do about it, in one line."""
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+    if status == 401:
+        return "the hub does not know you: hf auth login, or set HF_TOKEN to a token that may write"
+    if status == 403:
+        return f"this token may not write to {repository}: make one that may at the hub's settings"
+    reason = " ".join(str(error).split())[:160]
+    return f"{repository} was not uploaded ({reason}); the same command tries again"
 
 
 # faults of the network and of the hub are OSErrors, malformed repository names ValueErrors

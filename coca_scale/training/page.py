@@ -123,6 +123,11 @@ def report(folders: Sequence[Path]) -> str:
     )
 
 
+def last_sheet(run: RunRecord) -> Path | None:
+    """Its newest sheet of captioned validation pictures."""
+    return max((run.folder / "validation").glob("step_*.png"), default=None)
+
+
 def _facts(run: RunRecord) -> dict[str, str]:
     """What a run is and how it went, in a few words each."""
     last, recipe = run.metrics[-1], run.recipe
@@ -179,11 +184,11 @@ def _points(lines: Sequence[dict[str, Any]], key: str) -> list[tuple[float, floa
 
 def _sheet(run: RunRecord) -> dict[str, str] | None:
     """The last sheet of captioned pictures as a data URL."""
-    sheets = sorted((run.folder / "validation").glob("step_*.png"))
-    if not sheets:
+    sheet = last_sheet(run)
+    if sheet is None:
         return None
-    content = base64.b64encode(sheets[-1].read_bytes()).decode()
-    step = int(sheets[-1].stem.removeprefix("step_"))
+    content = base64.b64encode(sheet.read_bytes()).decode()
+    step = int(sheet.stem.removeprefix("step_"))
     return {"step": f"{step:,}", "url": f"data:image/png;base64,{content}"}
 
 

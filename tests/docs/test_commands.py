@@ -1,0 +1,71 @@
+"""Every command of README and docs does something, at tiny scale, with the built wheel."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.docs.blocks import PAGES, ROOT, Block, blocks, commands
+from tests.docs.sandbox import shell, tiny_text
+
+# not run by these tests, and why
+ELSEWHERE = {
+    "make ": "CI runs demo and tests themselves",
+    "docker ": "tests/docker builds the image with buildah, and runs doctor in it",
+    "SHARDS=": "compose is not here; tests/docker compares its file with the image",
+    "DATA=": "compose is not here; tests/docker compares its file with the image",
+    "apptainer ": "apptainer is not here; tests/docker compares its file with the Dockerfile",
+    "sbatch ": "tests/cluster submits the shipped scripts to a real SLURM",
+    r"coca-scale publish (?!.*--dry-run)": "tests/training/test_publish.py has a hub",
+    "coca-scale slurm .* --submit": "tests/planning and tests/cluster",
+    "bash docs/journey.sh": "tests/docs/test_journey.py",
+}
+MODEL_RUN = re.compile(r"\bruns/(\w+)")
+
+
+def elsewhere(command: str) -> str | None:
+    """Why a command is not run here, None if it is."""
+    return next((why for start, why in ELSEWHERE.items() if re.match(start, command)), None)
+
+
+def script_of(block: Block) -> str:
+    """What of a shell block is run here."""
+    return "\n".join(c for c in commands(block.text) if elsewhere(c) is None)
+
+
+def prepare(folder: Path, page: Path) -> None:
+    """Runs that a page takes for granted are there, and what it writes itself is not."""
+    text = "\n".join(tiny_text(b.text) for b in blocks(page))
+    made = {f"runs/{name}" for name in re.findall(r"run\.dir=runs/(\w+)", text)}
+    for name in re.findall(r"train\.py --recipe recipes/(\w+)\.yaml", text):
+        recipe = yaml.safe_load((ROOT / "recipes" / f"{name}.yaml").read_text())
+        made.add(f"runs/{recipe['run']['name']}")
+    for name in set(MODEL_RUN.findall(text)) - {"published"}:
+        if f"runs/{name}" not in made:
+            shutil.copytree(folder / "runs" / "published", folder / "runs" / name)
+    for out in re.findall(r"data pack .*--out (\S+)", text):
+        shutil.rmtree(folder / out)
+
+
+@pytest.mark.docs
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_commands_of_a_page(page, copied, installed):
+    prepare(copied, page)
+    ran = 0
+    for block in blocks(page):
+        if block.language == "bash" and (script := script_of(block)):
+            done = shell(tiny_text(script), copied, installed)
+        elif block.language == "python":
+            (copied / "snippet.py").write_text(tiny_text(block.text))
+            done = shell("python snippet.py", copied, installed)
+        else:
+            continue
+        assert done.returncode == 0, f"{block.name}\n{done.stdout[-6000:]}"
+        assert "Traceback" not in done.stdout, f"{block.name}\n{done.stdout[-6000:]}"
+        ran += 1
+    if not ran:
+        pytest.skip("no commands that are run here")
