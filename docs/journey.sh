@@ -29,7 +29,7 @@ RECIPE=(recipes/tiny.yaml run.dir=journey/run data.train=journey/shards/train da
   data.lanes=8 train.steps="${STEPS:-400}" checkpoint.every_steps=50 eval.every_steps=200 eval.scored_captions=32)
 say "check recipe, data and memory; plan time and cost on other machines"
 coca-scale check "${RECIPE[@]}" --gpus 2
-coca-scale plan "${RECIPE[@]}" --gpus 8 --gpu h100-80gb
+coca-scale plan "${RECIPE[@]}" --gpus 2 --gpu h100-80gb
 
 train() { deepspeed --num_gpus 2 coca_scale/train.py --recipe "${RECIPE[@]}" >> journey/train.log 2>&1; }
 say "train (journey/train.log), and be preempted after the first checkpoint"

@@ -40,6 +40,7 @@ RULES = (
     (r"\btrain\.micro_batch=\d+", "train.micro_batch=4"),
     (r"\beval\.scored_captions=\d+", "eval.scored_captions=4"),
     (r"coca_ViT-L-14@\w[\w-]*", "runs/published"),
+    (r"--max-length \d+", "--max-length 12"),
     (r"step_\d{8}", f"step_{STEPS:08d}"),
     (r"\bSTEPS=\d+ ", ""),
     (r"^(coca-scale demo|tensorboard) (.*)$", r"served \1 \2"),

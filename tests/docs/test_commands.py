@@ -19,10 +19,11 @@ ELSEWHERE = {
     "SHARDS=": "compose is not here; tests/docker compares its file with the image",
     "DATA=": "compose is not here; tests/docker compares its file with the image",
     "apptainer ": "apptainer is not here; tests/docker compares its file with the Dockerfile",
+    "deepspeed --hostfile": "ssh between hosts is not here",
     "sbatch ": "tests/cluster submits the shipped scripts to a real SLURM",
     r"coca-scale publish (?!.*--dry-run)": "tests/training/test_publish.py has a hub",
     "coca-scale slurm .* --submit": "tests/planning and tests/cluster",
-    "bash docs/journey.sh": "tests/docs/test_journey.py",
+    "bash docs/journey.sh": "tests/docs/test_package.py",
 }
 MODEL_RUN = re.compile(r"\bruns/(\w+)")
 
@@ -48,7 +49,7 @@ def prepare(folder: Path, page: Path) -> None:
         if f"runs/{name}" not in made:
             shutil.copytree(folder / "runs" / "published", folder / "runs" / name)
     for out in re.findall(r"data pack .*--out (\S+)", text):
-        shutil.rmtree(folder / out)
+        shutil.rmtree(folder / out, ignore_errors=True)
 
 
 @pytest.mark.docs

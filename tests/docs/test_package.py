@@ -1,10 +1,14 @@
-"""Wheel and sdist hold what they should, and install clean."""
+"""Wheel and sdist hold what they should, install clean, and carry a newcomer to the end."""
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import tarfile
 import zipfile
+
+import pytest
 
 from tests.docs.blocks import ROOT
 from tests.docs.sandbox import shell
@@ -41,3 +45,24 @@ def test_an_installed_wheel_needs_nothing_of_the_developers(installed, tmp_path)
     assert done.returncode == 0, done.stdout
     assert str(installed) in done.stdout
     assert shell("! python -c 'import pytest'", tmp_path, installed).returncode == 0
+
+
+@pytest.mark.slow
+def test_from_pictures_to_a_rehearsed_publication(copied, installed):
+    shutil.copy(ROOT / "recipes" / "tiny.yaml", copied / "recipes" / "tiny.yaml")  # as it is
+    done = shell("export STEPS=120; bash docs/journey.sh", copied, installed)
+    assert done.returncode == 0, done.stdout[-6000:]
+    folder = copied / "journey"
+    log = (folder / "train.log").read_text()
+    assert "resumed" in log and "finished" in log
+    steps = [json.loads(line)["step"] for line in (folder / "run" / "metrics.jsonl").open()]
+    assert steps[-1] == 120 and steps == sorted(set(steps))
+    captions = [json.loads(line) for line in (folder / "captions.jsonl").open()]
+    assert len(captions) == 100
+    scores = json.loads((folder / "retrieval.json").read_text())["scores"]
+    assert (
+        scores["image_to_text_r1"] > 0.1
+    )  # chance is 0.01; drawings of one kind have equal captions
+    assert (folder / "export" / "open_clip_model.safetensors").is_file()
+    assert "<html" in (folder / "report.html").read_text()
+    assert "coca-journey" in done.stdout

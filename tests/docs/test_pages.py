@@ -15,10 +15,9 @@ from threading import Thread
 from typing import Any
 
 import pytest
-import yaml
 
 from coca_scale.recipe import recipe_from_dict
-from coca_scale.recipe.load import schema_json
+from coca_scale.recipe.load import parse_yaml, schema_json
 from tests.browser import opened_browser, quiet_page
 from tests.docs.blocks import LANGUAGES, PAGES, ROOT, blocks, commands
 from tests.docs.test_commands import ELSEWHERE, elsewhere
@@ -86,8 +85,10 @@ def test_blocks_are_of_a_known_kind(page):
                 known = command.split()[0] in (*RUNNABLE, *PLAIN) or elsewhere(command)
                 assert known, f"{block.name}: {command}"
         elif block.language == "yaml":
-            recipe = yaml.safe_load((ROOT / "recipes" / "tiny.yaml").read_text())
-            recipe_from_dict({**recipe, **yaml.safe_load(block.text)})
+            recipe = parse_yaml((ROOT / "recipes" / "tiny.yaml").read_text())
+            for section, keys in parse_yaml(block.text).items():
+                recipe[section] |= keys
+            recipe_from_dict(recipe)
         elif block.language == "json":
             json.loads(block.text)
     assert not re.search(r"^    (coca-scale|deepspeed|sbatch) ", text, re.MULTILINE)
