@@ -14,8 +14,6 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms import functional as TF
 
 from coca_scale.data.sample import BadSample
 
@@ -130,8 +128,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def eval_pixels(image: Image.Image, size: int) -> Tensor:
     """Shortest side to `size` (bicubic), centre crop, as OpenCLIP: uint8 [3, size, size]."""
     if image.size != (size, size):
-        resized = TF.resize(image, size, InterpolationMode.BICUBIC)
-        image = TF.center_crop(resized, [size, size])
+        short = min(image.size)
+        width, height = (int(size * side / short) for side in image.size)  # as torchvision
+        left, top = round((width - size) / 2), round((height - size) / 2)
+        resized = image.resize((width, height), Image.Resampling.BICUBIC)
+        image = resized.crop((left, top, left + size, top + size))
     return _to_tensor(image)
 
 

@@ -12,8 +12,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from open_clip.tokenizer import SimpleTokenizer
-
 from coca_scale.data.images import decode_image
 from coca_scale.data.manifest import MANIFEST
 from coca_scale.data.pack import Progress
@@ -22,6 +20,7 @@ from coca_scale.data.rules import SampleRules
 from coca_scale.data.sample import BadSample, DataError, RawSample, Skipped
 from coca_scale.data.shards import read_shard
 from coca_scale.data.storage import StorageOptions, is_local
+from coca_scale.openclip.alone import open_clip_module
 from coca_scale.recipe.files import sha256_of
 from coca_scale.recipe.schema import DataFilters
 
@@ -220,8 +219,8 @@ def _describe(sample: RawSample, decode: bool, report: ShardReport) -> None:
 
 
 @lru_cache(maxsize=1)
-def _bpe() -> SimpleTokenizer:
-    return SimpleTokenizer()
+def _bpe() -> Any:
+    return open_clip_module("tokenizer").SimpleTokenizer()
 
 
 def _format(data: bytes) -> str:

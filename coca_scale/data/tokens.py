@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from open_clip.tokenizer import SimpleTokenizer, bytes_to_unicode, default_bpe, get_clean_fn
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 from torch import Tensor
 
 from coca_scale.model.config import ModelConfig
+from coca_scale.openclip.alone import open_clip_module
+
+_openclip = open_clip_module("tokenizer")
 
 PREFIX_NAME = re.compile(r"coca-scale/clip-bpe-(\d+)")
 TOKENIZER_FILE = "tokenizer.json"
@@ -52,7 +54,7 @@ class ClipTokenizer:
     """CLIP's BPE, by OpenCLIP's own code."""
 
     def __init__(self, context_length: int) -> None:
-        self._bpe = SimpleTokenizer(context_length=context_length)
+        self._bpe = _openclip.SimpleTokenizer(context_length=context_length)
         self.context_length = context_length
         self.vocab_size = int(self._bpe.vocab_size)
         self.start_id = int(self._bpe.sot_token_id)
@@ -89,7 +91,7 @@ class FastTokenizer:
         backend.enable_truncation(context_length)
         self._backend = backend
         self._special = {role: special[role] for role in SPECIAL}
-        self._clean = get_clean_fn("whitespace")
+        self._clean = _openclip.get_clean_fn("whitespace")
         self.context_length = context_length
         self.vocab_size = backend.get_vocab_size()
 
@@ -188,9 +190,9 @@ def clip_bpe_prefix(size: int) -> HuggingFaceTokenizer:
     Raises:
         ValueError: fewer tokens than bytes and special tokens, or more than CLIP has.
     """
-    symbols = list(bytes_to_unicode().values())
+    symbols = list(_openclip.bytes_to_unicode().values())
     base = [PAD, START, END, *symbols, *(symbol + "</w>" for symbol in symbols)]
-    lines = gzip.decompress(Path(default_bpe()).read_bytes()).decode("utf-8").split("\n")
+    lines = gzip.decompress(Path(_openclip.default_bpe()).read_bytes()).decode("utf-8").split("\n")
     merges: list[tuple[str, str]] = []
     for line in lines[1 : 49152 - 256 - 2 + 1]:
         left, right = line.split()

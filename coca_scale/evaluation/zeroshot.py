@@ -11,11 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from open_clip import (
-    IMAGENET_CLASSNAMES,
-    OPENAI_IMAGENET_TEMPLATES,
-    SIMPLE_IMAGENET_TEMPLATES,
-)
 from torch import Tensor
 
 from coca_scale.data.listing import ListOptions, is_picture
@@ -30,12 +25,15 @@ from coca_scale.evaluation.pictures import (
     open_pictures,
 )
 from coca_scale.model.coca import unit
+from coca_scale.openclip.alone import open_clip_module
 from coca_scale.recipe.schema import DataSection
+
+_openclip = open_clip_module("zero_shot_metadata")
 
 IMAGENET = "imagenet"
 TEMPLATES: dict[str, Sequence[Callable[[str], str]]] = {
-    "openai": OPENAI_IMAGENET_TEMPLATES,
-    "simple": SIMPLE_IMAGENET_TEMPLATES,
+    "openai": _openclip.OPENAI_IMAGENET_TEMPLATES,
+    "simple": _openclip.SIMPLE_IMAGENET_TEMPLATES,
 }
 _IMAGENET_FOLDER = re.compile(r"n\d{8}")
 
@@ -117,7 +115,7 @@ def make_classes(classnames: str | None, templates: str, folders: Sequence[str] 
     if classnames is None and folders is None:
         raise DataError("shards do not name their classes: give --classnames imagenet, or a file")
     if classnames == IMAGENET or (classnames is None and _is_imagenet(folders or ())):
-        names: Sequence[str] = IMAGENET_CLASSNAMES
+        names: Sequence[str] = _openclip.IMAGENET_CLASSNAMES
     elif classnames is None:
         names = [folder.replace("_", " ") for folder in folders or ()]
     else:
@@ -179,7 +177,7 @@ def accuracy(image_features: Tensor, weights: Tensor, labels: Tensor) -> dict[st
 
 
 def _is_imagenet(folders: Sequence[str]) -> bool:
-    return len(folders) == len(IMAGENET_CLASSNAMES) and all(
+    return len(folders) == len(_openclip.IMAGENET_CLASSNAMES) and all(
         _IMAGENET_FOLDER.fullmatch(name) for name in folders
     )
 

@@ -1,4 +1,4 @@
-"""Text towers from Hugging Face transformers."""
+"""Text towers from Hugging Face transformers, imported only where a model has one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, DynamicCache
 
 from coca_scale.model.captions import Captions, arrange, real_lengths
 from coca_scale.model.config import TextConfig
@@ -26,6 +25,8 @@ class HuggingFaceTextTower(Recomputable):
 
     def __init__(self, config: TextConfig, embed_dim: int, causal: bool) -> None:
         super().__init__()
+        from transformers import AutoModel
+
         assert config.hf_config is not None
         self.pad_id = config.pad_id
         self.transformer = AutoModel.from_config(
@@ -81,6 +82,8 @@ class HuggingFaceTextTower(Recomputable):
     def _continue(self, past: Past) -> tuple[Tensor, Tensor]:
         """No embedding, and the features [R·T, D] of the next tokens."""
         if past.transformers is None:
+            from transformers import DynamicCache
+
             past.transformers = DynamicCache()
         first = past.places.filled
         known_RL = past.tokens_RL[:, : first + len(past.places.new_T)]
@@ -127,6 +130,8 @@ def transformers_config(config: TextConfig, causal: bool) -> Any:
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
     }
+    from transformers import AutoConfig
+
     return AutoConfig.for_model(**raw)
 
 

@@ -1,13 +1,10 @@
-"""Image towers from timm."""
+"""Image towers from timm, which takes seconds to import and is so only where a model has one."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import timm
 import torch
-from timm.layers import build_sincos2d_pos_embed
-from timm.models import group_parameters
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -22,6 +19,8 @@ def make_trunk(config: VisionConfig, pool: str) -> Any:
     Raises:
         ValueError: timm does not know it, or cannot build it for this image size.
     """
+    import timm
+
     name = config.timm_model_name
     assert name is not None
     if not timm.is_model(name):
@@ -43,6 +42,8 @@ def make_trunk(config: VisionConfig, pool: str) -> Any:
 
 def takes_image_size(name: str) -> bool:
     """Whether the model is built for one image size (a ViT is, a convolutional network is not)."""
+    import timm
+
     found = timm.get_pretrained_cfg(name, allow_unregistered=False)
     return bool(found is not None and found.fixed_input_size)
 
@@ -84,6 +85,8 @@ class _Trunk(Recomputable):
             self.trunk.set_grad_checkpointing(enabled)
 
     def _trunk_groups(self) -> list[list[nn.Parameter]]:
+        from timm.models import group_parameters
+
         by_layer = group_parameters(self.trunk, self.trunk.group_matcher())
         named = dict(self.trunk.named_parameters())
         return [[named[n] for n in by_layer[layer] if n in named] for layer in sorted(by_layer)]
@@ -115,6 +118,8 @@ class TimmTower(_Trunk, PooledTower):
         """As of `ImageTower`."""
         x = self.trunk(images)
         if self.norm_map is not None:
+            from timm.layers import build_sincos2d_pos_embed
+
             map_BHWC = x if self.channels_last else x.permute(0, 2, 3, 1)
             height, width, channels = map_BHWC.shape[1:]
             position = build_sincos2d_pos_embed(

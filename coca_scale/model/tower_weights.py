@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import timm
 from torch import Tensor
 from torch.nn import Module
-from transformers import AutoModel
-from transformers.utils import logging as transformers_logging
 
 from coca_scale.model.coca import CoCa
 from coca_scale.model.hf_text import transformers_config
@@ -25,6 +22,8 @@ def load_tower_weights(coca: CoCa) -> list[str]:
     vision, text = coca.config.vision_cfg, coca.config.text_cfg
     notes = []
     if vision.timm_model_name is not None and vision.timm_model_pretrained:
+        import timm
+
         name = vision.timm_model_name
         options = {"img_size": vision.image_size} if takes_image_size(name) else {}
         try:
@@ -34,6 +33,9 @@ def load_tower_weights(coca: CoCa) -> list[str]:
         _copy(coca.image.get_submodule("trunk"), published.state_dict())
         notes.append(f"image tower starts from timm's weights of {name}")
     if text.hf_model_name is not None and text.hf_model_pretrained:
+        from transformers import AutoModel
+        from transformers.utils import logging as transformers_logging
+
         config = transformers_config(text, causal=coca.config.multimodal_cfg is not None)
         config.vocab_size = text.hf_config["vocab_size"] if text.hf_config else text.vocab_size
         transformers_logging.disable_progress_bar()

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -56,6 +55,8 @@ def openclip_obstacle(config: ModelConfig) -> str | None:
         if text.correct_cls_mask and not _knows("correct_cls_mask"):
             return "the installed open_clip has no text_cfg.correct_cls_mask"
     elif vision.timm_model_name is not None and takes_image_size(vision.timm_model_name):
+        import timm  # takes seconds
+
         built = timm.get_pretrained_cfg(vision.timm_model_name).input_size[-1]
         if vision.image_size != built:
             return f"OpenCLIP builds {vision.timm_model_name} for {built} px only"

@@ -9,12 +9,6 @@ from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HTTPError  # of whichever client it uses
-from open_clip import get_pretrained_cfg
-from open_clip.pretrained import (
-    download_pretrained,
-    download_pretrained_from_hf,
-    list_pretrained_tags_by_model,
-)
 
 from coca_scale.openclip.folder import CONFIG_FILE
 
@@ -27,6 +21,8 @@ def hub_folder(name: str) -> tuple[Path, Path]:
     Raises:
         ValueError: not there, or not reachable.
     """
+    from open_clip.pretrained import download_pretrained_from_hf  # takes seconds
+
     repository = name.removeprefix(HUB_PREFIX)
     try:
         config = download_pretrained_from_hf(repository, filename=CONFIG_FILE)
@@ -41,6 +37,12 @@ def registry_file(model: str, tag: str) -> Path:
     Raises:
         ValueError: OpenCLIP has no such tag, or it is not reachable.
     """
+    from open_clip.pretrained import (  # takes seconds
+        download_pretrained,
+        get_pretrained_cfg,
+        list_pretrained_tags_by_model,
+    )
+
     entry = get_pretrained_cfg(model, tag)
     if not entry:
         tags = list_pretrained_tags_by_model(model)
