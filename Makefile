@@ -45,7 +45,7 @@ docs: $(READY)
 	@echo "built build/site; to read it: $(BIN)/python -m http.server --directory build/site 8000"
 
 lint: $(READY)
-	@PATH="$(CURDIR)/$(BIN):$$PATH" && ruff check . && ruff format --check . && mypy && lint-imports && shellcheck slurm/*.sh docker/*.sh demo.sh .ci/run && hadolint docker/Dockerfile
+	@PATH="$(CURDIR)/$(BIN):$$PATH" && ruff check . && ruff format --check . && mypy && lint-imports && shellcheck slurm/*.sh docker/*.sh docs/*.sh demo.sh .ci/run && hadolint docker/Dockerfile
 
 clean:
 	rm -rf $(VENV) runs
