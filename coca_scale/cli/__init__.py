@@ -5,17 +5,31 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from typing import Annotated
 
 import typer
 
 from coca_scale.cli import data, evaluate, models, runs
+from coca_scale.version import __version__
 
 app = typer.Typer(
-    help="Tools around CoCa training: check recipes, pack data, caption, evaluate, report, export.",
+    help="Everything around the training of CoCa models: prepare data, check and plan runs, "
+    "caption, evaluate, publish. Training itself: deepspeed coca_scale/train.py --recipe RECIPE",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"coca-scale {__version__}")
+        raise typer.Exit
+
+
 app.command("check")(runs.check_command)
 app.command("plan")(runs.plan_command)
 app.command("slurm")(runs.slurm_command)

@@ -27,7 +27,8 @@ def data_pack(
     source: Annotated[
         Path,
         typer.Argument(
-            help="Folder with .txt side-cars (first line), .csv/.tsv, COCO's or Karpathy's .json."
+            metavar="SOURCE",
+            help="Folder with .txt side-cars (first line), .csv/.tsv, COCO's or Karpathy's .json.",
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the shards.")],

@@ -128,8 +128,7 @@ def translate_command(
 ) -> None:
     """An OpenCLIP training command as a recipe; says what differs and what is missing.
 
-    Example: coca-scale translate "torchrun --nproc_per_node 4 -m open_clip_train.main
-    --model coca_ViT-B-32 --train-data train.csv" --out recipe.yaml
+    Example: coca-scale translate train_openclip.sh --gpus 8 --out recipe.yaml
     """
     from coca_scale.openclip.translate import translate
 

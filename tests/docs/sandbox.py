@@ -127,6 +127,7 @@ def write_data(folder: Path) -> None:
         kind = folder / "imagenet" / "val" / sample.caption.split()[-1]
         kind.mkdir(parents=True, exist_ok=True)
         sample.image.save(kind / f"{sample.key.replace('/', '_')}.png")
+    shutil.copytree(photos, folder / "stamps" / "usr" / "share" / "tuxpaint" / "stamps")
     wds = folder / "coco_wds"
     _write_shard(wds / "test" / "0.tar", samples)
     (wds / "test" / "nshards.txt").write_text("1")
