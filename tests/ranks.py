@@ -1,11 +1,12 @@
 """Ranks of a job as processes of this machine.
 
-They are forked from a server that has imported torch and DeepSpeed: importing those anew takes
-longer than most tests train.
+They are forked from a server that has imported torch, DeepSpeed and what the tests import:
+importing those anew takes longer than most tests train.
 """
 
 from __future__ import annotations
 
+import gc
 import os
 import runpy
 import socket
@@ -19,7 +20,15 @@ import torch
 import torch.multiprocessing as mp
 
 FORKED = mp.get_context("forkserver")
-FORKED.set_forkserver_preload(["coca_scale.training.run", "tests.ranks"])
+FORKED.set_forkserver_preload(
+    [
+        "coca_scale.training.run",
+        "deepspeed.runtime.zero.muon.muon_optimizer",  # DeepSpeed imports it with any optimizer
+        "tests.conftest",
+        "tests.ranks",
+        "transformers.modeling_utils",
+    ]
+)
 
 
 def free_port() -> int:
@@ -96,6 +105,7 @@ def _join(rank: int, ranks: int, port: int, environ: dict[str, str]) -> None:
         MASTER_PORT=str(port),
     )
     torch.set_num_threads(1)
+    gc.freeze()  # what is imported stays: no need to look through it again and again
 
 
 def _call(
