@@ -14,7 +14,7 @@ from coca_scale.data.images import eval_pixels, to_rgb
 from coca_scale.data.synthetic import Shapes
 from coca_scale.data.tokens import Tokenizer, make_tokenizer
 from coca_scale.engine.export import export
-from coca_scale.engine.loading import LoadedModel
+from coca_scale.engine.loading import LoadedModel, load_model
 from coca_scale.model import CoCa, load_model_config
 from coca_scale.model.image import normalize_pixels
 from coca_scale.model.weights import build_model
@@ -35,8 +35,8 @@ class Captioner:
     images: Tensor
 
 
-def train_captioner(folder: Path) -> Captioner:
-    """coca_tiny after 60 steps of both losses."""
+def train_captioner(folder: Path) -> None:
+    """Export coca_tiny after 60 steps of both losses."""
     torch.manual_seed(0)
     config = load_model_config("coca_tiny")
     coca = CoCa(config)
@@ -58,9 +58,14 @@ def train_captioner(folder: Path) -> Captioner:
     weights["logit_scale.log_scale"] = torch.tensor([2.6])
     loaded = LoadedModel(weights, config, build_model(config, weights), tokenizer)
     assert export(loaded, folder) is None
+
+
+def read_captioner(folder: Path) -> Captioner:
+    """The captioner that was exported to `folder`."""
+    loaded = load_model(str(folder))
     theirs = open_clip.create_model(f"local-dir:{folder}").eval()
-    pictures, _ = _drawings(tokenizer, 200, "val")
-    return Captioner(folder, loaded.model.coca, theirs, tokenizer, pictures)
+    pictures, _ = _drawings(loaded.tokenizer, 200, "val")
+    return Captioner(folder, loaded.model.coca, theirs, loaded.tokenizer, pictures)
 
 
 def _drawings(tokenizer: Tokenizer, count: int, split: str) -> tuple[Tensor, Tensor]:

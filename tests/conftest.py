@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import multiprocessing
 import os
 import shutil
@@ -18,7 +19,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
-from tests.captioner import Captioner, train_captioner
+from tests.captioner import Captioner, read_captioner, train_captioner
 from tests.cluster import testbed
 from tests.cluster.runs import Data, TrainingJob
 from tests.cluster.testbed import Cluster
@@ -54,8 +55,14 @@ def tiny_recipe(**changes: Any) -> Any:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Captioner:
-    """A captioner that has learnt something, here and in open_clip."""
-    return train_captioner(tmp_path_factory.mktemp("trained"))
+    """A captioner that has learnt something, here and in open_clip; the same for all workers."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with (shared / "trained.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (shared / "trained").is_dir():
+            train_captioner(shared / "trained")
+    return read_captioner(shared / "trained")
 
 
 @pytest.fixture(scope="session")
