@@ -20,9 +20,9 @@ $(READY): requirements.lock setup.py
 demo: $(READY)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" RUN=$(DEMO) bash demo.sh
 
-# two at a time, as many of them keep one core busy; a file's tests stay together
+# two at a time, as many of them keep one core busy; a file's tests stay together, in our order
 test: $(READY)
-	@PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 # every command of README and docs; some 10 minutes
 test-docs: $(READY)

@@ -27,6 +27,12 @@ from tests.cluster.testbed import Cluster
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first: small ones fill the end, when a worker has no more."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 def pytest_sessionfinish() -> None:
     """A process that a test left behind would be waited for when this one ends, for ever."""
     for child in multiprocessing.active_children():
