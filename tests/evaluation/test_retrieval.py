@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import open_clip
 import pytest
@@ -169,8 +170,9 @@ def test_class_numbers_of_shards(trained, pictures, tmp_path):
     assert "is none of 0 … 1" in str(done.exception)
 
 
-def test_captioning_scores_and_their_table(trained, pictures, tmp_path):
-    out = tmp_path / "c.json"
+def test_captioning_scores_and_their_table(trained, pictures, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a worker's temporary path alone fills 80 columns
+    out = Path("c.json")
     data = pictures / "by_class"
     shown = evaluate("captioning", trained.folder, data, "--method", "greedy", "--out", out)
     found = json.loads(out.read_text())
