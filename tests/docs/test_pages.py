@@ -104,7 +104,7 @@ def test_what_is_not_run_is_still_there():
 def test_search_finds_pages(site, browser):
     with quiet_page(browser) as page:
         page.goto(f"{site[1]}/index.html")
-        page.fill(".md-search__input", "preempted")
+        page.locator(".md-search__input").press_sequentially("preempted")
         page.wait_for_selector(".md-search-result__item", timeout=20_000)
         assert "Surviving a cluster" in page.inner_text(".md-search-result__list")
 
