@@ -101,5 +101,6 @@ def skipped(bad: Counter[str]) -> str:
     """The end of a line about what was used."""
     if not bad:
         return ""
-    causes = ", ".join(f"{count} × {cause}" for cause, count in bad.most_common())
-    return f"; skipped {sum(bad.values())} ({causes})"
+    from coca_scale.data.sample import causes_text
+
+    return f"; skipped {sum(bad.values())} ({causes_text(bad)})"

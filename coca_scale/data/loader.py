@@ -27,6 +27,7 @@ from coca_scale.data.sample import (
     RawSample,
     Skipped,
     Source,
+    causes_text,
 )
 from coca_scale.data.tokens import Tokenizer
 
@@ -130,7 +131,7 @@ class _LaneReader:
                 yield _Taken(sample.key, after.epoch, pixels, tokens)
             empty = 0 if good else empty + 1
             if empty == MAX_EMPTY_EPOCHS:  # each had other shards
-                found = ", ".join(f"{n} × {cause}" for cause, n in causes.items()) or "nothing"
+                found = causes_text(causes) or "nothing"
                 raise DataError(
                     f"lane {self._lane} of {d.lanes} has no usable sample (found {found}); "
                     "check data.train, or lower data.lanes"

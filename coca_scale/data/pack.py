@@ -19,7 +19,7 @@ from webdataset import TarWriter
 from coca_scale.data.images import decode_image
 from coca_scale.data.listing import ListOptions, Picture, list_pictures
 from coca_scale.data.manifest import MANIFEST
-from coca_scale.data.sample import BadSample, DataError
+from coca_scale.data.sample import BadSample, DataError, causes_text
 from coca_scale.recipe.files import sha256_of
 
 JPEG_QUALITY = 95
@@ -253,7 +253,7 @@ def _finish(out: Path, source: Path, count: int) -> PackResult:
     for path in (out / PLAN, *(_receipt(out, number) for number in range(count))):
         path.unlink()
     if not shards:
-        found = ", ".join(f"{n} × {cause}" for cause, n in causes.most_common())
+        found = causes_text(causes)
         raise DataError(f"{source}: none of {len(bad)} samples can be used ({found})")
     return PackResult(total, len(shards), causes)
 

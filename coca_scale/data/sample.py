@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -29,6 +30,11 @@ class Skipped(NamedTuple):
     shard: str = ""
     lost: int = 1
     filtered: bool = False
+
+
+def causes_text(causes: Counter[str]) -> str:
+    """`2 × broken_image, 1 × empty_caption`, the most frequent first."""
+    return ", ".join(f"{count} × {cause}" for cause, count in causes.most_common())
 
 
 class BadSample(Exception):

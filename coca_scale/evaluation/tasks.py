@@ -192,6 +192,7 @@ _NOTHING = "the data has no usable picture"
 
 
 def score_label(name: str) -> str:
+    """A score as people call it."""
     for start, label in NAMES.items():
         if name.startswith(start):
             return label + name.removeprefix(start)

@@ -111,6 +111,9 @@ class TimmTower(_Trunk, PooledTower):
             device = next(trunk.parameters()).device
             shape = trunk.eval()(torch.zeros(1, 3, size, size, device=device)).shape
         if len(shape) == 4:
+            from timm.layers import build_sincos2d_pos_embed
+
+            self._build_position = build_sincos2d_pos_embed
             self.norm_map = nn.LayerNorm(int(trunk.num_features))
         self.train()
 
@@ -118,11 +121,9 @@ class TimmTower(_Trunk, PooledTower):
         """As of `ImageTower`."""
         x = self.trunk(images)
         if self.norm_map is not None:
-            from timm.layers import build_sincos2d_pos_embed
-
             map_BHWC = x if self.channels_last else x.permute(0, 2, 3, 1)
             height, width, channels = map_BHWC.shape[1:]
-            position = build_sincos2d_pos_embed(
+            position = self._build_position(
                 [height, width], channels, device=x.device, dtype=torch.float32
             )
             x = self.norm_map(map_BHWC.flatten(1, 2)) + position.to(x.dtype)

@@ -14,7 +14,7 @@ import psutil
 import torch
 
 from coca_scale.data.loader import decode_sample
-from coca_scale.data.sample import BadSample, Source
+from coca_scale.data.sample import BadSample, Source, causes_text
 from coca_scale.data.shards import ShardSource, missing_numbers, missing_shards
 from coca_scale.data.sources import open_source, train_crop
 from coca_scale.data.tokens import Tokenizer, make_tokenizer
@@ -234,7 +234,7 @@ def _samples(
             continue
         good += 1
         cut += int(tokens[-1]) != tokenizer.pad_id
-    causes = ", ".join(f"{n} × {cause}" for cause, n in skipped.most_common())
+    causes = causes_text(skipped)
     if not good:
         report.faults.append(f"{label}: none of the first samples can be used ({causes})")
         return

@@ -118,7 +118,7 @@ def report(folders: Sequence[Path]) -> str:
         ],
         charts=list(_charts(runs)),
         differences=_differences(runs),
-        recipes=[{"name": run.name, "text": _recipe_text(run)} for run in runs],
+        recipes=[{"name": run.name, "text": recipe_text(run)} for run in runs],
         bad=[{"name": run.name, "causes": run.bad.most_common()} for run in runs if run.bad],
     )
 
@@ -199,7 +199,8 @@ def _differences(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
     return [(key, values) for key, values in rows if len(set(values)) > 1]
 
 
-def _recipe_text(run: RunRecord) -> str:
+def recipe_text(run: RunRecord) -> str:
+    """Its resolved recipe as YAML."""
     return (run.folder / "recipe.yaml").read_text()
 
 

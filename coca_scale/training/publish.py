@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from coca_scale.openclip.folder import (
     is_model_folder,
 )
 from coca_scale.openclip.hub import HubFile
-from coca_scale.training.page import RunRecord, last_sheet, read_run
+from coca_scale.training.page import RunRecord, last_sheet, read_run, recipe_text
 from coca_scale.version import __version__
 
 _MACHINE = re.compile(r"^(/|~|\.\.?/|[A-Za-z]:\\)")
@@ -109,7 +110,7 @@ def prepare(
     content += _config_and_tokenizer(config_file, repo)
     content.append(HubFile("README.md", card.encode()))
     if record is not None:
-        text = yaml.safe_dump(public(_raw_recipe(record)), sort_keys=False)
+        text = yaml.safe_dump(public(yaml.safe_load(recipe_text(record))), sort_keys=False)
         content.append(HubFile("recipe.yaml", text.encode()))
     if sheet is not None:
         content.append(HubFile("captions.png", sheet))
@@ -194,13 +195,7 @@ def _count_parameters(weights: Path) -> int:
             shapes = [content.get_slice(name).get_shape() for name in content.keys()]  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{weights}: damaged ({error}); export the model again") from error
-    total = 0
-    for shape in shapes:
-        size = 1
-        for side in shape:
-            size *= side
-        total += size
-    return total
+    return sum(math.prod(shape) for shape in shapes)
 
 
 def _read_scores(path: Path) -> ScoreSet:
@@ -315,7 +310,3 @@ def _training_facts(record: RunRecord) -> dict[str, str]:
         f"{recipe.get('engine.precision')}, {record.about.get('ranks', '?')} rank(s)",
         "versions": ", ".join(f"{name} {number}" for name, number in versions.items()),
     }
-
-
-def _raw_recipe(record: RunRecord) -> Any:
-    return yaml.safe_load((record.folder / "recipe.yaml").read_text())

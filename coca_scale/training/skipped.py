@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from coca_scale.data.sample import Skipped
+from coca_scale.data.sample import Skipped, causes_text
 from coca_scale.engine.launch import AgreedError, World
 from coca_scale.training.appending import append
 
@@ -88,7 +88,7 @@ class SkipLog:
 
     def summary(self) -> str:
         """Counts by cause, the most frequent first."""
-        return ", ".join(f"{count} × {cause}" for cause, count in self.causes.most_common())
+        return causes_text(self.causes)
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint, after `flush`."""

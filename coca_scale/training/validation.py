@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coca_scale.data.sample import DataError, Source
+from coca_scale.data.sample import DataError, Source, causes_text
 from coca_scale.data.tokens import Tokenizer
 from coca_scale.engine.core import TrainEngine
 from coca_scale.evaluation.caption_scores import score_captions
@@ -99,9 +99,8 @@ class Validation:
             world.agree(error)
             if not any(world.gather(bool(self._samples))):
                 counts: list[Any] = world.gather(bad)
-                causes: Counter[str] = sum(counts, Counter())
-                found = ", ".join(f"{n} × {cause}" for cause, n in causes.most_common())
-                world.agree(f"data.val has no usable sample (found {found or 'nothing'})")
+                found = causes_text(sum(counts, Counter())) or "nothing"
+                world.agree(f"data.val has no usable sample (found {found})")
         return self._samples
 
     def _caption(self, engine: TrainEngine, samples: Sequence[Picture]) -> list[Captioned]:

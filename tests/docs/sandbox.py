@@ -42,7 +42,6 @@ RULES = (
     (r"coca_ViT-L-14@\w[\w-]*", "runs/published"),
     (r"--max-length \d+", "--max-length 12"),
     (r"step_\d{8}", f"step_{STEPS:08d}"),
-    (r"\bSTEPS=\d+ ", ""),
     (r"^(coca-scale demo|tensorboard) (.*)$", r"served \1 \2"),
     (r"^tail -f .*$", "true"),
 )

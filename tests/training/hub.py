@@ -6,7 +6,6 @@ import base64
 import hashlib
 import json
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,6 +14,8 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+
+from coca_scale.evaluation.demo import listen
 
 GOOD, READ_ONLY = "hf_good", "hf_read_only"
 
@@ -149,13 +150,11 @@ class Hub:
 def running_hub() -> Iterator[Hub]:
     """A hub that listens on a free port of loopback."""
     hub = Hub()
-    server = uvicorn.Server(uvicorn.Config(hub.app, port=0, log_level="warning"))
-    thread = threading.Thread(target=server.run)
+    socket = listen("127.0.0.1", 0)
+    hub.address = f"http://127.0.0.1:{socket.getsockname()[1]}"
+    server = uvicorn.Server(uvicorn.Config(hub.app, log_level="warning"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [socket]})
     thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    hub.address = f"http://127.0.0.1:{port}"
     try:
         yield hub
     finally:

@@ -144,7 +144,6 @@ def test_what_is_on_the_hub_is_the_model(published, run, hub, tmp_path):
     names = [f"local-dir:{run / 'export'}", f"hf-hub:{REPO}"]
     command = [sys.executable, "-c", FEATURES, *names]
     done = subprocess.run(command, capture_output=True, text=True, env=environ, check=False)
-    # ours takes the folder's name without OpenCLIP's prefix
     assert done.returncode == 0, done.stderr[-3000:]
     assert float(done.stdout.splitlines()[-1]) < 1e-6
 
