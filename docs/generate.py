@@ -3,7 +3,8 @@
     python docs/generate.py
 
 writes recipes/schema.json, docs/keys.md, docs/memory.svg and, between their marks, the tables of
-recipes in docs/recipes.md and README.md. Some minutes: every recipe's costs are counted.
+recipes in docs/recipes.md and README.md and of OpenCLIP's options in docs/migration.md. Some
+minutes: every recipe's costs are counted.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from coca_scale.openclip.options import options_table
 from coca_scale.planning.gpus import GPUS
 from coca_scale.planning.plan import Costs, Plan
 from coca_scale.recipe import BatchPlan, Recipe, load_recipe
@@ -257,6 +259,7 @@ def pages() -> dict[Path, str]:
     """All generated texts by path; pictures are not in it."""
     rows = plan_all()
     readme, recipes = ROOT / "README.md", ROOT / "docs" / "recipes.md"
+    migration = ROOT / "docs" / "migration.md"
     return {
         ROOT / "recipes" / "schema.json": schema_json(),
         ROOT / "docs" / "keys.md": keys_page(),
@@ -264,6 +267,7 @@ def pages() -> dict[Path, str]:
         recipes: between(
             between(recipes.read_text(), "recipes", recipe_table(rows)), "scores", scores_table()
         ),
+        migration: between(migration.read_text(), "options", options_table()),
     }
 
 

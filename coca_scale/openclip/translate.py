@@ -240,7 +240,7 @@ def _recipe(
         "engine": _engine(args),
         "checkpoint": _checkpoint(args, epoch, typed, notes),
         "eval": _eval(args, epoch, notes),
-        "log": {"every_steps": args.log_every_n_steps},
+        "log": _log(args),
     }
     return {name: section for name, section in recipe.items() if section}
 
@@ -379,6 +379,13 @@ def _eval(args: Namespace, epoch: int | None, notes: list[str]) -> dict[str, Any
         if args.val_data is None:
             notes.append("eval.zeroshot is part of validation: name some pairs as data.val as well")
         section |= {"zeroshot": args.imagenet_val, "classnames": "imagenet"}
+    return section
+
+
+def _log(args: Namespace) -> dict[str, Any]:
+    section = {"every_steps": args.log_every_n_steps}
+    if "wandb" in args.report_to or "all" in args.report_to:  # as OpenCLIP looks for it
+        section["wandb"] = args.wandb_project_name
     return section
 
 

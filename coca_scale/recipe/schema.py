@@ -435,6 +435,19 @@ class LogSection(Section):
 
     every_steps: PositiveInt = Field(10, description="Steps between lines of metrics.jsonl.")
     tensorboard: bool = Field(True, description="Write RUN/tensorboard.")
+    wandb: Annotated[str, Field(min_length=1)] | None = Field(
+        None, description="Project of Weights & Biases that gets numbers and captioned pictures."
+    )
+    profile_steps: Annotated[list[PositiveInt], Field(min_length=2, max_length=2)] | None = Field(
+        None,
+        description="[first, last]: steps whose operators and trace rank 0 writes to RUN/profile.",
+    )
+
+    @model_validator(mode="after")
+    def _span_has_steps(self) -> LogSection:
+        if self.profile_steps is not None and self.profile_steps[0] > self.profile_steps[1]:
+            raise ValueError("profile_steps is [first, last], and first is not above last")
+        return self
 
 
 class Recipe(Section):

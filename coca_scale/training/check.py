@@ -25,6 +25,7 @@ from coca_scale.planning.memory import state_bytes
 from coca_scale.recipe import BatchPlan, Recipe
 from coca_scale.recipe.schema import WeightedShards
 from coca_scale.training.initial import model_config, pretrained_name
+from coca_scale.training.tracking import tracking_fault
 
 TRIED_SAMPLES = 64
 
@@ -52,6 +53,8 @@ def check(recipe: Recipe, ranks: int, device_bytes: int | None = None) -> Report
         device_bytes: memory per process; found out where None.
     """
     report = Report()
+    if (fault := tracking_fault(recipe)) is not None:
+        report.faults.append(fault)
     plan = _batch(recipe, ranks, report)
     config = _model(recipe, ranks, device_bytes or _memory_here(ranks), report)
     tokenizer = _tokenizer(config, recipe, report) if config is not None else None

@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, TensorBoard, a progress bar or plain lines."""
+"""What a run tells: metrics.jsonl, TensorBoard, W&B, a progress bar or plain lines."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import math
 import resource
 import sys
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -17,9 +18,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
 from coca_scale.evaluation.captioning import draw_grid
+from coca_scale.recipe import Recipe
 from coca_scale.training.appending import append, warn_once
 from coca_scale.training.bad_steps import BAD_STEPS
 from coca_scale.training.skipped import BAD_SAMPLES
+from coca_scale.training.tracking import Tracker
 from coca_scale.training.validation import ValidationResult
 
 VALIDATION = "validation.jsonl"
@@ -28,17 +31,20 @@ VALIDATION = "validation.jsonl"
 class RunLog:
     """Writes the run folder's logs; on ranks other than 0 it does nothing."""
 
-    def __init__(self, folder: Path, steps: int, tensorboard: bool, active: bool) -> None:
+    def __init__(self, recipe: Recipe, steps: int, active: bool) -> None:
         self._active = active
         self._steps = steps
-        self._folder = folder
+        self._folder = folder = recipe.run.folder
         self._writer: SummaryWriter | None = None
+        self._tracker: Tracker | None = None
         self._console = Console(stderr=True)
         self._bar: Progress | None = None
         if active:
             folder.mkdir(parents=True, exist_ok=True)
-            if tensorboard:
+            if recipe.log.tensorboard:
                 self._writer = SummaryWriter(str(folder / "tensorboard"))
+            if recipe.log.wandb is not None:
+                self._tracker = Tracker(recipe, folder, self.say)
 
     def __enter__(self) -> RunLog:
         if self._active and self._console.is_terminal:
@@ -63,6 +69,8 @@ class RunLog:
             self._bar.stop()
         if self._writer is not None:
             self._writer.close()
+        if self._tracker is not None:
+            self._tracker.close()
 
     def resume_at(self, step: int) -> None:
         """Forget what was written about steps after `step`, which will be run again."""
@@ -79,11 +87,11 @@ class RunLog:
                 print(message, file=sys.stderr, flush=True)
 
     def metrics(self, values: dict[str, Any]) -> None:
-        """One line of metrics.jsonl, TensorBoard scalars, and the progress display."""
+        """One line of metrics.jsonl, scalars, and the progress display."""
         if not self._active:
             return
         append(self._folder / "metrics.jsonl", json.dumps(values) + "\n")
-        self._scalars(values)
+        self._scalars("train", values["step"], values)
         loss, contrastive, caption = (
             math.nan if values[name] is None else values[name]
             for name in ("loss", "contrastive_loss", "caption_loss")
@@ -103,18 +111,24 @@ class RunLog:
             left = timedelta(seconds=round((self._steps - values["step"]) / max(rate, 1e-9)))
             self.say(f"step {values['step']}/{self._steps}: {text}; {left} left")
 
-    def _scalars(self, values: dict[str, Any]) -> None:
+    def _scalars(self, group: str, step: int, values: Mapping[str, Any]) -> None:
+        numbers = {
+            f"{group}/{name}": value
+            for name, value in values.items()
+            if name != "step" and isinstance(value, int | float)
+        }
+        if self._tracker is not None:
+            self._tracker.log(step, numbers)
         if self._writer is None:
             return
         try:
-            for name, value in values.items():
-                if name != "step" and isinstance(value, int | float):
-                    self._writer.add_scalar(f"train/{name}", value, values["step"])
+            for name, value in numbers.items():
+                self._writer.add_scalar(name, value, step)
         except OSError as error:
             warn_once(self._folder / "tensorboard", error)
 
     def validation(self, step: int, result: ValidationResult) -> None:
-        """A line of validation.jsonl, TensorBoard scalars, and a sheet of captioned pictures."""
+        """A line of validation.jsonl, scalars, and a sheet of captioned pictures."""
         if not self._active:
             return
         scores = result.scores
@@ -128,29 +142,30 @@ class RunLog:
             self.say(f"  «{item.picture.captions[0].strip()}» captioned as «{item.captions[0]}»")
         line = {"step": step, "samples": result.samples, **scores}
         append(self._folder / VALIDATION, json.dumps(line) + "\n")
+        self._scalars("val", step, scores)
+        if not result.captioned:
+            return
         try:
             self._draw(step, result)
         except OSError as error:
             warn_once(self._folder / "validation", error)
 
     def _draw(self, step: int, result: ValidationResult) -> None:
-        if result.captioned:
-            sheet = self._folder / "validation" / f"step_{step:08d}.png"
-            sheet.parent.mkdir(exist_ok=True)
-            draw_grid(result.captioned, sheet)
+        sheet = self._folder / "validation" / f"step_{step:08d}.png"
+        sheet.parent.mkdir(exist_ok=True)
+        draw_grid(result.captioned, sheet)
+        if self._tracker is not None:
+            self._tracker.picture(step, sheet)
         if self._writer is None:
             return
-        for name, value in result.scores.items():
-            self._writer.add_scalar(f"val/{name}", value, step)
-        if result.captioned:
-            images = torch.stack([item.picture.pixels for item in result.captioned])
-            self._writer.add_images("val/pictures", images, step)
-            rows = [
-                f"| {item.picture.captions[0].strip()} | {item.captions[0]} |"
-                for item in result.captioned
-            ]
-            table = "\n".join(["| caption | generated |", "|---|---|", *rows])
-            self._writer.add_text("val/captions", table, step)
+        images = torch.stack([item.picture.pixels for item in result.captioned])
+        self._writer.add_images("val/pictures", images, step)
+        rows = [
+            f"| {item.picture.captions[0].strip()} | {item.captions[0]} |"
+            for item in result.captioned
+        ]
+        table = "\n".join(["| caption | generated |", "|---|---|", *rows])
+        self._writer.add_text("val/captions", table, step)
 
 
 def peak_memory_bytes() -> int:

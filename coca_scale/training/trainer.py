@@ -53,10 +53,12 @@ from coca_scale.training.initial import initial_model, model_config
 from coca_scale.training.log import RunLog, peak_memory_bytes
 from coca_scale.training.meter import Meter
 from coca_scale.training.preflight import preflight, room_for_checkpoints
+from coca_scale.training.profiling import StepProfiler
 from coca_scale.training.requests import Asked, Requests
 from coca_scale.training.saving import Saver
 from coca_scale.training.schedule import learning_rate, total_steps
 from coca_scale.training.skipped import SkipLog
+from coca_scale.training.tracking import tracking_fault
 from coca_scale.training.validation import Validation
 
 
@@ -122,6 +124,8 @@ class Trainer:
         recipe, world = self.recipe, self.world
         if recipe.engine.precision == "fp16" and world.device.type == "cpu":
             raise ValueError("engine.precision=fp16 needs a GPU; use fp32 or bf16 here")
+        if (fault := tracking_fault(recipe)) is not None:
+            raise ValueError(fault)
         self.plan = BatchPlan.from_recipe(recipe, world.size)
         self.config = model_config(recipe.model)
         start = recipe.model.pretrained
@@ -148,7 +152,7 @@ class Trainer:
         active = self.world.rank == 0
         if active:
             self._write_recipe()
-        log = RunLog(self.folder, self.steps, self.recipe.log.tensorboard, active)
+        log = RunLog(self.recipe, self.steps, active)
         log.resume_at(self.step)
         requests = Requests(self.folder, self.recipe.checkpoint.every_minutes, self.world.rank)
         with log, requests:
@@ -189,13 +193,20 @@ class Trainer:
         meter = Meter(self.world, self.plan.global_batch, recipe.health.straggler_factor)
         limit = max(self._step_seconds, recipe.engine.start_timeout_minutes * 60)  # compiles, reads
         loader = Prefetcher(iter(self._loader()), self.world.device)
-        with closing(loader) as batches, Collection(recipe.engine.gc_every_steps) as garbage:
+        span = recipe.log.profile_steps if self.world.rank == 0 else None
+        with (
+            closing(loader) as batches,
+            Collection(recipe.engine.gc_every_steps) as garbage,
+            StepProfiler(span, self.folder / "profile", log.say) as profiler,
+        ):
             while self.step < self.steps:
                 with self.watch.phase(f"step {self.step + 1}", limit):
+                    profiler.before(self.step + 1)
                     batch, asked = self._next_batch(batches, meter, saver, requests)
                     if asked.leave or asked.stop:
                         return asked
                     self._train_step(batch, meter, log)
+                    profiler.after(self.step)
                 limit = self._step_seconds
                 garbage.after_step(self.step)
                 if saver.due(self.step) and self.step < self.steps:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import os
 import random
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from coca_scale.cli import app
 from coca_scale.data.synthetic import Shapes
 from coca_scale.engine.checkpoint import find_checkpoint, verify_checkpoint
 from tests.ranks import TrainingRanks, free_port
+from tests.training.transactions import history, records
 
 TINY = [
     "data.train=synthetic://shapes?count=512&size=48",
@@ -38,6 +41,7 @@ def under_deepspeed(*arguments):
     ]
     done = subprocess.run(
         command,
+        env=os.environ | {"WANDB_MODE": "offline"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -69,7 +73,8 @@ def finished(tmp_path_factory):
         (classes / name).mkdir(parents=True, exist_ok=True)
         shapes[number].image.save(classes / name / f"{number}.png")
     measured = (f"eval.zeroshot={classes}", "eval.templates=simple", "eval.scored_captions=12")
-    code, output = under_deepspeed(f"run.dir={folder}", *measured)
+    told = ("log.wandb=coca", "log.profile_steps=[2,3]")
+    code, output = under_deepspeed(f"run.dir={folder}", *measured, *told)
     assert code == 0, output[-3000:]
     return folder, output
 
@@ -91,6 +96,35 @@ def test_a_run_leaves_what_the_contract_says(finished):
     assert (folder / "checkpoints" / "latest").read_text().strip() == "step_00000012"
     assert "validation at step 12" in output
     assert losses(folder)[-1][0] < losses(folder)[0][0]
+
+
+@pytest.mark.slow
+def test_weights_and_biases_gets_what_the_run_folder_has(finished):
+    folder, _ = finished
+    log = next((folder / "wandb").glob("offline-run-*/*.wandb"))
+    rows = history(log)
+    assert [row["_step"] for row in rows] == list(range(1, 13))
+    for row, line in zip(rows, losses(folder), strict=True):
+        assert (row["train/loss"], row["train/grad_norm"], row["train/logit_scale"]) == line
+    scores = json.loads((folder / "validation.jsonl").read_text())
+    assert rows[-1]["val/cider"] == scores["cider"]
+    picture = log.parent / "files" / rows[-1]["val/captions/path"]
+    assert picture.read_bytes() == (folder / "validation" / "step_00000012.png").read_bytes()
+    run = next(record.run for record in records(log) if record.HasField("run"))
+    assert run.project == "coca"
+    assert run.run_id == (folder / "wandb_id").read_text().strip()
+
+
+@pytest.mark.slow
+def test_the_named_steps_are_profiled(finished):
+    folder, output = finished
+    assert f"profile in {folder / 'profile'}" in output
+    assert "aten::addmm" in (folder / "profile" / "operators.txt").read_text()
+    with gzip.open(folder / "profile" / "trace.json.gz", "rt") as file:
+        events = json.load(file)["traceEvents"]
+    names = {event.get("name", "") for event in events}
+    assert {"ProfilerStep#2", "ProfilerStep#3"} <= names
+    assert not {"ProfilerStep#1", "ProfilerStep#4"} & names
 
 
 @pytest.mark.slow

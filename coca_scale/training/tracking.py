@@ -1,0 +1,80 @@
+"""Weights & Biases, for people who follow their runs there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from coca_scale.recipe import Recipe
+
+IDENTITY = "wandb_id"
+FINISH_SECONDS = 60  # a job that was told to leave has minutes, and uploads can be repeated
+
+
+def tracking_fault(recipe: Recipe) -> str | None:
+    """Why `log.wandb` of a recipe cannot be followed here; None if it can."""
+    if recipe.log.wandb is not None and find_spec("wandb") is None:
+        return "log.wandb needs the package: pip install 'coca-scale[wandb]'"
+    return None
+
+
+class Tracker:
+    """One run there. A service that cannot be reached costs a line, never the training."""
+
+    def __init__(self, recipe: Recipe, folder: Path, say: Callable[[str], None]) -> None:
+        """Begin the run, or go on with the one of this run folder.
+
+        Args:
+            recipe: its `log.wandb` names the project.
+            folder: the run folder; files of the service go to its subfolder wandb.
+            say: takes a line for the person watching.
+        """
+        import wandb
+
+        self._wandb = wandb
+        self._say = say
+        self._run: Any = None
+        identity = folder / IDENTITY
+        if not identity.is_file():
+            identity.write_text(uuid4().hex[:12] + "\n")
+        try:
+            self._run = wandb.init(
+                project=recipe.log.wandb,
+                name=recipe.run.name,
+                id=identity.read_text().strip(),
+                resume="allow",
+                dir=str(folder),
+                config=recipe.model_dump(),
+                settings=wandb.Settings(finish_timeout=FINISH_SECONDS, console="off"),
+            )
+        except wandb.Error as error:
+            self._give_up(error)
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """Numbers of a step.
+
+        Steps that the service has already are left alone there: a resumed run makes them again.
+        """
+        if self._run is not None:
+            try:
+                self._run.log(dict(values), step=step)
+            except self._wandb.Error as error:
+                self._give_up(error)
+
+    def picture(self, step: int, sheet: Path) -> None:
+        """The captioned pictures of a validation."""
+        self.log(step, {"val/captions": self._wandb.Image(str(sheet))})
+
+    def close(self) -> None:
+        """Send what is left, for a minute at most."""
+        if self._run is not None:
+            self._run.finish()
+            self._run = None
+
+    def _give_up(self, error: Exception) -> None:
+        self._run = None
+        words = " ".join(str(error).split())
+        self._say(f"the run goes on without Weights & Biases: {words}")
