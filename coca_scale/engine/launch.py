@@ -214,9 +214,9 @@ def roll_call(
         store.set("verdict", json.dumps({"problem": problem, "hosts": hosts}))
     try:
         store.wait(["verdict"], timedelta(seconds=timeout_seconds + 30))
+        verdict = json.loads(store.get("verdict"))
     except (dist.DistStoreError, dist.DistNetworkError) as error:
         raise LaunchError(f"rank {rank}: rank 0 does not answer") from error
-    verdict = json.loads(store.get("verdict"))
     if verdict["problem"] is not None:
         raise LaunchError(verdict["problem"])
     hosts = verdict["hosts"]

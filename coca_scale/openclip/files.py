@@ -59,8 +59,8 @@ def _read_pickle(path: Path) -> Any:
             f"{path}: holds more than weights, and loading it could run code in it; save its "
             "state_dict as .safetensors where you trust it"
         ) from error
-    except (RuntimeError, EOFError, OSError) as error:
-        reason = str(error).partition("\n")[0]
+    except Exception as error:  # noqa: BLE001 - an unpickler raises anything when it reads rubbish
+        reason = str(error).partition("\n")[0] or type(error).__name__
         if "TorchScript" in reason:
             raise ValueError(f"{path}: a TorchScript program, not a file of weights") from error
         raise ValueError(f"{path}: damaged or cut short ({reason}); fetch it again") from error

@@ -133,7 +133,7 @@ def test_damaged_and_dangerous_files(weights, tmp_path):
     assert not Path("/tmp/coca_scale_code_ran").exists()
     for name in ("w.safetensors", "w.bin", "old.pt", "epoch_7.pt"):
         whole = (tmp_path / name).read_bytes()
-        for length in (len(whole) // 2, 5000):
+        for length in (len(whole) // 2, *range(5000, 5016)):  # within whatever is there
             (tmp_path / f"cut_{name}").write_bytes(whole[:length])
             with pytest.raises(ValueError, match="cut short") as caught:
                 read_weight_file(tmp_path / f"cut_{name}")
