@@ -59,7 +59,7 @@ def _read_pickle(path: Path) -> Any:
             f"{path}: holds more than weights, and loading it could run code in it; save its "
             "state_dict as .safetensors where you trust it"
         ) from error
-    except Exception as error:  # noqa: BLE001 - an unpickler raises anything when it reads rubbish
+    except Exception as error:  # reading rubbish, an unpickler raises anything
         reason = str(error).partition("\n")[0] or type(error).__name__
         if "TorchScript" in reason:
             raise ValueError(f"{path}: a TorchScript program, not a file of weights") from error
