@@ -16,6 +16,7 @@ from coca_scale.engine.loading import LoadedModel
 from coca_scale.evaluation.pictures import Picture
 from coca_scale.generation.generate import generate
 from coca_scale.generation.options import GenerationOptions
+from coca_scale.generation.prompts import make_prompts
 from coca_scale.model.image import normalize_pixels
 
 _TILE = 144
@@ -62,6 +63,14 @@ class Captioner:
     options: GenerationOptions
     prompt: str = ""
     batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for what `generate` would refuse, before anything is written."""
+        coca, tokenizer = self.loaded.model.coca, self.loaded.tokenizer
+        length = self.options.length(coca.config.context_length)
+        coca.new_past(length)
+        start = prompt_ids(tokenizer, self.prompt)
+        make_prompts([start], length, tokenizer.end_id, tokenizer.pad_id, self.loaded.device)
 
     def write(self, pictures: Iterator[Picture]) -> Iterator[list[Captioned]]:
         """Captions in order, a batch at a time."""

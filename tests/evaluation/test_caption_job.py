@@ -11,11 +11,15 @@ import sys
 import time
 
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
 from coca_scale.cli import app
 from coca_scale.data.synthetic import Shapes
+from coca_scale.model import CoCa, load_model_config
+from coca_scale.model.weights import LOGIT_SCALE
+from coca_scale.openclip.names import to_openclip
 from tests.data.test_lanes import write_shards
 from tests.ranks import free_port
 
@@ -62,6 +66,23 @@ def test_files_folders_tables_and_shards(trained, folder, tmp_path):
     assert "skipped 1 (1 × missing_image)" in shown
     assert Image.open(tmp_path / "grid.png").size[0] > 500
     assert not list(out.parent.glob("*.part*"))
+
+
+def test_what_cannot_be_written_leaves_nothing_behind(trained, folder, tmp_path):
+    coca = CoCa(load_model_config("clip_tiny"))
+    weights = {**coca.state_dict(), LOGIT_SCALE: torch.tensor([2.5])}
+    torch.save(to_openclip(weights), tmp_path / "clip.pt")
+    out = tmp_path / "captions.jsonl"
+    for model, options, message in (
+        (tmp_path / "clip.pt", ("--config", "clip_tiny"), "this model is a CLIP"),
+        (trained.folder, ("--max-length", "99"), "99 were asked for"),
+        (trained.folder, ("--prompt", "small " * 9, "--max-length", "8"), "leaves no place"),
+    ):
+        arguments = ["caption", str(model), str(folder), "--out", str(out), *options]
+        done = CliRunner().invoke(app, arguments)
+        assert isinstance(done.exception, ValueError), done.output
+        assert message in str(done.exception)
+    assert [path.name for path in tmp_path.iterdir()] == ["clip.pt"]
 
 
 def test_captions_do_not_depend_on_batches(trained, folder, tmp_path):
