@@ -6,6 +6,7 @@ importing those anew takes longer than most tests train.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import runpy
@@ -14,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from random import SystemRandom
 from typing import Any
 
 import torch
@@ -32,10 +34,15 @@ FORKED.set_forkserver_preload(
 
 
 def free_port() -> int:
-    """A port of the loopback interface that nobody listens on."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+    """A port of the loopback interface that nobody listens on.
+
+    It is below those that the system gives to connections, which could take it at any moment.
+    """
+    while True:
+        port = SystemRandom().randrange(20_000, 32_768)
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return port
 
 
 def on_ranks(function: Callable[..., Any], ranks: int, *args: Any) -> list[Any]:
