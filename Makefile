@@ -24,7 +24,7 @@ demo: $(READY)
 test: $(READY)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
-# every command of README and docs; some 10 minutes
+# every command of README and docs; 20 minutes on 2 cores, and Debian's openmpi-bin for all of them
 test-docs: $(READY)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 python -m pytest -m docs tests/docs $(PYTEST_ARGS)
 

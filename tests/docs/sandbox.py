@@ -32,6 +32,7 @@ RULES = (
     (r"\{(0+)\.\.\d+\}", r"{\1..\1}"),
     (r"--gpus \d+", "--gpus 2"),
     (r"--nproc[-_]per[-_]node[= ]\d+", "--nproc-per-node 2"),
+    (r"--num_gpus \d+", "--num_gpus 2"),
     (r"--nnodes=2", "--nnodes=1"),
     (r"--rdzv_endpoint=\S+", "--rdzv_endpoint=localhost:0"),
     (r"mpirun -n \d+( -H \S+)?", "mpirun --allow-run-as-root --oversubscribe -n 2"),
@@ -128,8 +129,9 @@ def write_data(folder: Path) -> None:
         sample.image.save(kind / f"{sample.key.replace('/', '_')}.png")
     shutil.copytree(photos, folder / "stamps" / "usr" / "share" / "tuxpaint" / "stamps")
     wds = folder / "coco_wds"
-    _write_shard(wds / "test" / "0.tar", samples)
-    (wds / "test" / "nshards.txt").write_text("1")
+    for number in range(4):  # as many as CLIP_benchmark starts loaders
+        _write_shard(wds / "test" / f"{number}.tar", samples[number::4])
+    (wds / "test" / "nshards.txt").write_text("4")
     (wds / "dataset_type.txt").write_text("retrieval")
 
 
