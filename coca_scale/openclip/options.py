@@ -122,7 +122,7 @@ OPTIONS: dict[str, Option] = {
     "dist_backend": _needless(_LAUNCH),
     "report_to": _differs("log.wandb", "TensorBoard is written unless log.tensorboard is false"),
     "wandb_notes": _left("set WANDB_NOTES"),
-    "wandb_project_name": _taken("log.wandb"),
+    "wandb_project_name": _differs("log.wandb", "where --report-to has wandb"),
     "debug": _left("`coca-scale doctor` and `check` look at what may be wrong"),
     "copy_codebase": _left("RUN/versions.json has the commit"),
     "horovod": _needless(_LAUNCH),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -26,7 +27,6 @@ class StepProfiler:
         self._folder = folder
         self._say = say
         self._recording: profile | None = None
-        self._mark: record_function | None = None
 
     def __enter__(self) -> StepProfiler:
         return self
@@ -34,9 +34,11 @@ class StepProfiler:
     def __exit__(self, *_: object) -> None:
         self._write()
 
-    def before(self, step: int) -> None:
-        """Called before a step; a run that resumes inside the span records the rest of it."""
-        if self._span is None or not self._span[0] <= step <= self._span[1]:
+    @contextmanager
+    def step(self, number: int) -> Iterator[None]:
+        """Around a step; a run that resumes inside the span records the rest of it."""
+        if self._span is None or not self._span[0] <= number <= self._span[1]:
+            yield
             return
         if self._recording is None:
             kinds = [ProfilerActivity.CPU]
@@ -44,24 +46,14 @@ class StepProfiler:
                 kinds.append(ProfilerActivity.CUDA)
             self._recording = profile(activities=kinds)
             self._recording.start()
-        self._mark = record_function(f"ProfilerStep#{step}")  # the name that tools look for
-        self._mark.__enter__()
-
-    def after(self, step: int) -> None:
-        """Called after a step."""
-        self._end_mark()
-        if self._span is not None and step >= self._span[1]:
+        with record_function(f"ProfilerStep#{number}"):  # the name that tools look for
+            yield
+        if number == self._span[1]:
             self._write()
-
-    def _end_mark(self) -> None:
-        if self._mark is not None:
-            self._mark.__exit__(None, None, None)
-            self._mark = None
 
     def _write(self) -> None:
         if self._recording is None:
             return
-        self._end_mark()
         recording, self._recording = self._recording, None
         recording.stop()
         key = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"

@@ -66,12 +66,16 @@ class Tracker:
 
     def picture(self, step: int, sheet: Path) -> None:
         """The captioned pictures of a validation."""
-        self.log(step, {"val/captions": self._wandb.Image(str(sheet))})
+        if self._run is not None:
+            self.log(step, {"val/captions": self._wandb.Image(str(sheet))})
 
     def close(self) -> None:
         """Send what is left, for a minute at most."""
         if self._run is not None:
-            self._run.finish()
+            try:
+                self._run.finish()
+            except self._wandb.Error as error:
+                self._give_up(error)
             self._run = None
 
     def _give_up(self, error: Exception) -> None:

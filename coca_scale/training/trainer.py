@@ -200,13 +200,12 @@ class Trainer:
             StepProfiler(span, self.folder / "profile", log.say) as profiler,
         ):
             while self.step < self.steps:
-                with self.watch.phase(f"step {self.step + 1}", limit):
-                    profiler.before(self.step + 1)
+                number = self.step + 1
+                with self.watch.phase(f"step {number}", limit), profiler.step(number):
                     batch, asked = self._next_batch(batches, meter, saver, requests)
                     if asked.leave or asked.stop:
                         return asked
                     self._train_step(batch, meter, log)
-                    profiler.after(self.step)
                 limit = self._step_seconds
                 garbage.after_step(self.step)
                 if saver.due(self.step) and self.step < self.steps:
