@@ -62,11 +62,18 @@ class TrainingRanks:
         log: file for what they print.
         arguments: of every rank.
         ranks: how many.
+        prepare: called in every rank before it starts.
     """
 
-    def __init__(self, log: Path, *arguments: str, ranks: int = 2) -> None:
+    def __init__(
+        self,
+        log: Path,
+        *arguments: str,
+        ranks: int = 2,
+        prepare: Callable[[], None] | None = None,
+    ) -> None:
         self._log = log
-        common = (ranks, free_port(), dict(os.environ), log, arguments)
+        common = (ranks, free_port(), dict(os.environ), log, arguments, prepare)
         self.processes = [
             FORKED.Process(target=_train, args=(rank, *common)) for rank in range(ranks)
         ]
@@ -135,8 +142,11 @@ def _train(
     environ: dict[str, str],
     log: Path,
     arguments: tuple[str, ...],
+    prepare: Callable[[], None] | None,
 ) -> None:
     _join(rank, ranks, port, environ)
+    if prepare is not None:
+        prepare()
     with log.open("ab") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)

@@ -10,6 +10,8 @@ from typing import Annotated
 import typer
 
 from coca_scale.cli import data, evaluate, models, runs
+from coca_scale.engine.planned import planned_rank
+from coca_scale.errors import AgreedError, UserError, system_faults
 from coca_scale.version import __version__
 
 app = typer.Typer(
@@ -50,7 +52,9 @@ def main() -> None:
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # a log is no place for bars
     try:
-        app()
-    except (ValueError, OSError) as error:
-        print(f"coca-scale: {error}", file=sys.stderr)
+        with system_faults():
+            app()
+    except UserError as error:
+        if not isinstance(error, AgreedError) or planned_rank() == 0:
+            print(f"coca-scale: {error}", file=sys.stderr)
         sys.exit(1)

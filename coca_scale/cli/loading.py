@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from coca_scale.cli.options import Precision
 
 if TYPE_CHECKING:
-    from coca_scale.engine.launch import World
     from coca_scale.engine.loading import LoadedModel
+    from coca_scale.engine.world import World
     from coca_scale.evaluation.pictures import Part
     from coca_scale.recipe.schema import DataSection
 
@@ -42,12 +42,15 @@ def data_section(inputs: list[str]) -> DataSection:
 
 
 @contextmanager
-def ranks() -> Iterator[World | None]:
-    """The processes of a launch by torchrun, srun or mpirun; None for a single one."""
+def ranks() -> Iterator[World]:
+    """The processes of a launch by torchrun, srun, mpirun or deepspeed, or this one alone."""
+    import torch
+
     from coca_scale.engine.planned import planned_size
+    from coca_scale.engine.world import World
 
     if planned_size() == 1:
-        yield None
+        yield World.alone(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         return
     from coca_scale.engine.launch import end_world, start_world  # DeepSpeed takes seconds
 
@@ -64,12 +67,14 @@ def load(
     precision: Precision = Precision.FP32,
     world: World | None = None,
 ) -> LoadedModel:
-    """A model on this rank's accelerator, or on the CPU."""
+    """A model on this rank's accelerator, or on the CPU; every rank gets one, or none does."""
     import torch
 
     from coca_scale.engine.loading import load_model
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if precision is Precision.BF16 else torch.float32
-    loaded = load_model(model, config, raw_weights)
-    return loaded.to(device if world is None else world.device, dtype)
+    if world is not None:
+        loaded = world.agree(lambda: load_model(model, config, raw_weights), first_alone=True)
+        return loaded.to(world.device, dtype)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return load_model(model, config, raw_weights).to(device, dtype)

@@ -29,6 +29,7 @@ from coca_scale.cli.options import (
     progress_bar,
     skipped,
 )
+from coca_scale.errors import UserError
 from coca_scale.version import __version__
 
 VERIFY_TOLERANCE = 1e-3
@@ -64,7 +65,7 @@ def export_command(
         typer.echo(f"  text features   {found.text_features:.2e}")
         typer.echo(f"  caption logits  {found.caption_logits:.2e}")
         if not found.largest < VERIFY_TOLERANCE:
-            raise ValueError(f"{out}: open_clip computes something else with this model")
+            raise UserError(f"{out}: open_clip computes something else with this model")
 
 
 def publish_command(
@@ -88,14 +89,17 @@ def publish_command(
 
     Example: coca-scale publish runs/large --repo my-org/coca-large --licence mit --dry-run
     """
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     from coca_scale.openclip.hub import upload
     from coca_scale.training.publish import prepare
 
-    validate_repo_id(repo)
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise UserError(f"--repo {repo}: {error}") from error
     if "/" not in repo:
-        raise ValueError(f"--repo {repo}: say whose it is, ORG/{repo}")
+        raise UserError(f"--repo {repo}: say whose it is, ORG/{repo}")
     publication = prepare(folder, repo, run, scores or (), licence)
     if dry_run:
         typer.echo(publication.card)
@@ -174,11 +178,11 @@ def caption_command(
         captioner = captioning.Captioner(loaded, options, prompt, batch_size)
         settings = {"model": model, "raw_weights": raw_weights, "inputs": inputs, "prompt": prompt}
         settings |= {"precision": precision.value, "split": split, **asdict(options)}
-        with progress_bar("pictures", world is None or world.rank == 0) as progress:
+        with progress_bar("pictures", world.rank == 0) as progress:
             job = CaptionJob(captioner, parts, settings, world, progress)
             in_file = out.suffix in (".jsonl", ".json")
             done = job.to_file(out) if in_file else job.to_folder(out)
-        if world is not None and world.rank > 0:
+        if world.rank > 0:
             return
     before = f", {done.there} were there before" if done.there else ""
     rate = f" in {done.seconds:.1f} s ({done.per_second:.1f} pictures/s)"

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from coca_scale.cli.options import Overrides, RecipeArgument
+from coca_scale.errors import UserError
 
 
 def check_command(
@@ -31,7 +32,7 @@ def check_command(
     report = check(loaded, gpus, device_bytes)
     typer.echo(report.text())
     if report.faults:
-        raise ValueError(f"{recipe}: {len(report.faults)} fault(s)")
+        raise UserError(f"{recipe}: {len(report.faults)} fault(s)")
 
 
 def plan_command(
@@ -52,7 +53,7 @@ def plan_command(
     from coca_scale.training.costs import plan_run
 
     if gpu not in GPUS:
-        raise ValueError(f"--gpu {gpu} is not known; use one of {', '.join(GPUS)}")
+        raise UserError(f"--gpu {gpu} is not known; use one of {', '.join(GPUS)}")
     loaded = load_recipe(recipe, overrides or ())
     batch, costs, plan = plan_run(loaded, gpus, GPUS[gpu], gpus_per_node)
     if as_json:
@@ -60,7 +61,7 @@ def plan_command(
     else:
         typer.echo(plan_page(loaded, batch, costs, plan, GPUS[gpu], gpu))
     if not plan.fits:
-        raise ValueError(f"{recipe}: {gpus} × {gpu} do not have the memory")
+        raise UserError(f"{recipe}: {gpus} × {gpu} do not have the memory")
 
 
 def doctor_command(
@@ -82,7 +83,7 @@ def doctor_command(
     else:
         show(diagnosis.rows)
     if diagnosis.faults:
-        raise ValueError(f"training does not work here: {', '.join(diagnosis.faults)}")
+        raise UserError(f"training does not work here: {', '.join(diagnosis.faults)}")
     if not as_json:
         left_out = "; the op was not loaded and no all-reduce was done" if quick else ""
         typer.echo(f"training works here{left_out}")

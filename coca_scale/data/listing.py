@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from coca_scale.data.images import IMAGE_EXTENSIONS
 from coca_scale.data.sample import BadSample, DataError, RawSample
 from coca_scale.data.tables import TABLE_SUFFIXES, read_table
+from coca_scale.recipe.files import read_json
 
 ANNOTATIONS = ".json"
 _SUFFIXES = {f".{extension}" for extension in IMAGE_EXTENSIONS}
@@ -114,12 +114,12 @@ def _annotated_pairs(path: Path, options: ListOptions) -> list[tuple[Path, str]]
     if options.images is None:
         raise DataError(f"{path}: say where the pictures are with --images DIR")
     try:
-        content = json.loads(path.read_text())
+        content = read_json(path)
         if "annotations" in content:
             found = list(_coco(content))
         else:
             found = list(_karpathy(content["images"], options.split))
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise DataError(
             f"{path}: neither COCO's caption annotations nor Karpathy's splits ({error!r})"
         ) from error

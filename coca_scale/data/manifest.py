@@ -10,6 +10,7 @@ import numpy as np
 
 from coca_scale.data.sample import DataError
 from coca_scale.data.storage import PIPE, StorageError, StorageOptions, is_local, read_whole
+from coca_scale.errors import UserError
 
 MANIFEST = "manifest.json"
 SIZES = "sizes.json"
@@ -73,5 +74,5 @@ def _samples(content: str) -> dict[str, int]:
 
     listed = json.loads(content, object_pairs_hook=take)["shards"]
     if len(listed) != len(found):
-        raise ValueError("shards without a name, or with the same one")
+        raise UserError("shards without a name, or with the same one")
     return found

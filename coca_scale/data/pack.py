@@ -20,7 +20,7 @@ from coca_scale.data.images import decode_image
 from coca_scale.data.listing import ListOptions, Picture, list_pictures
 from coca_scale.data.manifest import MANIFEST
 from coca_scale.data.sample import BadSample, DataError, causes_text
-from coca_scale.recipe.files import sha256_of
+from coca_scale.recipe.files import read_json, sha256_of
 
 JPEG_QUALITY = 95
 EXTENSION_OF = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
@@ -111,7 +111,7 @@ def pack_split(
 
 def _packed(out: Path) -> PackResult:
     """What an earlier call has written."""
-    found = json.loads((out / MANIFEST).read_text())
+    found = read_json(out / MANIFEST)
     return PackResult(found["samples"], len(found["shards"]), Counter(found["bad"]))
 
 
@@ -163,7 +163,7 @@ def _settle(out: Path, source: Path, options: PackOptions, pictures: Sequence[Pi
     path = out / PLAN
     if not path.is_file():
         _write_whole(path, json.dumps(plan))
-    elif json.loads(path.read_text()) != plan:
+    elif read_json(path) != plan:
         raise DataError(
             f"{out}: holds part of a pack of other pictures or options; choose another folder, or "
             "delete this one"
@@ -239,7 +239,7 @@ def _image_bytes(path: Path, max_side: int | None) -> tuple[str, bytes]:
 
 def _finish(out: Path, source: Path, count: int) -> PackResult:
     """Put the receipts together as the manifest."""
-    receipts = [json.loads(_receipt(out, number).read_text()) for number in range(count)]
+    receipts = [read_json(_receipt(out, number)) for number in range(count)]
     bad = [(cause, key) for receipt in receipts for cause, key in receipt["bad"]]
     causes = Counter(cause for cause, _ in bad)
     shards = [receipt["shard"] for receipt in receipts if receipt["shard"] is not None]

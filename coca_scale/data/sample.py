@@ -9,8 +9,10 @@ from typing import NamedTuple, Protocol
 
 from PIL import Image
 
+from coca_scale.errors import UserError
 
-class DataError(ValueError):
+
+class DataError(UserError):
     """Data that a run cannot use at all; the message says what and where."""
 
 

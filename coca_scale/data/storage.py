@@ -25,6 +25,8 @@ from typing import Any, BinaryIO, Protocol, TypeVar
 import aiohttp
 import fsspec
 
+from coca_scale.errors import UserError
+
 T = TypeVar("T")
 
 CHUNK_BYTES = 2**22
@@ -36,7 +38,7 @@ GONE = (404, 410)
 DENIED = (401, 403)
 
 
-class StorageError(OSError):
+class StorageError(UserError, OSError):
     """A shard that cannot be read, after all retries."""
 
 

@@ -45,14 +45,17 @@ class Shapes:
         Raises:
             DataError: unknown collection or option, or a value out of range.
         """
-        parts = urlsplit(url)
+        try:
+            parts = urlsplit(url)
+        except ValueError as error:
+            raise DataError(f"{url}: {error}") from error
         options = {key: values[-1] for key, values in parse_qs(parts.query).items()}
         count, size = options.pop("count", "100000"), options.pop("size", "64")
         split = options.pop("split", "train")
         if parts.netloc != "shapes" or options:
             wrong = ", ".join(options) or parts.netloc
             raise DataError(f"{url}: {wrong} is not known; write synthetic://shapes?count=N")
-        if not (count.isdigit() and int(count) and size.isdigit() and 16 <= int(size) <= 4096):
+        if not (count.isdecimal() and int(count) and size.isdecimal() and 16 <= int(size) <= 4096):
             raise DataError(f"{url}: count is at least 1, and size between 16 and 4096")
         if split not in SPLITS:
             raise DataError(f"{url}: split is train or val, not {split!r}")

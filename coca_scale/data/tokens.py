@@ -19,6 +19,7 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, pro
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 from torch import Tensor
 
+from coca_scale.errors import UserError
 from coca_scale.model.config import ModelConfig
 from coca_scale.openclip.alone import open_clip_module
 
@@ -81,7 +82,7 @@ class FastTokenizer:
         """`special` names the tokens `pad_token`, `bos_token` and `eos_token`.
 
         Raises:
-            ValueError: one of them is not a token.
+            UserError: one of them is not a token.
         """
         ids = {role: _special_id(backend, special, role) for role in SPECIAL}
         self.pad_id, self.start_id, self.end_id = (ids[role] for role in SPECIAL)
@@ -126,7 +127,7 @@ def make_tokenizer(config: ModelConfig, folder: Path | None = None) -> Tokenizer
     """The tokenizer of a model; `folder` is searched for its files first.
 
     Raises:
-        ValueError: not found, or one that does not fit the model's vocabulary and padding.
+        UserError: not found, or one that does not fit the model's vocabulary and padding.
     """
     text = config.text_cfg
     name = text.hf_tokenizer_name or text.hf_model_name
@@ -142,16 +143,16 @@ def make_tokenizer(config: ModelConfig, folder: Path | None = None) -> Tokenizer
     else:
         tokenizer = _from_hugging_face(name, text.context_length)
     if tokenizer.vocab_size > text.vocab_size:
-        raise ValueError(
+        raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, "
             f"text_cfg.vocab_size is {text.vocab_size}"
         )
     if tokenizer.pad_id != text.pad_id:
-        raise ValueError(
+        raise UserError(
             f"the tokenizer pads with id {tokenizer.pad_id}, text_cfg.pad_id is {text.pad_id}"
         )
     if text.hf_model_name is None and text.pool_type == "eos" and text.eos_id != tokenizer.end_id:
-        raise ValueError(
+        raise UserError(
             f"the tokenizer ends captions with id {tokenizer.end_id}, "
             f"text_cfg.eos_id is {text.eos_id}"
         )
@@ -165,14 +166,14 @@ def _from_hugging_face(name: str, context_length: int) -> FastTokenizer:
     try:
         found = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, ImportError) as error:
-        raise ValueError(
+        raise UserError(
             f"tokenizer {name!r} is neither a folder with {TOKENIZER_FILE} nor in the local cache "
             "nor reachable on the hub; download it where there is a network and give the folder as "
             "text_cfg.hf_tokenizer_name"
         ) from error
     backend = getattr(found, "backend_tokenizer", None)
     if not isinstance(backend, HuggingFaceTokenizer):
-        raise ValueError(f"tokenizer {name!r} has no fast version ({TOKENIZER_FILE})")
+        raise UserError(f"tokenizer {name!r} has no fast version ({TOKENIZER_FILE})")
     special = {
         "pad_token": found.pad_token,
         "bos_token": found.bos_token or found.cls_token,
@@ -180,7 +181,7 @@ def _from_hugging_face(name: str, context_length: int) -> FastTokenizer:
     }
     missing = [role for role, token in special.items() if token is None]
     if missing:
-        raise ValueError(f"tokenizer {name!r} has no {' and no '.join(missing)}")
+        raise UserError(f"tokenizer {name!r} has no {' and no '.join(missing)}")
     return FastTokenizer(backend, context_length, special)
 
 
@@ -188,7 +189,7 @@ def clip_bpe_prefix(size: int) -> HuggingFaceTokenizer:
     """CLIP's BPE cut to `size` tokens.
 
     Raises:
-        ValueError: fewer tokens than bytes and special tokens, or more than CLIP has.
+        UserError: fewer tokens than bytes and special tokens, or more than CLIP has.
     """
     symbols = list(_openclip.bytes_to_unicode().values())
     base = [PAD, START, END, *symbols, *(symbol + "</w>" for symbol in symbols)]
@@ -199,7 +200,7 @@ def clip_bpe_prefix(size: int) -> HuggingFaceTokenizer:
         merges.append((left, right))
     if not len(base) <= size <= len(base) + len(merges):
         limits = f"{len(base)} to {len(base) + len(merges)}"
-        raise ValueError(f"coca-scale/clip-bpe-{size}: the size is between {limits}")
+        raise UserError(f"coca-scale/clip-bpe-{size}: the size is between {limits}")
     merges = merges[: size - len(base)]
     vocabulary = {token: i for i, token in enumerate([*base, *("".join(m) for m in merges)])}
     tokenizer = HuggingFaceTokenizer(
@@ -224,7 +225,7 @@ def clip_bpe_prefix(size: int) -> HuggingFaceTokenizer:
 def _special_id(backend: HuggingFaceTokenizer, special: Mapping[str, str], role: str) -> int:
     number = backend.token_to_id(special[role])
     if number is None:
-        raise ValueError(f"the tokenizer's {role} {special[role]!r} is not one of its tokens")
+        raise UserError(f"the tokenizer's {role} {special[role]!r} is not one of its tokens")
     return int(number)
 
 

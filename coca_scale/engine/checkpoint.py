@@ -13,7 +13,7 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -26,12 +26,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from coca_scale.engine.core import CONSTANTS_FILE, SCALE_FILE, STATE_TAG, TrainEngine
-from coca_scale.engine.launch import World
 from coca_scale.engine.resharding import Layout, to_universal
 from coca_scale.engine.weight_average import AVERAGE_FOLDER
+from coca_scale.engine.world import World
 from coca_scale.engine.writing import Entries, sync_folder, write_hashed
+from coca_scale.errors import AgreedError, UserError
 from coca_scale.model.weights import LOGIT_SCALE
-from coca_scale.recipe.files import sha256_of
+from coca_scale.recipe.files import read_json, sha256_of
 
 MANIFEST = "manifest.json"
 PROGRESS = "progress.json"
@@ -115,9 +116,10 @@ class CheckpointWriter:
         world = self._engine.world
         final = self._parent / f"step_{progress['step']:08d}"
         temporary = final.with_name(final.name + _TEMPORARY)
-        error = _on_first(world, lambda: _make_empty(temporary))
-        if error is not None:
-            return SaveReport(final, error, 0.0, time.perf_counter() - started, 0)
+        try:
+            world.on_first(lambda: _make_empty(temporary))
+        except AgreedError as error:
+            return SaveReport(final, str(error), 0.0, time.perf_counter() - started, 0)
         content = json.dumps(progress).encode()
         if world.rank == 0:
             self._engine.add_file(temporary / PROGRESS, content)
@@ -132,24 +134,20 @@ class CheckpointWriter:
         started = time.perf_counter()
         pending, self._pending = self._pending, None
         world = self._engine.world
-        mine: Entries | str
-        try:
-            mine = pending.files.result()
-        except OSError as fault:
-            mine = f"rank {world.rank}: {fault}"
-        parts = world.gather(mine)
         files: Entries = {}
-        for part in parts:
-            files |= part if isinstance(part, dict) else {}
-        error = next((part for part in parts if isinstance(part, str)), None)
-        if error is None:
-            error = _on_first(world, lambda: self._complete(pending, files))
-        if error is not None and world.rank == 0:
-            shutil.rmtree(pending.temporary, ignore_errors=True)
+        failure = None
+        try:
+            mine = world.agree(lambda: _written(pending, world.rank))
+            files = {name: entry for part in world.gather(mine) for name, entry in part.items()}
+            world.on_first(lambda: self._complete(pending, files))
+        except AgreedError as error:
+            failure = str(error)
+            if world.rank == 0:
+                shutil.rmtree(pending.temporary, ignore_errors=True)
         blocked = pending.blocked_seconds + time.perf_counter() - started
         seconds = time.perf_counter() - pending.started
         size = sum(entry["bytes"] for entry in files.values())
-        return SaveReport(pending.final, error, blocked, seconds, size)
+        return SaveReport(pending.final, failure, blocked, seconds, size)
 
     def _complete(self, pending: _Pending, files: Entries) -> None:
         content = json.dumps({"files": dict(sorted(files.items()))}, indent=1).encode()
@@ -173,17 +171,12 @@ class CheckpointWriter:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _on_first(world: World, action: Callable[[], None]) -> str | None:
-    """Let rank 0 do something with files; the text of its OSError, on every rank."""
-    error = None
-    if world.rank == 0:
-        try:
-            action()
-        except OSError as fault:
-            error = str(fault)
-    found = world.gather(error)[0]
-    assert found is None or isinstance(found, str)
-    return found
+def _written(pending: _Pending, rank: int) -> Entries:
+    """This rank's files, once they are on the disk."""
+    try:
+        return pending.files.result()
+    except OSError as error:
+        raise UserError(f"rank {rank}: {error}") from error
 
 
 def _make_empty(folder: Path) -> None:
@@ -234,14 +227,14 @@ def newest_intact(parent: Path, world: World, notes: list[str]) -> Path | None:
         world: the ranks.
         notes: gets a warning for every damaged one.
     """
-    listed = world.gather(complete_checkpoints(parent) if world.rank == 0 else None)[0]
-    assert isinstance(listed, list)
-    for folder in listed:
-        fault = verify_together(folder, world)
-        if fault is None:
-            return Path(folder)
-        notes.append(f"warning: {fault}; going back to an older checkpoint")
-        _on_first(world, partial(_set_aside, folder))
+    for folder in world.on_first(lambda: complete_checkpoints(parent)):
+        try:
+            verify_together(folder, world)
+        except AgreedError as fault:
+            notes.append(f"warning: {fault}; going back to an older checkpoint")
+            world.on_first(partial(_set_aside, folder))
+        else:
+            return folder
     return None
 
 
@@ -251,33 +244,31 @@ def _set_aside(folder: Path) -> None:
     folder.rename(target)
 
 
-def verify_together(folder: Path, world: World) -> str | None:
-    """What is wrong with a checkpoint, on every rank; None if nothing is. A collective."""
-    fault = None
-    try:
-        verify_checkpoint(folder, world.rank, world.size)
-    except ValueError as error:
-        fault = str(error)
-    faults = [f for f in world.gather(fault) if f is not None]
-    return str(faults[0]) if faults else None
+def verify_together(folder: Path, world: World) -> None:
+    """Let every rank look at its share of a checkpoint's files. A collective.
+
+    Raises:
+        AgreedError: not a complete checkpoint, or a file is missing or changed.
+    """
+    world.agree(lambda: verify_checkpoint(folder, world.rank, world.size))
 
 
 def verify_checkpoint(folder: Path, share: int = 0, shares: int = 1) -> None:
     """Compare every `shares`-th file, from number `share` on, with the manifest.
 
     Raises:
-        ValueError: not a complete checkpoint, or a file is missing or changed.
+        UserError: not a complete checkpoint, or a file is missing or changed.
     """
     try:
         files = json.loads((folder / MANIFEST).read_text())["files"]
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{folder}: not a complete checkpoint (no {MANIFEST})") from error
+        raise UserError(f"{folder}: not a complete checkpoint (no {MANIFEST})") from error
     for name, entry in list(files.items())[share::shares]:
         path = folder / name
         if not path.is_file() or path.stat().st_size != entry["bytes"]:
-            raise ValueError(f"{folder}: {name} is missing or has another size than when saved")
+            raise UserError(f"{folder}: {name} is missing or has another size than when saved")
         if sha256_of(path) != entry["sha256"]:
-            raise ValueError(f"{folder}: {name} is damaged (its checksum differs)")
+            raise UserError(f"{folder}: {name} is damaged (its checksum differs)")
 
 
 @contextlib.contextmanager
@@ -289,29 +280,25 @@ def fitting_state(
     A collective. The copy lies in folder `scratch` and is removed at the end of the block.
 
     Raises:
-        ValueError: it cannot be converted; on every rank.
+        UserError: it cannot be converted; on every rank.
     """
     saved = saved_layout(checkpoint)
     if saved == layout or (saved.zero_stage == layout.zero_stage == 0):  # plain replicas fit all
         yield None
         return
     if 0 in (saved.zero_stage, layout.zero_stage):
-        raise ValueError(
+        raise UserError(
             f"{checkpoint} was written by {saved}; ZeRO stage 0 and the others cannot be "
             "converted into each other. Set engine.zero_stage as it was"
         )
     target = scratch / f"{checkpoint.name}.universal{_TEMPORARY}"
     universal = target / STATE_TAG  # the converter leaves a file beside its folder
-    failed = None
-    if world.rank == 0:
+
+    def convert() -> None:
         shutil.rmtree(target, ignore_errors=True)
-        try:
-            to_universal(checkpoint / STATE_TAG, universal)
-        except ValueError as fault:
-            failed = str(fault)
-    error = world.gather(failed)[0]
-    if error is not None:
-        raise ValueError(str(error))
+        to_universal(checkpoint / STATE_TAG, universal)
+
+    world.on_first(convert)
     yield universal
     world.barrier()
     if world.rank == 0:
@@ -326,7 +313,7 @@ def saved_layout(folder: Path) -> Layout:
 
 def read_progress(folder: Path) -> dict[str, Any]:
     """The training loop's own state."""
-    progress: dict[str, Any] = json.loads((folder / PROGRESS).read_text())
+    progress: dict[str, Any] = read_json(folder / PROGRESS)
     return progress
 
 

@@ -25,10 +25,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from coca_scale.engine.config import deepspeed_config
-from coca_scale.engine.launch import World
 from coca_scale.engine.optimizer import make_optimizer, make_scale_optimizer
 from coca_scale.engine.resharding import Layout, load_universal
 from coca_scale.engine.weight_average import AVERAGE_FOLDER, WeightAverage, master_weights
+from coca_scale.engine.world import World
 from coca_scale.engine.writing import Entries, FileWriter
 from coca_scale.losses import ContrastiveResult, FeatureGather, contrastive_loss
 from coca_scale.model import CoCa, LogitScale
@@ -344,7 +344,7 @@ class TrainEngine:
             universal: its state in DeepSpeed's universal format, where it has another layout.
 
         Raises:
-            ValueError: the checkpoint lacks something that this run needs.
+            UserError: the checkpoint lacks something that this run needs.
         """
         saved = torch.load(folder / SCALE_FILE, map_location=self.world.device, weights_only=True)
         self._logit_scale.load_state_dict(saved["model"])

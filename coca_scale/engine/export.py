@@ -16,7 +16,7 @@ def export(loaded: LoadedModel, folder: Path) -> str | None:
         Why OpenCLIP cannot load the folder; None where it can.
 
     Raises:
-        ValueError: a weight is not finite.
+        UserError: a weight is not finite.
     """
     obstacle = write_folder(loaded.weights, loaded.config, folder)
     if isinstance(loaded.tokenizer, FastTokenizer):

@@ -8,7 +8,6 @@ import re
 import socket
 import subprocess
 import time
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -16,7 +15,9 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from torch.distributed import distributed_c10d
+
+from coca_scale.engine.world import World
+from coca_scale.errors import UserError
 
 _LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _SLURM_VARIABLES = {
@@ -27,77 +28,8 @@ _SLURM_VARIABLES = {
 _MPI_MARKERS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
-class AgreedError(RuntimeError):
-    """Something that ends the run, raised by every rank together: one rank may report it."""
-
-
-class LaunchError(RuntimeError):
+class LaunchError(UserError):
     """The ranks do not come together; rank 0's says who is missing or does not fit."""
-
-
-@dataclass(frozen=True)
-class World:
-    """The processes of a run.
-
-    Attributes:
-        rank: of this process, from 0.
-        size: number of processes.
-        group: all ranks.
-        gather_group: all ranks again, for collectives that run beside the others.
-        device: where this rank computes.
-        hosts: host name of every rank.
-    """
-
-    rank: int
-    size: int
-    group: dist.ProcessGroup
-    gather_group: dist.ProcessGroup
-    device: torch.device
-    hosts: tuple[str, ...]
-
-    def sum(self, *values: float) -> list[float]:
-        """Each value summed over all ranks, in fp64. A collective."""
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total, group=self.group)
-        return [float(v) for v in total.tolist()]
-
-    def agree(self, error: str | None) -> None:
-        """Let all ranks fail together if one of them has an error. A collective.
-
-        Raises:
-            AgreedError: with the first of the errors, on every rank.
-        """
-        failed = [e for e in self.gather(error) if e is not None]
-        if failed:
-            raise AgreedError(failed[0])
-
-    def gather(self, value: object) -> list[object]:
-        """A small object from every rank, on every rank. A collective."""
-        values: list[object] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.group)
-        return values
-
-    def barrier(self) -> None:
-        """Wait for all ranks."""
-        self.sum(0.0)
-
-    def name_of(self, rank: int) -> str:
-        """A rank as a person looks for it."""
-        return f"rank {rank} on {self.hosts[rank]}"
-
-    @property
-    def ranks_per_node(self) -> int:
-        """Ranks of every host, 1 if they have different numbers."""
-        counts = {self.hosts.count(host) for host in self.hosts}
-        return counts.pop() if len(counts) == 1 else 1
-
-    def set_timeout(self, seconds: float) -> None:
-        """How long any collective may take from now on, in every group. A collective."""
-        self.barrier()  # nobody is still in one that began under the old limit
-        # public since torch 2.15
-        set_timeout = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout
-        for group in list(distributed_c10d._world.pg_map):
-            set_timeout(timedelta(seconds=seconds), group)
 
 
 def start_world(timeout_seconds: float = 900.0) -> World:

@@ -12,7 +12,9 @@ from PIL import Image
 from torch import Tensor
 
 from coca_scale.data.images import decode_image, eval_pixels, to_rgb
+from coca_scale.data.sample import BadSample
 from coca_scale.data.tokens import Tokenizer, make_tokenizer, prompt_ids
+from coca_scale.errors import UserError
 from coca_scale.generation.generate import generate
 from coca_scale.generation.options import GenerationOptions
 from coca_scale.model import ModelConfig, load_model_config
@@ -105,7 +107,7 @@ class LoadedModel:
             Token ids [B·samples, T], padded to the longest caption.
 
         Raises:
-            ValueError: the model is a CLIP, or an option makes no sense.
+            UserError: the model is a CLIP, or an option makes no sense.
         """
         prompts = None if text is None else text.expand(len(images), -1).tolist()
         chosen = GenerationOptions(**options)
@@ -125,16 +127,21 @@ class LoadedModel:
             options: of `GenerationOptions`.
 
         Raises:
-            ValueError: the model is a CLIP, a file is not a picture, or an option makes no sense.
+            UserError: the model is a CLIP, a file is not a picture, or an option makes no sense.
         """
-        opened = [
-            p if isinstance(p, Image.Image) else decode_image(Path(p).read_bytes(), str(p))
-            for p in pictures
-        ]
-        images = torch.stack([self.preprocess(picture) for picture in opened])
+        images = torch.stack([self.preprocess(_opened(picture)) for picture in pictures])
         text = torch.tensor(prompt_ids(self.tokenizer, prompt))
         tokens = self.generate(images, text, **options)
         return [self.tokenizer.decode(row) for row in tokens.tolist()]
+
+
+def _opened(picture: Image.Image | str | Path) -> Image.Image:
+    if isinstance(picture, Image.Image):
+        return picture
+    try:
+        return decode_image(Path(picture).read_bytes(), str(picture))
+    except BadSample as bad:
+        raise UserError(f"{picture}: {bad.cause.replace('_', ' ')}") from bad
 
 
 def load_model(name: str, config: str | None = None, raw_weights: bool = False) -> LoadedModel:
@@ -147,7 +154,7 @@ def load_model(name: str, config: str | None = None, raw_weights: bool = False) 
         raw_weights: of a run that averages its weights, take the last ones and not the average.
 
     Raises:
-        ValueError: not one of these, damaged, not reachable, or not a model of this package.
+        UserError: not one of these, damaged, not reachable, or not a model of this package.
     """
     found = find_model(name, config, raw_weights)
     model = build_model(found.config, found.weights)
@@ -165,7 +172,7 @@ def find_model(name: str, config: str | None = None, raw_weights: bool = False) 
         return _in_file(weight_file, str(config_file))
     if path.is_file() or path.suffix in WEIGHT_SUFFIXES:
         if config is None:
-            raise ValueError(
+            raise UserError(
                 f"{name}: a weight file does not say what model it is; give its config, one of "
                 f"{', '.join(available_models())}, or a JSON file"
             )
@@ -174,7 +181,7 @@ def find_model(name: str, config: str | None = None, raw_weights: bool = False) 
     if separator:
         load_model_config(model)  # its own message for an unknown model comes first
         return _in_file(registry_file(model, tag), model)
-    raise ValueError(
+    raise UserError(
         f"{name}: no such folder or file; a model is a run, a checkpoint, an exported folder, a "
         "weight file, hf-hub:ORG/NAME, or NAME@TAG"
     )
@@ -195,7 +202,7 @@ def _in_folder(folder: Path, raw_weights: bool) -> Found:
     checkpoint = folder if (folder / MANIFEST).is_file() else None
     checkpoint = checkpoint or find_checkpoint(folder / "checkpoints")
     if checkpoint is None:
-        raise ValueError(
+        raise UserError(
             f"{folder}: neither a run with a complete checkpoint, nor a checkpoint, nor a model "
             "folder with a config of OpenCLIP's"
         )

@@ -27,6 +27,8 @@ from deepspeed.utils import (
 )
 from torch import Tensor
 
+from coca_scale.errors import UserError
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -44,7 +46,7 @@ def to_universal(state: Path, target: Path) -> None:
     """Write the universal format of DeepSpeed's folder `state` into `target`.
 
     Raises:
-        ValueError: DeepSpeed's converter failed.
+        UserError: DeepSpeed's converter failed.
     """
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
     command += ["--input_folder", str(state), "--output_folder", str(target)]
@@ -52,7 +54,7 @@ def to_universal(state: Path, target: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["no message"]
-        raise ValueError(f"{state} cannot be converted to another layout: {lines[-1]}")
+        raise UserError(f"{state} cannot be converted to another layout: {lines[-1]}")
 
 
 def load_universal(engine: Any, folder: Path, optimizer_steps: int) -> None:

@@ -22,7 +22,8 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-from coca_scale.engine.launch import World, connect_store
+from coca_scale.engine.launch import connect_store
+from coca_scale.engine.world import World
 from coca_scale.recipe.exits import CRASHED
 
 BEAT_SECONDS = 2.0

@@ -20,6 +20,7 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 from torch import Tensor
 
 from coca_scale.engine.resharding import set_state
+from coca_scale.errors import UserError
 
 AVERAGE_FOLDER = "average"
 NO_AVERAGE = "{} holds no average of the weights; resume without optim.ema_decay"
@@ -68,11 +69,11 @@ class WeightAverage:
         """Read what `save` wrote.
 
         Raises:
-            ValueError: the checkpoint has no average.
+            UserError: the checkpoint has no average.
         """
         file = _shard(folder / AVERAGE_FOLDER / tag, rank)
         if file is None:
-            raise ValueError(NO_AVERAGE.format(folder))
+            raise UserError(NO_AVERAGE.format(folder))
         state = torch.load(file, map_location="cpu", weights_only=False)
         self._updates = state["updates"]
         shards = state[OPTIMIZER_STATE_DICT]
@@ -84,12 +85,12 @@ class WeightAverage:
         """Read what runs of another layout wrote.
 
         Raises:
-            ValueError: the checkpoint has no average.
+            UserError: the checkpoint has no average.
         """
         source = folder / AVERAGE_FOLDER
         first = _shard(source / tag, 0)
         if first is None:
-            raise ValueError(NO_AVERAGE.format(folder))
+            raise UserError(NO_AVERAGE.format(folder))
         self._updates = torch.load(first, map_location="cpu", weights_only=False)["updates"]
         silence = io.StringIO()  # DeepSpeed prints its progress
         with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):

@@ -8,8 +8,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from coca_scale.engine.world import World
 from coca_scale.evaluation.caption_files import CaptionFile, SideCars
 from coca_scale.evaluation.captioning import Captioned, Captioner
 from coca_scale.evaluation.pictures import (
@@ -19,9 +20,6 @@ from coca_scale.evaluation.pictures import (
     count_pictures,
     read_pictures,
 )
-
-if TYPE_CHECKING:
-    from coca_scale.engine.launch import World
 
 SHOWN_PICTURES = 30
 
@@ -58,7 +56,7 @@ class CaptionJob:
         captioner: Captioner,
         parts: Sequence[Part],
         settings: Mapping[str, Any],
-        world: World | None,
+        world: World,
         progress: Progress,
     ) -> None:
         """`settings` tell one job from another; `progress` is told of pictures done and in all."""
@@ -66,7 +64,7 @@ class CaptionJob:
         self._parts = parts
         self._settings = settings
         self._world = world
-        self._rank, self._ranks = (world.rank, world.size) if world is not None else (0, 1)
+        self._rank, self._ranks = world.rank, world.size
         self._progress = progress
         self._summary = Summary()
         self._total = count_pictures(parts)
@@ -122,13 +120,8 @@ class CaptionJob:
 
     def _add_up(self) -> None:
         """Wait for all ranks, and add up what they did."""
-        if self._world is None:
-            return
         mine = self._summary
-        found = self._world.gather((mine.written, dict(mine.bad), mine.seconds))
-        mine.written, mine.bad = 0, Counter()
-        for entry in found:
-            assert isinstance(entry, tuple)
-            mine.written += entry[0]
-            mine.bad.update(entry[1])
-            mine.seconds = max(mine.seconds, entry[2])
+        found = self._world.gather((mine.written, mine.bad, mine.seconds))
+        mine.written = sum(written for written, _, _ in found)
+        mine.bad = sum((bad for _, bad, _ in found), Counter())
+        mine.seconds = max(seconds for _, _, seconds in found)

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from coca_scale.errors import UserError
+
 _SPICE = "stanford-corenlp-3.6.0.jar"
 Texts = Mapping[int, Sequence[str]]
 
@@ -45,14 +47,14 @@ def score_captions(references: Texts, captions: Mapping[int, str], java: bool) -
         java: use Java if it is there.
 
     Raises:
-        ValueError: no pictures, or not the same ones.
+        UserError: no pictures, or not the same ones.
     """
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
 
     if not captions or captions.keys() != references.keys():
-        raise ValueError("captions can be scored for the pictures that have references, no others")
+        raise UserError("captions can be scored for the pictures that have references, no others")
     written = {key: [caption] for key, caption in captions.items()}
     with_java = java and shutil.which("java") is not None
     tokenize = _ptb if with_java else _treebank
@@ -90,14 +92,14 @@ def _in_java(name: str, references: Any, captions: Any) -> float | str:
 
 
 def _ptb(texts: Texts) -> dict[int, list[str]]:
-    """Raises ValueError if Java does not tokenise all of them."""
+    """Raises UserError if Java does not tokenise all of them."""
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
     listed = {key: [{"caption": text} for text in of_key] for key, of_key in texts.items()}
     with _quiet():
         found: dict[int, list[str]] = PTBTokenizer().tokenize(listed)
     if {k: len(v) for k, v in found.items()} != {k: len(v) for k, v in texts.items()}:
-        raise ValueError("Java did not tokenise the captions; see that `java -version` works")
+        raise UserError("Java did not tokenise the captions; see that `java -version` works")
     return found
 
 

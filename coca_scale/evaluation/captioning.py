@@ -65,7 +65,7 @@ class Captioner:
     batch_size: int = 64
 
     def __post_init__(self) -> None:
-        """Raises ValueError for what `generate` would refuse, before anything is written."""
+        """Raises UserError for what `generate` would refuse, before anything is written."""
         coca, tokenizer = self.loaded.model.coca, self.loaded.tokenizer
         length = self.options.length(coca.config.context_length)
         coca.new_past(length)

@@ -22,6 +22,7 @@ from starlette.routing import Route
 from coca_scale.data.images import decode_image
 from coca_scale.data.sample import BadSample
 from coca_scale.engine.loading import LoadedModel
+from coca_scale.errors import UserError
 from coca_scale.generation.generate import generate
 from coca_scale.generation.options import GenerationOptions
 
@@ -91,12 +92,12 @@ def listen(host: str, port: int) -> socket.socket:
     """A socket that is open before the model is loaded.
 
     Raises:
-        ValueError: the address is not this machine's, or taken.
+        UserError: the address is not this machine's, or taken.
     """
     try:
         return socket.create_server((host, port))
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"cannot listen on {host}:{port} ({error.strerror}); choose another --port or --host"
         ) from error
 

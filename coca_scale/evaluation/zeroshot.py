@@ -26,6 +26,7 @@ from coca_scale.evaluation.pictures import (
 )
 from coca_scale.model.coca import unit
 from coca_scale.openclip.alone import open_clip_module
+from coca_scale.recipe.files import read_text
 from coca_scale.recipe.schema import DataSection
 
 _openclip = open_clip_module("zero_shot_metadata")
@@ -70,7 +71,7 @@ class Labelled:
     def label(self, picture: Picture) -> int:
         """Its class; raises DataError for one that there is not."""
         label = picture.captions[0].strip() if picture.captions else ""
-        if not label.isdigit() or int(label) >= len(self.classes.names):
+        if not label.isdecimal() or int(label) >= len(self.classes.names):
             last = len(self.classes.names) - 1
             raise DataError(f"{picture.key}: class {label!r} is none of 0 … {last}")
         return int(label)
@@ -190,7 +191,7 @@ def _read_lines(name: str) -> list[str]:
     path = Path(name)
     if not path.is_file():
         raise DataError(f"{name}: no such file")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = [line.strip() for line in read_text(path).splitlines()]
     lines = [line for line in lines if line]
     if not lines:
         raise DataError(f"{name}: empty")

@@ -68,7 +68,7 @@ def generate(
             under ZeRO-3, where every rank must run it the same number of times.
 
     Raises:
-        ValueError: the model has no decoder, or no place for the captions asked for.
+        UserError: the model has no decoder, or no place for the captions asked for.
     """
     length = options.length(coca.config.context_length)
     past = coca.new_past(length)

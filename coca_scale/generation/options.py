@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from coca_scale.errors import UserError
+
 GenerationType = Literal["beam_search", "greedy", "top_k", "top_p"]
 DEFAULT_LENGTH = 30
 
@@ -56,41 +58,41 @@ class GenerationOptions:
         """Refuse what makes no sense.
 
         Raises:
-            ValueError: naming the option and its range.
+            UserError: naming the option and its range.
         """
         if self.generation_type not in get_args(GenerationType):
-            raise ValueError(
+            raise UserError(
                 f"generation_type is one of {', '.join(get_args(GenerationType))}, "
                 f"not {self.generation_type!r}"
             )
         for name in ("num_beams", "num_beam_groups", "top_k", "samples"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is at least 1, not {getattr(self, name)}")
+                raise UserError(f"{name} is at least 1, not {getattr(self, name)}")
         for name in ("temperature", "repetition_penalty"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is more than 0, not {getattr(self, name)}")
+                raise UserError(f"{name} is more than 0, not {getattr(self, name)}")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is between 0 and 1, not {self.top_p}")
+            raise UserError(f"top_p is between 0 and 1, not {self.top_p}")
         if self.seq_len is not None and self.seq_len < 2:
-            raise ValueError(f"seq_len is at least 2, not {self.seq_len}")
+            raise UserError(f"seq_len is at least 2, not {self.seq_len}")
         if self.seq_len is not None and self.min_seq_len >= self.seq_len:
-            raise ValueError(
+            raise UserError(
                 f"min_seq_len ({self.min_seq_len}) must be less than seq_len ({self.seq_len})"
             )
         self._check_beams()
 
     def _check_beams(self) -> None:
         if self.num_beams % self.num_beam_groups:
-            raise ValueError(
+            raise UserError(
                 f"num_beams ({self.num_beams}) must be a multiple of num_beam_groups "
                 f"({self.num_beam_groups})"
             )
         if self.generation_type == "beam_search" and self.samples > self.num_beams:
-            raise ValueError(
+            raise UserError(
                 f"samples ({self.samples}) cannot be more than num_beams ({self.num_beams})"
             )
         if self.generation_type == "greedy" and self.samples > 1:
-            raise ValueError("greedy search has one caption per image; draw several with top_p")
+            raise UserError("greedy search has one caption per image; draw several with top_p")
 
     def length(self, context_length: int) -> int:
         """Most tokens of a caption of a model with this context length."""

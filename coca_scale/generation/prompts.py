@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from coca_scale.errors import UserError
+
 
 @dataclass(frozen=True)
 class Prompts:
@@ -51,11 +53,11 @@ def make_prompts(
     """Lay out prompts of at least one token each.
 
     Raises:
-        ValueError: one leaves no place for a caption of `length` tokens.
+        UserError: one leaves no place for a caption of `length` tokens.
     """
     longest = max(len(prompt) for prompt in prompts)
     if longest >= length:
-        raise ValueError(
+        raise UserError(
             f"a prompt of {longest} tokens leaves no place in captions of {length} tokens (seq_len)"
         )
     rows = [[*prompt, *[pad_id] * (length - len(prompt))] for prompt in prompts]

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from coca_scale.errors import UserError
 from coca_scale.model.captions import Captions, next_tokens, pick
 from coca_scale.model.config import ModelConfig
 from coca_scale.model.decoder import CaptionHead, MultimodalDecoder
@@ -96,12 +97,12 @@ class CoCa(nn.Module):
         """An empty past of captions of up to `length` tokens.
 
         Raises:
-            ValueError: the model has no decoder, or no place for that many tokens.
+            UserError: the model has no decoder, or no place for that many tokens.
         """
         if self.decoder is None:
-            raise ValueError("this model is a CLIP: it has no decoder and writes no captions")
+            raise UserError("this model is a CLIP: it has no decoder and writes no captions")
         if length > self.config.context_length:
-            raise ValueError(
+            raise UserError(
                 f"this model's captions have at most {self.config.context_length} tokens, "
                 f"{length} were asked for"
             )

@@ -20,6 +20,7 @@ from pydantic import (
     model_validator,
 )
 
+from coca_scale.errors import UserError
 from coca_scale.model.hf_config import architecture
 
 CONFIG_FOLDER = Path(__file__).parent / "configs"
@@ -207,7 +208,7 @@ class ModelConfig(_Config):
         """The same model for another image size, caption length or patch dropout.
 
         Raises:
-            ValueError: the result is not a valid model.
+            UserError: the result is not a valid model.
         """
         raw = self.to_dict()
         if image_size is not None:
@@ -230,20 +231,20 @@ def load_model_config(name: str) -> ModelConfig:
     """A shipped config by name, or any OpenCLIP-format JSON file by path.
 
     Raises:
-        ValueError: unknown name, unreadable file, or a field that is not supported.
+        UserError: unknown name, unreadable file, or a field that is not supported.
     """
     path = Path(name) if name.endswith(".json") else CONFIG_FOLDER / f"{name}.json"
     if not path.is_file():
         near = difflib.get_close_matches(name, available_models(), n=1)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise ValueError(
+        raise UserError(
             f"model {name!r} is not known; {hint}Shipped: {', '.join(available_models())}; "
             "or give the path of an OpenCLIP JSON file"
         )
     try:
         raw = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not readable as JSON: {error}") from error
+        raise UserError(f"{path}: not readable as JSON: {error}") from error
     return parse_model_config(
         raw.get("model_cfg", raw) if isinstance(raw, dict) else raw, str(path)
     )
@@ -256,7 +257,7 @@ def parse_model_config(raw: Any, origin: str) -> ModelConfig:
     and padding, and the decoder has the vocabulary of the text tower.
 
     Raises:
-        ValueError: a field is unknown, unsupported or does not fit the others.
+        UserError: a field is unknown, unsupported or does not fit the others.
     """
     try:
         return ModelConfig.model_validate(_completed(raw, origin))
@@ -268,7 +269,7 @@ def parse_model_config(raw: Any, origin: str) -> ModelConfig:
             message = fault["msg"].removeprefix("Value error, ")
             message = "not supported by coca-scale" if unsupported else message
             lines.append(f"{origin}: {field + ': ' if field else ''}{message}")
-        raise ValueError("\n".join(lines)) from error
+        raise UserError("\n".join(lines)) from error
 
 
 def _completed(raw: Any, origin: str) -> Any:

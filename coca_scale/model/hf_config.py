@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from coca_scale.errors import UserError
+
 SHIPPED = Path(__file__).parent / "configs" / "huggingface"
 # models whose attention becomes causal with `is_decoder`, each covered by a test
 CAUSAL_TYPES = ("bert", "camembert", "roberta", "xlm-roberta")
@@ -16,18 +18,18 @@ def architecture(name: str, origin: str) -> dict[str, Any]:
     """The `config.json` of a Hugging Face model: a local folder, a shipped copy, or the hub.
 
     Raises:
-        ValueError: not found, or of a kind that cannot be made causal.
+        UserError: not found, or of a kind that cannot be made causal.
     """
     config = _read(name, origin)
     kind = config.get("model_type")
     if kind not in CAUSAL_TYPES:
-        raise ValueError(
+        raise UserError(
             f"{origin}: text_cfg.hf_model_name {name!r} is of type {kind!r}; "
             f"supported are {', '.join(CAUSAL_TYPES)}"
         )
     missing = [key for key in NEEDED if not isinstance(config.get(key), int)]
     if missing:
-        raise ValueError(f"{origin}: the config of {name!r} does not say {', '.join(missing)}")
+        raise UserError(f"{origin}: the config of {name!r} does not say {', '.join(missing)}")
     return config
 
 
@@ -40,16 +42,16 @@ def _read(name: str, origin: str) -> dict[str, Any]:
         try:
             config: dict[str, Any] = json.loads(file.read_text())
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{file}: not readable as JSON: {error}") from error
+            raise UserError(f"{file}: not readable as JSON: {error}") from error
         return config
     if is_folder:
-        raise ValueError(f"{origin}: text_cfg.hf_model_name {name}: no config.json in this folder")
+        raise UserError(f"{origin}: text_cfg.hf_model_name {name}: no config.json in this folder")
     from transformers import AutoConfig  # slow to import, rarely needed
 
     try:
         found: dict[str, Any] = AutoConfig.from_pretrained(name).to_dict()
     except (OSError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"{origin}: text_cfg.hf_model_name {name!r} is neither a folder nor in the local cache "
             "nor reachable on the hub; download it where there is a network and give the folder"
         ) from error

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from coca_scale.errors import UserError
 from coca_scale.model.captions import Captions, arrange, real_lengths
 from coca_scale.model.config import TextConfig
 from coca_scale.model.past import Past
@@ -110,7 +111,7 @@ def transformers_config(config: TextConfig, causal: bool) -> Any:
     """The tower's configuration for transformers.
 
     Raises:
-        ValueError: captions longer than the model has positions for.
+        UserError: captions longer than the model has positions for.
     """
     raw = dict(config.hf_config or {})
     # RoBERTa counts positions from its padding id
@@ -118,7 +119,7 @@ def transformers_config(config: TextConfig, causal: bool) -> Any:
         raw["pad_token_id"] + 1
     )
     if config.context_length > positions:
-        raise ValueError(
+        raise UserError(
             f"context_length {config.context_length} is more than the {positions} positions "
             f"of {config.hf_model_name}"
         )

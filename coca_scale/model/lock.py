@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from coca_scale.errors import UserError
 from coca_scale.model.coca import CoCa
 from coca_scale.recipe.schema import LossSection, ModelSection
 
@@ -16,7 +17,7 @@ def freeze(coca: CoCa, model: ModelSection, loss: LossSection) -> None:
     them down to nothing.
 
     Raises:
-        ValueError: more groups to unlock than there are, or nothing left to train.
+        UserError: more groups to unlock than there are, or nothing left to train.
     """
     if model.lock_image:
         _lock(coca.image, model.image_unlocked_groups, "model.image_unlocked_groups")
@@ -32,7 +33,7 @@ def freeze(coca: CoCa, model: ModelSection, loss: LossSection) -> None:
         parameter.requires_grad_(False)
     learns = loss.contrastive_weight > 0 or (loss.caption_weight > 0 and coca.decoder is not None)
     if not learns or not any(p.requires_grad for p in coca.parameters()):
-        raise ValueError(
+        raise UserError(
             "nothing is left to train: see model.lock_image, model.lock_text and the loss weights"
         )
 
@@ -57,7 +58,7 @@ def layer_scales(coca: CoCa, layer_decay: float) -> dict[nn.Parameter, float]:
 def _lock(tower: nn.Module, unlocked_groups: int, key: str) -> None:
     groups = tower.layer_groups()  # type: ignore[operator]
     if unlocked_groups > len(groups):
-        raise ValueError(f"{key}={unlocked_groups}: this tower has {len(groups)} groups")
+        raise UserError(f"{key}={unlocked_groups}: this tower has {len(groups)} groups")
     for group in groups[: len(groups) - unlocked_groups]:
         for parameter in group:
             parameter.requires_grad_(False)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from coca_scale.errors import UserError
 from coca_scale.model.config import VisionConfig
 from coca_scale.model.image import PooledTower
 from coca_scale.model.recompute import Recomputable
@@ -17,7 +18,7 @@ def make_trunk(config: VisionConfig, pool: str) -> Any:
     """The timm model without its classifier, for images of `config.image_size`.
 
     Raises:
-        ValueError: timm does not know it, or cannot build it for this image size.
+        UserError: timm does not know it, or cannot build it for this image size.
     """
     import timm
 
@@ -26,7 +27,7 @@ def make_trunk(config: VisionConfig, pool: str) -> Any:
     if not timm.is_model(name):
         near = timm.list_models(f"*{name.split('_')[0]}*")[:3]
         hint = f"; it has {', '.join(near)}, ..." if near else ""
-        raise ValueError(f"timm has no model {name!r}{hint}")
+        raise UserError(f"timm has no model {name!r}{hint}")
     options: dict[str, Any] = {}
     if takes_image_size(name):
         options["img_size"] = config.image_size
@@ -34,7 +35,7 @@ def make_trunk(config: VisionConfig, pool: str) -> Any:
         trunk = timm.create_model(name, **options)
         trunk.reset_classifier(0, global_pool=pool)  # as OpenCLIP does: other norms otherwise
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"timm cannot build {name} for {config.image_size} px with pooling {pool!r}: {error}"
         ) from error
     return trunk

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import Module
 
+from coca_scale.errors import UserError
 from coca_scale.model.coca import CoCa
 from coca_scale.model.hf_text import transformers_config
 from coca_scale.model.timm_tower import has_batch_norm, takes_image_size
@@ -17,7 +18,7 @@ def load_tower_weights(coca: CoCa) -> list[str]:
         A line for every tower that was filled.
 
     Raises:
-        ValueError: not in the local cache and not reachable.
+        UserError: not in the local cache and not reachable.
     """
     vision, text = coca.config.vision_cfg, coca.config.text_cfg
     notes = []
@@ -29,7 +30,7 @@ def load_tower_weights(coca: CoCa) -> list[str]:
         try:
             published = timm.create_model(name, pretrained=True, num_classes=0, **options)
         except (OSError, RuntimeError) as error:
-            raise ValueError(_missing(name, "timm_model_pretrained")) from error
+            raise UserError(_missing(name, "timm_model_pretrained")) from error
         _copy(coca.image.get_submodule("trunk"), published.state_dict())
         notes.append(f"image tower starts from timm's weights of {name}")
     if text.hf_model_name is not None and text.hf_model_pretrained:
@@ -44,7 +45,7 @@ def load_tower_weights(coca: CoCa) -> list[str]:
                 text.hf_model_name, config=config, add_pooling_layer=False
             )
         except OSError as error:
-            raise ValueError(_missing(text.hf_model_name, "hf_model_pretrained")) from error
+            raise UserError(_missing(text.hf_model_name, "hf_model_pretrained")) from error
         if text.vocab_size > config.vocab_size:
             found.resize_token_embeddings(text.vocab_size)
         _copy(coca.text.get_submodule("transformer"), found.state_dict())
@@ -56,11 +57,11 @@ def require_statistics(coca: CoCa, has_weights: bool) -> None:
     """Refuse BatchNorm that has never seen data.
 
     Raises:
-        ValueError: BatchNorm in a model that starts from nothing.
+        UserError: BatchNorm in a model that starts from nothing.
     """
     vision = coca.config.vision_cfg
     if has_batch_norm(coca) and not has_weights:
-        raise ValueError(
+        raise UserError(
             f"{vision.timm_model_name} has BatchNorm, which runs here with stored statistics "
             "(those of a micro-batch would make the result depend on how a batch is cut); start "
             "from weights (model.pretrained or timm_model_pretrained: true), or take a model "

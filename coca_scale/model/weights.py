@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from coca_scale.errors import UserError
 from coca_scale.model.coca import CoCa
 from coca_scale.model.config import ModelConfig
 from coca_scale.model.logit_scale import LogitScale
@@ -41,7 +42,7 @@ def build_model(config: ModelConfig, weights: Mapping[str, Tensor]) -> Model:
     """A model in evaluation mode that uses the tensors of `weights` as they are, without a copy.
 
     Raises:
-        ValueError: the weights are not those of this configuration.
+        UserError: the weights are not those of this configuration.
     """
     logit_scale = LogitScale()
     coca = new_coca(config, will_be_loaded=True)
@@ -65,7 +66,7 @@ def load_weights(coca: CoCa, logit_scale: LogitScale, weights: Mapping[str, Tens
     """Put `weights` in the place of the model's own tensors; memory-mapped ones stay mapped.
 
     Raises:
-        ValueError: missing or unexpected names, or a tensor of another shape.
+        UserError: missing or unexpected names, or a tensor of another shape.
     """
     check_weights(coca, weights)
     towers = {name: tensor for name, tensor in weights.items() if name != LOGIT_SCALE}
@@ -77,19 +78,19 @@ def check_weights(coca: CoCa, weights: Mapping[str, Tensor]) -> None:
     """Compare names and shapes.
 
     Raises:
-        ValueError: what is missing, unexpected, or of another shape.
+        UserError: what is missing, unexpected, or of another shape.
     """
     shapes = {name: tensor.shape for name, tensor in coca.state_dict().items()}
     shapes[LOGIT_SCALE] = torch.Size([1])
     missing, unexpected = sorted(shapes.keys() - weights), sorted(weights.keys() - shapes)
     if missing or unexpected:
-        raise ValueError(
+        raise UserError(
             "these are weights of another architecture than the model config says: "
             f"{_some(missing, 'missing')}; {_some(unexpected, 'unexpected')}"
         )
     for name, tensor in weights.items():
         if tensor.shape != shapes[name]:
-            raise ValueError(
+            raise UserError(
                 f"{name} has shape {tuple(tensor.shape)} in the weights, "
                 f"the model config says {tuple(shapes[name])}"
             )
@@ -137,7 +138,7 @@ def resize_grid(positions: Tensor, length: int) -> Tensor:
     old_side, new_side = int(positions.shape[0] ** 0.5), int(length**0.5)
     prefix = positions.shape[0] - old_side**2
     if length - new_side**2 != prefix:
-        raise ValueError(
+        raise UserError(
             f"image positions of {positions.shape[0]} tokens cannot be resized to {length}"
         )
     grid = positions[prefix:].reshape(1, old_side, old_side, -1).permute(0, 3, 1, 2)

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from coca_scale.errors import UserError
 from coca_scale.model import ModelConfig, load_model_config
 from coca_scale.model.image import IMAGE_MEAN, IMAGE_STD
 from coca_scale.model.timm_tower import takes_image_size
@@ -87,12 +88,12 @@ def write_folder(weights: Mapping[str, Tensor], config: ModelConfig, folder: Pat
         The reason for a folder of our own, None for one of OpenCLIP's.
 
     Raises:
-        ValueError: a weight is not finite.
+        UserError: a weight is not finite.
     """
     folder.mkdir(parents=True, exist_ok=True)
     broken = [n for n, t in weights.items() if t.is_floating_point() and not t.isfinite().all()]
     if broken:
-        raise ValueError(f"{len(broken)} weights are not finite, first: {broken[0]}")
+        raise UserError(f"{len(broken)} weights are not finite, first: {broken[0]}")
     preprocess = {
         "mean": list(IMAGE_MEAN),
         "std": list(IMAGE_STD),
@@ -126,7 +127,7 @@ def read_folder(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     """Config and weights, under our names, of an OpenCLIP folder or one of our own.
 
     Raises:
-        ValueError: files missing or damaged, or a model that is not supported.
+        UserError: files missing or damaged, or a model that is not supported.
     """
     if (folder / OWN_CONFIG_FILE).is_file():
         config = load_model_config(str(folder / OWN_CONFIG_FILE))
@@ -135,7 +136,7 @@ def read_folder(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     for name in (SAFETENSORS_FILE, BIN_FILE):
         if (folder / name).is_file():
             return config, from_openclip(read_weight_file(folder / name))
-    raise ValueError(f"{folder}: neither {SAFETENSORS_FILE} nor {BIN_FILE} in it")
+    raise UserError(f"{folder}: neither {SAFETENSORS_FILE} nor {BIN_FILE} in it")
 
 
 @torch.no_grad()
@@ -145,11 +146,11 @@ def verify_folder(folder: Path, model: Model, batch: int = 4, seed: int = 0) -> 
     The captions have uneven lengths; logits are compared where a token is real.
 
     Raises:
-        ValueError: open_clip cannot load this model.
+        UserError: open_clip cannot load this model.
     """
     obstacle = openclip_obstacle(model.config)
     if obstacle is not None:
-        raise ValueError(f"{folder} cannot be verified with open_clip: {obstacle}")
+        raise UserError(f"{folder} cannot be verified with open_clip: {obstacle}")
     import open_clip  # heavy: only here is the whole of open_clip needed
 
     logging.getLogger().setLevel(logging.WARNING)

@@ -10,6 +10,7 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HTTPError  # of whichever client it uses
 
+from coca_scale.errors import UserError
 from coca_scale.openclip.folder import CONFIG_FILE
 
 HUB_PREFIX = "hf-hub:"
@@ -19,7 +20,7 @@ def hub_folder(name: str) -> tuple[Path, Path]:
     """Config and weight file of `hf-hub:ORG/NAME`, from the local cache or downloaded.
 
     Raises:
-        ValueError: not there, or not reachable.
+        UserError: not there, or not reachable.
     """
     from open_clip.pretrained import download_pretrained_from_hf  # takes seconds
 
@@ -28,14 +29,14 @@ def hub_folder(name: str) -> tuple[Path, Path]:
         config = download_pretrained_from_hf(repository, filename=CONFIG_FILE)
         return Path(config), Path(download_pretrained_from_hf(repository))
     except _FAULTS as error:
-        raise ValueError(_unreachable(name, error)) from error
+        raise UserError(_unreachable(name, error)) from error
 
 
 def registry_file(model: str, tag: str) -> Path:
     """Weight file of an OpenCLIP registry entry, from the local cache or downloaded.
 
     Raises:
-        ValueError: OpenCLIP has no such tag, or it is not reachable.
+        UserError: OpenCLIP has no such tag, or it is not reachable.
     """
     from open_clip.pretrained import (  # takes seconds
         download_pretrained,
@@ -49,14 +50,14 @@ def registry_file(model: str, tag: str) -> Path:
         near = difflib.get_close_matches(tag, tags, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         known = f"it has {', '.join(tags)}" if tags else f"it has no weights for {model}"
-        raise ValueError(
+        raise UserError(
             f"{tag!r} is neither a file, nor a folder, nor a tag of {model} in OpenCLIP; "
             f"{hint}{known}"
         )
     try:
         return Path(download_pretrained(entry))
     except _FAULTS as error:
-        raise ValueError(_unreachable(f"{model}@{tag}", error)) from error
+        raise UserError(_unreachable(f"{model}@{tag}", error)) from error
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def upload(repository: str, files: Sequence[HubFile], private: bool | None, mess
         The address of the repository.
 
     Raises:
-        ValueError: not signed in, not allowed, or not reachable.
+        UserError: not signed in, not allowed, or not reachable.
     """
     api = HfApi(library_name="coca-scale")
     try:
@@ -99,7 +100,7 @@ def upload(repository: str, files: Sequence[HubFile], private: bool | None, mess
         operations = [CommitOperationAdd(file.name, file.content) for file in files]
         api.create_commit(repository, operations, commit_message=message)
     except (HTTPError, OSError) as error:
-        raise ValueError(_not_uploaded(repository, error)) from error
+        raise UserError(_not_uploaded(repository, error)) from error
     return str(address)
 
 

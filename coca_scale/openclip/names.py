@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from coca_scale.errors import UserError
 from coca_scale.model.weights import LOGIT_SCALE
 
 THEIR_LOGIT_SCALE = "logit_scale"
@@ -86,7 +87,7 @@ def from_openclip(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """OpenCLIP's weights under our names; views of the given tensors wherever they fit.
 
     Raises:
-        ValueError: a key that no model of ours has.
+        UserError: a key that no model of ours has.
     """
     named = {
         f"text.{name}" if _FLAT_TEXT.fullmatch(name) else name: t for name, t in theirs.items()
@@ -151,7 +152,10 @@ def _import_one(
     elif match := re.fullmatch(r"(.+\.attn)\.q_proj_weight", name):
         yield f"{_rename(match[1], 0)}.q.weight", tensor
     elif match := re.fullmatch(r"(.+\.attn)\.k_proj_weight", name):
-        key_value = torch.cat([tensor, theirs[f"{match[1]}.v_proj_weight"]])
+        value = theirs.get(f"{match[1]}.v_proj_weight")
+        if value is None:
+            raise UserError(f"{name} has no v_proj_weight beside it")
+        key_value = torch.cat([tensor, value])
         yield f"{_rename(match[1], 0)}.kv.weight", key_value
     elif name.endswith(".attn.v_proj_weight"):
         return  # goes with its k
@@ -170,7 +174,7 @@ def _rename(name: str, source: int) -> str:
     for pooler in [("visual.attn_pool.attn", "image.pooler.attn")]:
         if name == pooler[source]:
             return pooler[1 - source]
-    raise ValueError(f"weight {name!r} belongs to no model of this package")
+    raise UserError(f"weight {name!r} belongs to no model of this package")
 
 
 def _rename_prefix(name: str, source: int, rules: list[tuple[str, str]]) -> str | None:
@@ -186,4 +190,4 @@ def _rename_in_block(name: str, source: int) -> str:
     for rule in _BLOCK:
         if name.startswith(rule[source] + "."):
             return rule[1 - source] + name[len(rule[source]) :]
-    raise ValueError(f"weight ...{name!r} belongs to no block of this package")
+    raise UserError(f"weight ...{name!r} belongs to no block of this package")

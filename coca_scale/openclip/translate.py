@@ -15,10 +15,12 @@ from typing import Any
 import yaml
 from open_clip_train.params import parse_args
 
+from coca_scale.errors import UserError
 from coca_scale.model.config import load_model_config
 from coca_scale.openclip.options import OPTIONS, Fate
 from coca_scale.recipe import recipe_from_dict
 from coca_scale.recipe.batch import MAX_DEFAULT_LANES, default_lanes, divisors
+from coca_scale.recipe.files import read_text
 
 _ENTRY = re.compile(r"(^|[./])(open_clip_train|training)[./]main(\.py)?$")
 _LINE_END = re.compile(r"\\\n")
@@ -78,7 +80,7 @@ def translate(command: str, gpus: int | None = None) -> Translation:
         gpus: of the job; by default what the launcher in front of the command says, else 1.
 
     Raises:
-        ValueError: there is no such command, OpenCLIP does not understand it, or it asks for
+        UserError: there is no such command, OpenCLIP does not understand it, or it asks for
             something that would make another run of it here.
     """
     launcher, arguments = _split(_script(command))
@@ -102,7 +104,7 @@ def translate(command: str, gpus: int | None = None) -> Translation:
 def _script(command: str) -> str:
     """The text of a script if it is the path of one."""
     if len(command) < 4096 and "\n" not in command and Path(command).is_file():
-        return Path(command).read_text()
+        return read_text(Path(command))
     return command
 
 
@@ -115,7 +117,7 @@ def _split(text: str) -> tuple[list[str], list[str]]:
             words = list(lexer)
         except ValueError as error:
             if _ENTRY.search(line):
-                raise ValueError(f"not a shell command: {error}") from error
+                raise UserError(f"not a shell command: {error}") from error
             continue
         entries = [place for place, word in enumerate(words) if _ENTRY.search(word)]
         if entries:
@@ -125,25 +127,33 @@ def _split(text: str) -> tuple[list[str], list[str]]:
                 end -= 1  # 2>&1
             return words[: entries[0]], rest[:end]
     if text.lstrip().startswith("--"):
-        return [], shlex.split(text)
-    raise ValueError(
+        return [], _words(text)
+    raise UserError(
         "no OpenCLIP training command: give all of 'python -m open_clip_train.main --model …' in "
         "quotes, or a script that has it"
     )
+
+
+def _words(line: str) -> list[str]:
+    """As a shell cuts a line."""
+    try:
+        return shlex.split(line)
+    except ValueError as error:
+        raise UserError(f"not a shell command: {error}") from error
 
 
 def _parsed(arguments: list[str]) -> Namespace:
     """As OpenCLIP itself reads them, with its defaults."""
     variables = [word for word in arguments if "$" in word]
     if variables:
-        raise ValueError(f"{variables[0]}: write out the shell variable first")
+        raise UserError(f"{variables[0]}: write out the shell variable first")
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint), contextlib.redirect_stdout(complaint):
             args: Namespace = parse_args(arguments)
     except SystemExit as error:
         said = complaint.getvalue().strip().splitlines() or ["nothing"]
-        raise ValueError(f"OpenCLIP does not understand it: {said[-1]}") from error
+        raise UserError(f"OpenCLIP does not understand it: {said[-1]}") from error
     return args
 
 
@@ -182,12 +192,12 @@ def _refuse(args: Namespace, typed: Sequence[str]) -> None:
     if args.train_data is None and args.dataset_type != "synthetic":
         faults.append("--train-data is missing")
     if faults:
-        raise ValueError("; ".join(faults))
+        raise UserError("; ".join(faults))
 
 
 def _count_gpus(launcher: list[str], command: str) -> int | None:
     """Processes of the job, as launcher and #SBATCH lines say; None if they do not."""
-    sbatch = [word for line in _SBATCH.findall(_script(command)) for word in shlex.split(line)]
+    sbatch = [word for line in _SBATCH.findall(_script(command)) for word in _words(line)]
     words = [*launcher, *sbatch]  # the command line wins
     nodes, tasks = _number(words, _NODES), _number(words, _RANKS)
     started = _number(words, _STARTED)
@@ -203,9 +213,9 @@ def _number(words: Sequence[str], options: Iterable[str]) -> int | None:
     """The number behind one of these options."""
     for place, word in enumerate(words):
         for option in options:
-            if word == option and place + 1 < len(words) and words[place + 1].isdigit():
+            if word == option and place + 1 < len(words) and words[place + 1].isdecimal():
                 return int(words[place + 1])
-            if word.startswith(f"{option}=") and word.partition("=")[2].isdigit():
+            if word.startswith(f"{option}=") and word.partition("=")[2].isdecimal():
                 return int(word.partition("=")[2])
     return None
 
@@ -267,7 +277,7 @@ def _model(args: Namespace, notes: list[str]) -> dict[str, Any]:
         section["pretrained_towers"] = True
     sizes = set(args.force_image_size or [])
     if len(sizes) > 1:
-        raise ValueError("--force-image-size: pictures are square")
+        raise UserError("--force-image-size: pictures are square")
     values = {
         "image_size": next(iter(sizes), None),
         "context_length": args.force_context_length,
@@ -315,9 +325,12 @@ def _sources(names: str, factors: str | None) -> Any:
     parts = names.split("::")
     if factors is None:
         return parts[0] if len(parts) == 1 else parts
-    weights = [float(factor) for factor in factors.split("::")]
+    try:
+        weights = [float(factor) for factor in factors.split("::")]
+    except ValueError as error:
+        raise UserError(f"--train-data-upsampling-factors: {error}") from error
     if len(weights) != len(parts):
-        raise ValueError(f"--train-data-upsampling-factors: {len(parts)} sources, {factors}")
+        raise UserError(f"--train-data-upsampling-factors: {len(parts)} sources, {factors}")
     return [{"shards": s, "weight": w} for s, w in zip(parts, weights, strict=True)]
 
 
@@ -334,11 +347,11 @@ def _schedule(args: Namespace, epoch: int | None) -> dict[str, Any]:
     if args.skip_scheduler:
         return {"name": "constant"}
     if args.lr_scheduler not in _SCHEDULES:
-        raise ValueError(f"--lr-scheduler {args.lr_scheduler}: one of {', '.join(_SCHEDULES)}")
+        raise UserError(f"--lr-scheduler {args.lr_scheduler}: one of {', '.join(_SCHEDULES)}")
     section = {"name": _SCHEDULES[args.lr_scheduler], "warmup_steps": args.warmup}
     if args.lr_scheduler == "const-cooldown":
         if args.epochs_cooldown is None or epoch is None:
-            raise ValueError(
+            raise UserError(
                 "const-cooldown: --epochs-cooldown and --train-num-samples say how long it is"
             )
         section["cooldown_steps"] = args.epochs_cooldown * epoch

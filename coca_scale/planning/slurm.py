@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from coca_scale.errors import UserError
 from coca_scale.recipe import BatchPlan, load_recipe
 
 DEFAULT_TIME = "24:00:00"
@@ -67,19 +68,19 @@ def render(
         time: limit in a form of sbatch: minutes, HH:MM:SS, D-HH:MM:SS.
 
     Raises:
-        ValueError: the recipe is wrong, its batch does not divide over the ranks, the ranks do not
+        UserError: the recipe is wrong, its batch does not divide over the ranks, the ranks do not
             fill whole nodes, or the time is not one.
     """
     loaded = load_recipe(recipe, overrides)
     BatchPlan.from_recipe(loaded, gpus)
     nodes = -(-gpus // gpus_per_node)
     if nodes > 1 and gpus % gpus_per_node:
-        raise ValueError(
+        raise UserError(
             f"{gpus} GPUs do not fill whole nodes of {gpus_per_node}; use a multiple of "
             f"{gpus_per_node}, or --gpus-per-node"
         )
     if not _TIME.fullmatch(time):
-        raise ValueError(f"time {time!r}: write it as minutes, HH:MM:SS or D-HH:MM:SS")
+        raise UserError(f"time {time!r}: write it as minutes, HH:MM:SS or D-HH:MM:SS")
     tasks = gpus // nodes
     where = _from_checkout(recipe)
     options = {"--gpus": gpus}
@@ -117,13 +118,13 @@ def submit(script: str, file: Path | None) -> str:
         The job id.
 
     Raises:
-        ValueError: there is no sbatch, no checkout, or sbatch refused the job.
+        UserError: there is no sbatch, no checkout, or sbatch refused the job.
     """
     if shutil.which("sbatch") is None:
-        raise ValueError("there is no sbatch here; write the script with --out and submit it there")
+        raise UserError("there is no sbatch here; write the script with --out and submit it there")
     home = checkout()
     if not (home / LAUNCH_FILE).is_file():
-        raise ValueError(
+        raise UserError(
             f"{home / LAUNCH_FILE} is missing, which every job needs; "
             "set COCA_SCALE_HOME to a checkout of coca-scale"
         )
@@ -139,7 +140,7 @@ def submit(script: str, file: Path | None) -> str:
             check=False,
         )
     if done.returncode:
-        raise ValueError(f"sbatch refused the job: {' '.join(done.stderr.split())}")
+        raise UserError(f"sbatch refused the job: {' '.join(done.stderr.split())}")
     return done.stdout.split()[-1].partition(";")[0]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from coca_scale.errors import UserError
 from coca_scale.recipe.schema import Recipe
 
 MAX_DEFAULT_LANES = 1024
@@ -43,27 +44,27 @@ class BatchPlan:
         """Divide the recipe's batch over `ranks` processes.
 
         Raises:
-            ValueError: the global batch cannot be divided, with the values that could be.
+            UserError: the global batch cannot be divided, with the values that could be.
         """
         batch, micro = recipe.train.global_batch, recipe.train.micro_batch
         if batch % ranks:
-            raise ValueError(
+            raise UserError(
                 f"train.global_batch={batch} does not divide over {ranks} ranks; "
                 f"use a multiple of {ranks} or another number of ranks"
             )
         per_rank = batch // ranks
         if per_rank % micro:
             best = max(d for d in divisors(per_rank) if d <= micro)
-            raise ValueError(
+            raise UserError(
                 f"train.micro_batch={micro} does not divide the {per_rank} samples per rank "
                 f"(train.global_batch={batch} over {ranks} ranks); "
                 f"train.micro_batch={best} would"
             )
         lanes = recipe.data.lanes or default_lanes(batch, ranks)
         if batch % lanes:
-            raise ValueError(f"data.lanes={lanes} does not divide train.global_batch={batch}")
+            raise UserError(f"data.lanes={lanes} does not divide train.global_batch={batch}")
         if lanes % ranks:
-            raise ValueError(
+            raise UserError(
                 f"data.lanes={lanes} cannot be dealt to {ranks} ranks evenly; "
                 f"use a multiple of {ranks} that divides train.global_batch={batch}"
             )
@@ -86,7 +87,7 @@ def default_lanes(global_batch: int, ranks: int) -> int:
     lanes = max(candidates, key=lambda d: (len(divisors(d)), d))
     if lanes % ranks:
         fitting = [d for d in divisors(global_batch) if d % ranks == 0]
-        raise ValueError(
+        raise UserError(
             f"the default of {lanes} lanes cannot be dealt to {ranks} ranks evenly; "
             f"set data.lanes={fitting[0]} in the recipe and keep it for the whole run"
         )

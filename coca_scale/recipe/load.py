@@ -12,10 +12,11 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from coca_scale.errors import UserError
 from coca_scale.recipe.schema import LENGTH_KEYS, Recipe
 
 
-class RecipeError(ValueError):
+class RecipeError(UserError):
     """A recipe that cannot be used; the message lists every fault, one per line."""
 
 
@@ -42,6 +43,18 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         RecipeError: missing or malformed file, unknown key, wrong type or value out of range.
     """
     path = Path(path)
+    raw = read_sections(path)
+    for override in overrides:
+        apply_override(raw, override)
+    return recipe_from_dict(raw, str(path))
+
+
+def read_sections(path: Path) -> dict[str, Any]:
+    """The sections of a recipe file as they stand there, not looked at.
+
+    Raises:
+        RecipeError: no such file, or not a YAML mapping.
+    """
     if not path.is_file():
         raise RecipeError(f"{path}: no such recipe; the shipped ones are in recipes/")
     try:
@@ -52,9 +65,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         ) from error
     if not isinstance(raw, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of sections, this is {_kind(raw)}")
-    for override in overrides:
-        apply_override(raw, override)
-    return recipe_from_dict(raw, str(path))
+    return raw
 
 
 def recipe_from_dict(raw: Mapping[str, Any], origin: str = "recipe") -> Recipe:

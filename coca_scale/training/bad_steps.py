@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from coca_scale.engine.core import StepResult
-from coca_scale.engine.launch import AgreedError, World
+from coca_scale.engine.world import World
+from coca_scale.errors import AgreedError
 from coca_scale.recipe.schema import HealthSection
 from coca_scale.training.appending import append
 

@@ -18,6 +18,7 @@ from coca_scale.data.sample import BadSample, Source, causes_text
 from coca_scale.data.shards import ShardSource, missing_numbers, missing_shards
 from coca_scale.data.sources import open_source, train_crop
 from coca_scale.data.tokens import Tokenizer, make_tokenizer
+from coca_scale.errors import UserError
 from coca_scale.evaluation.zeroshot import open_labelled
 from coca_scale.model import CoCa, ModelConfig
 from coca_scale.model.lock import freeze
@@ -70,7 +71,7 @@ def check(recipe: Recipe, ranks: int, device_bytes: int | None = None) -> Report
 def _batch(recipe: Recipe, ranks: int, report: Report) -> BatchPlan | None:
     try:
         plan = BatchPlan.from_recipe(recipe, ranks)
-    except ValueError as error:
+    except UserError as error:
         report.faults.append(f"batch: {error}")
         return None
     report.fine.append(
@@ -91,7 +92,7 @@ def _model(recipe: Recipe, ranks: int, device_bytes: int, report: Report) -> Mod
         with torch.device("meta"):
             model = CoCa(config)
             freeze(model, recipe.model, recipe.loss)
-    except ValueError as error:
+    except UserError as error:
         report.faults.append(f"model: {error}")
         return None
     total = sum(p.numel() for p in model.parameters())
@@ -123,7 +124,7 @@ def _tokenizer(config: ModelConfig, recipe: Recipe, report: Report) -> Tokenizer
     start = recipe.model.pretrained
     try:
         tokenizer = make_tokenizer(config, Path(start) if start is not None else None)
-    except ValueError as error:
+    except UserError as error:
         report.faults.append(f"tokenizer: {error}")
         return None
     report.fine.append(
@@ -144,14 +145,14 @@ def _data(
     label = f"data.{name}"
     try:
         source = open_source(spec, recipe.data, recipe.run.seed)
-    except ValueError as error:
+    except UserError as error:
         report.faults.append(f"{label}: {error}")
         return
     if isinstance(source, ShardSource):
         _shards(label, source, plan, report)
     try:
         source.check()
-    except ValueError as error:
+    except UserError as error:
         missing = missing_shards(source.urls) if isinstance(source, ShardSource) else []
         if not missing:
             report.faults.append(f"{label}: {error}")
@@ -181,7 +182,7 @@ def _zeroshot(recipe: Recipe, report: Report) -> None:
     names = (settings.classnames, settings.templates)
     try:
         labelled = open_labelled(settings.zeroshot, recipe.data, *names)
-    except ValueError as error:
+    except UserError as error:
         report.faults.append(f"eval.zeroshot: {error}")
         return
     report.fine.append(f"eval.zeroshot: {len(labelled.classes.names):,} classes")

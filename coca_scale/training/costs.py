@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from coca_scale.engine.core import DTYPES, apply_settings
+from coca_scale.errors import UserError
 from coca_scale.losses import FeatureGather, contrastive_loss
 from coca_scale.model import CoCa
 from coca_scale.model.lock import freeze
@@ -32,7 +33,7 @@ def plan_run(
     """What a recipe costs on `ranks` devices: its batch over them, the counts, the plan.
 
     Raises:
-        ValueError: as `count_costs`, or the batch does not divide over the ranks.
+        UserError: as `count_costs`, or the batch does not divide over the ranks.
     """
     batch = BatchPlan.from_recipe(recipe, ranks)
     known = recipe.train.epochs is None or recipe.data.train_samples is not None
@@ -45,7 +46,7 @@ def count_costs(recipe: Recipe, batch: BatchPlan) -> Costs:
     """Run a micro-batch of the recipe's model, and the contrastive loss of its global batch.
 
     Raises:
-        ValueError: the model cannot be built, or does not keep to its activation budget.
+        UserError: the model cannot be built, or does not keep to its activation budget.
     """
     case = _Case(recipe, batch)
     model = case.model
@@ -95,7 +96,7 @@ def blocks_to_recompute(recipe: Recipe, batch: BatchPlan) -> list[str]:
     Those that give most bytes for the FLOPs of a second forward pass come first.
 
     Raises:
-        ValueError: recomputing all of them is not enough.
+        UserError: recomputing all of them is not enough.
     """
     budget = recipe.engine.activation_budget_gb
     if budget is None or recipe.engine.activation_checkpointing == "full":
@@ -113,7 +114,7 @@ def blocks_to_recompute(recipe: Recipe, batch: BatchPlan) -> list[str]:
     while peak > budget * 1e9:
         over = peak - budget * 1e9
         if not left:
-            raise ValueError(
+            raise UserError(
                 f"engine.activation_budget_gb={budget:g}: with every block recomputed activations "
                 f"still take {peak / 1e9:.2f} GB; use a smaller train.micro_batch"
             )

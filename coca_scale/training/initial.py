@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from coca_scale.engine.checkpoint import read_constants
-from coca_scale.engine.launch import World
 from coca_scale.engine.loading import find_model
+from coca_scale.engine.world import World
+from coca_scale.errors import UserError
 from coca_scale.model import CoCa, LogitScale, ModelConfig, load_model_config
 from coca_scale.model.lock import freeze
 from coca_scale.model.tower_weights import load_tower_weights, require_statistics
@@ -36,7 +37,7 @@ def model_config(section: ModelSection) -> ModelConfig:
     """The config a recipe asks for.
 
     Raises:
-        ValueError: unknown model, or sizes that do not fit it.
+        UserError: unknown model, or sizes that do not fit it.
     """
     config = load_model_config(section.name)
     return config.resized(section.image_size, section.context_length, section.patch_dropout)
@@ -59,20 +60,7 @@ def initial_model(
     Raises:
         AgreedError: the weights do not fit, are damaged or cannot be had.
     """
-    built: list[tuple[CoCa, LogitScale]] = []
-    own_notes: list[str] = []
-
-    def build() -> str | None:
-        try:
-            built.append(_build(recipe, config, checkpoint, own_notes))
-        except ValueError as error:
-            return str(error)
-        return None
-
-    world.agree(build() if world.rank == 0 else None)
-    world.agree(build() if world.rank != 0 else None)
-    notes += own_notes
-    return built[0]
+    return world.agree(lambda: _build(recipe, config, checkpoint, notes), first_alone=True)
 
 
 def _build(
@@ -114,12 +102,12 @@ def _load_pretrained(
     found = find_model(name, section.name)
     differences = _differences(found.config, coca.config)
     if differences:
-        raise ValueError(f"model.pretrained={name}: made for another model: {differences}")
+        raise UserError(f"model.pretrained={name}: made for another model: {differences}")
     weights, changes = fit_weights(found.weights, coca.config)
     try:
         load_weights(coca, logit_scale, weights)
-    except ValueError as error:
-        raise ValueError(f"model.pretrained={name}: {error}") from error
+    except UserError as error:
+        raise UserError(f"model.pretrained={name}: {error}") from error
     notes.append(f"starts from {name}: {len(weights)} tensors")
     notes += changes
 

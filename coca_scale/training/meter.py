@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from coca_scale.engine.launch import World
+from coca_scale.engine.world import World
 
 
 class Meter:
@@ -50,11 +50,9 @@ class Meter:
         seconds = time.perf_counter() - self._started
         rate = self.steps * self._global_batch / seconds
         mine = (self._data_seconds / seconds, self._others_seconds)
-        waits, others = [], []
-        for part in self._world.gather(mine):
-            assert isinstance(part, tuple)
-            waits.append(min(1.0, part[0]))
-            others.append(part[1])
+        everyone = self._world.gather(mine)
+        waits = [min(1.0, wait) for wait, _ in everyone]
+        others = [seconds for _, seconds in everyone]
         slowest = min(range(len(others)), key=others.__getitem__)
         lag = max(others) - others[slowest]
         values = {

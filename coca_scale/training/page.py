@@ -14,10 +14,11 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jinja2 import Environment, StrictUndefined
 
-from coca_scale.recipe.files import json_lines
+from coca_scale.errors import UserError
+from coca_scale.recipe.files import json_lines, read_json
+from coca_scale.recipe.load import read_sections
 from coca_scale.training.curves import Curve, chart
 from coca_scale.training.log import VALIDATION
 from coca_scale.training.skipped import BAD_SAMPLES
@@ -77,22 +78,23 @@ def read_run(folder: Path) -> RunRecord:
     """Read a run folder.
 
     Raises:
-        ValueError: it is none, or nothing has been logged yet.
+        UserError: it is none, or nothing has been logged yet.
     """
     recipe = folder / "recipe.yaml"
     if not recipe.is_file():
-        raise ValueError(f"{folder} is no run: it has no recipe.yaml")
+        raise UserError(f"{folder} is no run: it has no recipe.yaml")
+    sections = read_sections(recipe)
     metrics = list(_lines(folder / "metrics.jsonl"))
     if not metrics:
-        raise ValueError(f"{folder} has logged nothing yet: metrics.jsonl is empty or not there")
+        raise UserError(f"{folder} has logged nothing yet: metrics.jsonl is empty or not there")
     versions = folder / "versions.json"
     return RunRecord(
         name=folder.resolve().name,
         folder=folder,
         metrics=metrics,
         validation=list(_lines(folder / VALIDATION)),
-        recipe=dict(_flat(yaml.safe_load(recipe.read_text()))),
-        about=json.loads(versions.read_text()) if versions.is_file() else {},
+        recipe=dict(_flat(sections)),
+        about=read_json(versions) if versions.is_file() else {},
         bad=Counter(line["cause"] for line in _lines(folder / BAD_SAMPLES)),
     )
 
@@ -101,10 +103,10 @@ def report(folders: Sequence[Path]) -> str:
     """The page, which needs nothing from outside itself.
 
     Raises:
-        ValueError: a folder is no run, or more runs than colours.
+        UserError: a folder is no run, or more runs than colours.
     """
     if len(folders) > len(COLOURS):
-        raise ValueError(f"a page shows at most {len(COLOURS)} runs, not {len(folders)}")
+        raise UserError(f"a page shows at most {len(COLOURS)} runs, not {len(folders)}")
     runs = [read_run(folder) for folder in folders]
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     template = files("coca_scale.training").joinpath(_TEMPLATE).read_text(encoding="utf-8")

@@ -7,7 +7,8 @@ import shutil
 from pathlib import Path
 
 from coca_scale.data.sample import Source
-from coca_scale.engine.launch import AgreedError, World
+from coca_scale.engine.world import World
+from coca_scale.errors import UserError
 
 PROBE = ".probe"
 BYTES_PER_PARAMETER = 14  # fp32 master and two moments, and the parameter in 16 bits
@@ -25,24 +26,30 @@ def preflight(world: World, folder: Path, sources: list[Source]) -> None:
         AgreedError: naming the node on which something is not as it should be.
     """
     token = f"{os.getpid()} {os.urandom(8).hex()}"
-    try:
-        if world.rank == 0:
+
+    def leave_token() -> str:
+        try:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / PROBE).write_text(token)
-        error = None
-    except OSError as fault:
-        error = f"the run folder cannot be written: {fault}"
-    world.agree(error)
-    expected = world.gather(token)[0]
-    first_here = world.hosts.index(world.hosts[world.rank]) == world.rank
-    error = _look(folder, str(expected), sources) if first_here else None
-    found = [(rank, e) for rank, e in enumerate(world.gather(error)) if e is not None]
-    if world.rank == 0:
-        (folder / PROBE).unlink(missing_ok=True)
-    if found:
-        rank, text = found[0]
-        several = len(set(world.hosts)) > 1
-        raise AgreedError(f"{world.hosts[rank]}: {text}" if several else str(text))
+        except OSError as error:
+            raise UserError(f"the run folder cannot be written: {error}") from error
+        return token
+
+    def look_once_per_node() -> None:
+        host = world.hosts[world.rank]
+        if world.hosts.index(host) == world.rank:
+            try:
+                _look(folder, expected, sources)
+            except UserError as error:
+                several = len(set(world.hosts)) > 1
+                raise UserError(f"{host}: {error}" if several else str(error)) from error
+
+    expected = world.on_first(leave_token)
+    try:
+        world.agree(look_once_per_node)
+    finally:
+        if world.rank == 0:
+            (folder / PROBE).unlink(missing_ok=True)
 
 
 def room_for_checkpoints(folder: Path, parameters: int) -> str | None:
@@ -53,16 +60,12 @@ def room_for_checkpoints(folder: Path, parameters: int) -> str | None:
     return f"warning: {free / 1e9:.1f} GB free for checkpoints of about {needed / 1e9:.1f} GB each"
 
 
-def _look(folder: Path, token: str, sources: list[Source]) -> str | None:
+def _look(folder: Path, token: str, sources: list[Source]) -> None:
     probe = folder / PROBE
     if not probe.is_file() or probe.read_text() != token:
-        return (
+        raise UserError(
             f"does not see what rank 0 wrote into {folder.absolute()}; run.dir must be on storage "
             "that all nodes share"
         )
-    try:
-        for source in sources:
-            source.check()
-    except ValueError as error:
-        return str(error)
-    return None
+    for source in sources:
+        source.check()

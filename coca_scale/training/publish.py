@@ -18,6 +18,7 @@ from jinja2 import Environment, StrictUndefined
 from safetensors import SafetensorError, safe_open
 
 from coca_scale.data.tokens import TOKENIZER_CONFIG, TOKENIZER_FILE
+from coca_scale.errors import UserError
 from coca_scale.evaluation.tasks import score_label
 from coca_scale.model import ModelConfig, load_model_config
 from coca_scale.openclip.folder import (
@@ -29,7 +30,8 @@ from coca_scale.openclip.folder import (
     is_model_folder,
 )
 from coca_scale.openclip.hub import HubFile
-from coca_scale.training.page import RunRecord, last_sheet, read_run, recipe_text
+from coca_scale.recipe.load import read_sections
+from coca_scale.training.page import RunRecord, last_sheet, read_run
 from coca_scale.version import __version__
 
 _MACHINE = re.compile(r"^(/|~|\.\.?/|[A-Za-z]:\\)")
@@ -96,7 +98,7 @@ def prepare(
         licence: as the hub calls it, such as mit.
 
     Raises:
-        ValueError: not a model, damaged, or not scores.
+        UserError: not a model, damaged, or not scores.
     """
     export, run = _locate(folder, run)
     record = None if run is None else read_run(run)
@@ -110,7 +112,7 @@ def prepare(
     content += _config_and_tokenizer(config_file, repo)
     content.append(HubFile("README.md", card.encode()))
     if record is not None:
-        text = yaml.safe_dump(public(yaml.safe_load(recipe_text(record))), sort_keys=False)
+        text = yaml.safe_dump(public(read_sections(record.folder / "recipe.yaml")), sort_keys=False)
         content.append(HubFile("recipe.yaml", text.encode()))
     if sheet is not None:
         content.append(HubFile("captions.png", sheet))
@@ -137,7 +139,10 @@ def public(value: Any) -> Any:
     if value.startswith("pipe:"):
         return "pipe:..."
     if "://" in value:
-        parts = urlsplit(value)
+        try:
+            parts = urlsplit(value)
+        except ValueError:  # no address after all
+            return "..."
         if parts.scheme == "synthetic":
             return value
         host = parts.netloc.rpartition("@")[2]
@@ -149,13 +154,13 @@ def _locate(folder: Path, run: Path | None) -> tuple[Path, Path | None]:
     """The exported folder and the run it is from, if that is known."""
     if (folder / "recipe.yaml").is_file() and not is_model_folder(folder):
         if not is_model_folder(folder / "export"):
-            raise ValueError(
+            raise UserError(
                 f"{folder}: this run has no export yet; coca-scale export {folder} --out "
                 f"{folder / 'export'} writes one"
             )
         return folder / "export", run or folder
     if not is_model_folder(folder):
-        raise ValueError(
+        raise UserError(
             f"{folder}: neither an exported model nor a run; coca-scale export writes one"
         )
     parent = folder.resolve().parent
@@ -172,7 +177,7 @@ def _model_files(export: Path) -> tuple[Path, list[Path]]:
         config, names = export / CONFIG_FILE, [SAFETENSORS_FILE, BIN_FILE]
     missing = [name for name in names if not (export / name).is_file()]
     if missing:
-        raise ValueError(f"{export}: {', '.join(missing)} missing; export the model again")
+        raise UserError(f"{export}: {', '.join(missing)} missing; export the model again")
     return config, [export / name for name in names]
 
 
@@ -194,7 +199,7 @@ def _count_parameters(weights: Path) -> int:
         with safe_open(weights, "pt") as content:
             shapes = [content.get_slice(name).get_shape() for name in content.keys()]  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f"{weights}: damaged ({error}); export the model again") from error
+        raise UserError(f"{weights}: damaged ({error}); export the model again") from error
     return sum(math.prod(shape) for shape in shapes)
 
 
@@ -204,8 +209,8 @@ def _read_scores(path: Path) -> ScoreSet:
         names = ", ".join(public(str(name)) for name in found["data"])
         counts = f"{found['pictures']:,} pictures" if "pictures" in found else "pictures"
         return ScoreSet(found["task"], f"{names}, {counts}", dict(found["scores"]))
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: not scores of coca-scale eval ({error!r})") from error
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: not scores of coca-scale eval ({error!r})") from error
 
 
 def _validation_scores(record: RunRecord | None) -> list[ScoreSet]:

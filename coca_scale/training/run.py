@@ -13,14 +13,14 @@ import torch
 
 from coca_scale.engine.config import deepspeed_config
 from coca_scale.engine.launch import (
-    AgreedError,
     LaunchError,
-    World,
     end_world,
     start_world,
 )
 from coca_scale.engine.planned import planned_rank, planned_size
 from coca_scale.engine.watchdog import NoWatchdog, Watchdog
+from coca_scale.engine.world import World
+from coca_scale.errors import AgreedError, UserError
 from coca_scale.model import CoCa
 from coca_scale.model.lock import freeze
 from coca_scale.planning.counting import transfers
@@ -96,7 +96,7 @@ def train_recipe(recipe: Recipe | str | Path, *overrides: str) -> Path:
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe, overrides)
     elif overrides:
-        raise ValueError("overrides are for the path of a recipe; change a loaded one itself")
+        raise UserError("overrides are for the path of a recipe; change a loaded one itself")
     _with_rollbacks(recipe, start_world(recipe.engine.start_timeout_minutes * 60), NoWatchdog())
     return recipe.run.folder
 
@@ -112,7 +112,7 @@ def dry_run(recipe: Recipe) -> int:
         with torch.device("meta"):
             model = CoCa(config)
             freeze(model, recipe.model, recipe.loss)
-    except ValueError as error:
+    except UserError as error:
         print(error, file=sys.stderr)
         return 2
     total = _count(model, trained_only=False) + 1  # and the logit scale
@@ -138,7 +138,7 @@ def dry_run(recipe: Recipe) -> int:
 def _arithmetic(recipe: Recipe, ranks: int) -> str:
     try:
         plan = BatchPlan.from_recipe(recipe, ranks)
-    except ValueError as error:
+    except UserError as error:
         return str(error)
     return f"accumulation {plan.accumulation}, {plan.lanes_per_rank} lanes per rank"
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from coca_scale.engine.checkpoint import CheckpointWriter, SaveReport
-from coca_scale.engine.launch import AgreedError
 from coca_scale.engine.watchdog import NoWatchdog, Watchdog
+from coca_scale.errors import AgreedError
 from coca_scale.recipe.schema import CheckpointSection
 from coca_scale.training.log import RunLog
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from coca_scale.errors import UserError
 from coca_scale.recipe.schema import ScheduleSection, TrainSection
 
 
@@ -11,7 +12,7 @@ def total_steps(train: TrainSection, samples_per_epoch: int | None) -> int:
     """Optimizer steps of the run, from train.steps, train.samples or train.epochs.
 
     Raises:
-        ValueError: epochs are asked for and nobody knows how long one is.
+        UserError: epochs are asked for and nobody knows how long one is.
     """
     if train.steps is not None:
         return train.steps
@@ -19,7 +20,7 @@ def total_steps(train: TrainSection, samples_per_epoch: int | None) -> int:
     if samples is None:
         assert train.epochs is not None
         if samples_per_epoch is None:
-            raise ValueError(
+            raise UserError(
                 "train.epochs needs the number of samples: set data.train_samples, "
                 "or use train.steps or train.samples"
             )

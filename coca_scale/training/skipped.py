@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from coca_scale.data.sample import Skipped, causes_text
-from coca_scale.engine.launch import AgreedError, World
+from coca_scale.engine.world import World
+from coca_scale.errors import AgreedError
 from coca_scale.training.appending import append
 
 BAD_SAMPLES = "bad_samples.jsonl"
@@ -74,10 +75,9 @@ class SkipLog:
         parts = self._world.gather((self._filtered_here, self._bad_here))
         self._filtered_here, self._bad_here = Counter(), []
         lines = []
-        for part in parts:
-            assert isinstance(part, tuple)
-            self.causes += part[0]
-            for sample in part[1]:
+        for filtered, bad in parts:
+            self.causes += filtered
+            for sample in bad:
                 self.causes[sample.cause] += sample.lost
                 about = {"cause": sample.cause, "key": sample.key, "shard": sample.shard}
                 lines.append(json.dumps({"step": step, **about, "samples": sample.lost}))

@@ -7,12 +7,12 @@ import math
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -39,9 +39,10 @@ from coca_scale.engine.checkpoint import (
 )
 from coca_scale.engine.core import StepResult, TrainEngine
 from coca_scale.engine.export import export
-from coca_scale.engine.launch import AgreedError, World
 from coca_scale.engine.loading import load_model
 from coca_scale.engine.watchdog import NoWatchdog, Watchdog
+from coca_scale.engine.world import World
+from coca_scale.errors import AgreedError, UserError
 from coca_scale.evaluation.zeroshot import open_labelled
 from coca_scale.planning.gpus import peak_flops
 from coca_scale.recipe import BatchPlan, Recipe, dump_recipe
@@ -100,7 +101,7 @@ class Trainer:
         self._step_seconds = engine.step_timeout_minutes * 60
         self._slow_seconds = engine.save_timeout_minutes * 60
         with self.watch.phase("starting", engine.start_timeout_minutes * 60):
-            world.agree(_message_of(self._prepare))
+            world.agree(self._prepare)
             preflight(world, self.folder, self._sources())
             self.resumed = self._agreed_checkpoint()
             model = initial_model(recipe, self.config, self.resumed, world, self.notes)
@@ -111,7 +112,7 @@ class Trainer:
             self.engine = TrainEngine(*model, recipe, self.plan, world, recomputed)
             world.set_timeout(max(self._step_seconds, self._slow_seconds) + 120)
         with self.watch.phase("loading the checkpoint", self._slow_seconds):
-            world.agree(_message_of(self._load))
+            world.agree(self._load)
         if lanes is not None:
             self.lanes = lanes
 
@@ -119,13 +120,13 @@ class Trainer:
         """Everything that needs no other rank.
 
         Raises:
-            ValueError: a fault of the recipe or the data.
+            UserError: a fault of the recipe or the data.
         """
         recipe, world = self.recipe, self.world
         if recipe.engine.precision == "fp16" and world.device.type == "cpu":
-            raise ValueError("engine.precision=fp16 needs a GPU; use fp32 or bf16 here")
+            raise UserError("engine.precision=fp16 needs a GPU; use fp32 or bf16 here")
         if (fault := tracking_fault(recipe)) is not None:
-            raise ValueError(fault)
+            raise UserError(fault)
         self.plan = BatchPlan.from_recipe(recipe, world.size)
         self.config = model_config(recipe.model)
         start = recipe.model.pretrained
@@ -175,15 +176,17 @@ class Trainer:
 
     def _finish(self, log: RunLog) -> None:
         with self.watch.phase("exporting", self._slow_seconds):
-            if self.world.rank == 0:
-                final = find_checkpoint(self.folder / "checkpoints") or self.resumed
-                obstacle = export(load_model(str(final)), self.folder / "export")
-                if obstacle is not None:
-                    log.say(f"{self.folder / 'export'} is for coca-scale alone: {obstacle}")
-            self.world.barrier()
+            obstacle = self.world.on_first(self._export)
+            if obstacle is not None:
+                log.say(f"{self.folder / 'export'} is for coca-scale alone: {obstacle}")
         if self.skips.causes:
             log.say(f"skipped samples: {self.skips.summary()}")
         log.say(f"finished {self.step} steps; run folder {self.folder}")
+
+    def _export(self) -> str | None:
+        """Write the end of the run as a model folder; returns why OpenCLIP cannot have it."""
+        final = find_checkpoint(self.folder / "checkpoints") or self.resumed
+        return export(load_model(str(final)), self.folder / "export")
 
     def _train(self, log: RunLog, saver: Saver, requests: Requests) -> Asked:
         """Steps until the end; what the run was asked for if that is why it ended."""
@@ -262,7 +265,7 @@ class Trainer:
             sums = self.world.sum(*here, *(float(flag) for flag in flags))
         bad, filtered, failures, leave, stop, save, written = sums
         if failures:
-            self.world.agree(error)
+            self.world.fail_together(error)
         asked = Asked(leave=leave > 0, stop=stop > 0, save=save > 0)
         requests.answered(asked)
         assert batch is not None
@@ -339,15 +342,7 @@ class Trainer:
         Raises:
             AgreedError: the budget is too small.
         """
-        found: list[str] = []
-        error = None
-        if self.world.rank == 0:
-            try:
-                found = blocks_to_recompute(self.recipe, self.plan)
-            except ValueError as fault:
-                error = str(fault)
-        self.world.agree(error)
-        found = cast("list[str]", self.world.gather(found)[0])
+        found = self.world.on_first(lambda: blocks_to_recompute(self.recipe, self.plan))
         if found:
             self.notes.append(f"recomputing {len(found)} blocks to keep to the activation budget")
         return found
@@ -359,28 +354,24 @@ class Trainer:
             AgreedError: the one asked for is damaged, or the run folder should be empty.
         """
         resume, parent = self.recipe.checkpoint.resume, self.folder / "checkpoints"
-        if self.world.rank == 0:
-            sweep(parent)
-        self.world.barrier()
+        self.world.on_first(lambda: sweep(parent))
         if resume == "auto":
             return newest_intact(parent, self.world, self.notes)
         if resume == "never":
-            found = find_checkpoint(parent) if self.world.rank == 0 else None
-            self.world.agree(
-                f"{self.folder} holds checkpoints already; choose another run.dir, "
-                "or checkpoint.resume=auto to go on from there"
-                if found is not None
-                else None
-            )
+            if self.world.on_first(lambda: find_checkpoint(parent)) is not None:
+                raise AgreedError(
+                    f"{self.folder} holds checkpoints already; choose another run.dir, "
+                    "or checkpoint.resume=auto to go on from there"
+                )
             return None
-        self.world.agree(verify_together(Path(resume), self.world))
+        verify_together(Path(resume), self.world)
         return Path(resume)
 
     def _load(self) -> None:
         """Optimizer, counters and this rank's lanes, from the checkpoint or from the start.
 
         Raises:
-            ValueError: it does not fit this run, the same on every rank.
+            UserError: it does not fit this run, the same on every rank.
         """
         saved = None
         if self.resumed is not None:
@@ -411,7 +402,6 @@ class Trainer:
         self.skips.flush(self.step)
         lanes: dict[int, Position] = {}
         for part in self.world.gather(self.lanes):
-            assert isinstance(part, dict)
             lanes |= part
         return {
             "step": self.step,
@@ -436,15 +426,6 @@ class Trainer:
 def _writable(value: Any) -> bool:
     """Whether JSON has this value: it has neither infinity nor NaN."""
     return not isinstance(value, float) or math.isfinite(value)
-
-
-def _message_of(action: Callable[[], None]) -> str | None:
-    """Run `action`; the text of its ValueError, for all ranks to agree on."""
-    try:
-        action()
-    except ValueError as error:
-        return str(error)
-    return None
 
 
 def _git_commit() -> str | None:

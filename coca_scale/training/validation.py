@@ -96,11 +96,11 @@ class Validation:
                 )
             except DataError as fault:
                 self._samples, error = [], str(fault)
-            world.agree(error)
+            world.fail_together(error)
             if not any(world.gather(bool(self._samples))):
                 counts: list[Any] = world.gather(bad)
                 found = causes_text(sum(counts, Counter())) or "nothing"
-                world.agree(f"data.val has no usable sample (found {found})")
+                world.fail_together(f"data.val has no usable sample (found {found})")
         return self._samples
 
     def _caption(self, engine: TrainEngine, samples: Sequence[Picture]) -> list[Captioned]:
@@ -148,7 +148,7 @@ class Validation:
         share = math.ceil(len(prompts) / world.size)
         texts = self._encode_texts(engine, prompts[world.rank * share : (world.rank + 1) * share])
         pictures, error = self._labelled_share(engine, labelled)
-        world.agree(error)
+        world.fail_together(error)
         images = self._encode_images(engine, [picture.pixels for picture in pictures])
         labels = [labelled.label(picture) for picture in pictures]
         parts: list[Any] = world.gather((texts, images, labels))

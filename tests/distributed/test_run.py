@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from coca_scale.cli import app
 from coca_scale.data.synthetic import Shapes
 from coca_scale.engine.checkpoint import find_checkpoint, verify_checkpoint
+from coca_scale.errors import UserError
 from tests.ranks import TrainingRanks, free_port
 from tests.training.transactions import history, records
 
@@ -248,13 +249,13 @@ def test_damaged_checkpoints_are_refused(finished, tmp_path):
     data = bytearray(victim.read_bytes())
     data[len(data) // 2] ^= 1
     victim.write_bytes(bytes(data))
-    with pytest.raises(ValueError, match="is damaged"):
+    with pytest.raises(UserError, match="is damaged"):
         verify_checkpoint(copy)
     victim.unlink()
-    with pytest.raises(ValueError, match="is missing"):
+    with pytest.raises(UserError, match="is missing"):
         verify_checkpoint(copy)
     (copy / "manifest.json").unlink()
-    with pytest.raises(ValueError, match="not a complete checkpoint"):
+    with pytest.raises(UserError, match="not a complete checkpoint"):
         verify_checkpoint(copy)
     assert find_checkpoint(tmp_path) is None
 

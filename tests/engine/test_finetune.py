@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from coca_scale.engine.checkpoint import find_checkpoint, read_weights
 from coca_scale.engine.optimizer import make_optimizer
+from coca_scale.errors import UserError
 from coca_scale.model import CoCa, load_model_config
 from coca_scale.model.lock import freeze, layer_scales
 from coca_scale.model.weights import LOGIT_SCALE
@@ -205,11 +206,11 @@ def test_unlocked_groups_count_as_openclips():
     assert not any(n.startswith(("text.blocks.0", "text.token", "text.class")) for n in text)
     everything = locked(lock_image=True, image_unlocked_groups=6)
     assert everything == locked()
-    with pytest.raises(ValueError, match="this tower has 6 groups"):
+    with pytest.raises(UserError, match="this tower has 6 groups"):
         locked(lock_image=True, image_unlocked_groups=7)
     coca = CoCa(load_model_config("clip_tiny"))
     recipe = tiny_recipe(loss__contrastive_weight=0.0)
-    with pytest.raises(ValueError, match="nothing is left to train"):
+    with pytest.raises(UserError, match="nothing is left to train"):
         freeze(coca, recipe.model, recipe.loss)
 
 

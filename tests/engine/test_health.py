@@ -24,7 +24,8 @@ from tests.ranks import free_port, on_ranks
 
 def train_with_poison(rank, ranks, folder, poisoned, changes):
     """A run in which rank 1's caption loss is NaN at the given forward passes."""
-    from coca_scale.engine.launch import AgreedError, end_world, start_world
+    from coca_scale.engine.launch import end_world, start_world
+    from coca_scale.errors import AgreedError
     from coca_scale.training import run
     from coca_scale.training.trainer import Trainer
 

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from coca_scale.cli import app
 from coca_scale.data.synthetic import Shapes
+from coca_scale.errors import UserError
 from coca_scale.model import CoCa, load_model_config
 from coca_scale.model.weights import LOGIT_SCALE
 from coca_scale.openclip.names import to_openclip
@@ -80,7 +81,7 @@ def test_what_cannot_be_written_leaves_nothing_behind(trained, folder, tmp_path)
     ):
         arguments = ["caption", str(model), str(folder), "--out", str(out), *options]
         done = CliRunner().invoke(app, arguments)
-        assert isinstance(done.exception, ValueError), done.output
+        assert isinstance(done.exception, UserError), done.output
         assert message in str(done.exception)
     assert [path.name for path in tmp_path.iterdir()] == ["clip.pt"]
 

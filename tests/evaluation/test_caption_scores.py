@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from nltk.translate.bleu_score import corpus_bleu
 
+from coca_scale.errors import UserError
 from coca_scale.evaluation import caption_scores
 from coca_scale.evaluation.caption_scores import score_captions
 
@@ -108,7 +109,7 @@ def test_scores_with_java_are_those_of_cocos_code(capfd):
 
 
 def test_only_captions_with_references_are_scored():
-    with pytest.raises(ValueError, match="that have references"):
+    with pytest.raises(UserError, match="that have references"):
         score_captions(REFERENCES, {0: "a man"}, java=False)
-    with pytest.raises(ValueError, match="that have references"):
+    with pytest.raises(UserError, match="that have references"):
         score_captions({}, {}, java=False)

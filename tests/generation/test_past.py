@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from coca_scale.errors import UserError
 from coca_scale.model import CoCa
 from tests.variants import CAPTIONERS, variant
 
@@ -39,7 +40,7 @@ def test_each_token_sees_what_it_sees_in_a_whole_caption(kind, tmp_path):
 
 def test_no_past_is_longer_than_the_context(tmp_path):
     coca = CoCa(variant("coca", tmp_path))
-    with pytest.raises(ValueError, match="at most 16 tokens, 17 were asked for"):
+    with pytest.raises(UserError, match="at most 16 tokens, 17 were asked for"):
         coca.new_past(17)
 
 

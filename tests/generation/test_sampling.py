@@ -16,6 +16,7 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
+from coca_scale.errors import UserError
 from coca_scale.generation.generate import generate
 from coca_scale.generation.options import GenerationOptions
 from coca_scale.generation.scores import draw, probabilities
@@ -108,7 +109,7 @@ def test_one_of_one_is_greedy_and_scores_are_log_probabilities(trained):
     ],
 )
 def test_options_that_make_no_sense_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         GenerationOptions(**options)
 
 

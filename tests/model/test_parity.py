@@ -7,6 +7,7 @@ import open_clip
 import pytest
 import torch
 
+from coca_scale.errors import UserError
 from coca_scale.generation.generate import generate
 from coca_scale.generation.options import GenerationOptions
 from coca_scale.model import CoCa, load_model_config
@@ -233,7 +234,7 @@ def test_activation_checkpointing_changes_no_gradient(tmp_path):
     ],
 )
 def test_faults_of_a_config_are_named(changes, message, tmp_path):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         parse_model_config(raw_config("coca_tiny", **changes), "odd")
-    with pytest.raises(ValueError, match="did you mean coca_ViT-L-14"):
+    with pytest.raises(UserError, match="did you mean coca_ViT-L-14"):
         load_model_config("coca_ViT-L14")

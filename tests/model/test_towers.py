@@ -12,6 +12,7 @@ import torch
 from open_clip.transformer import AttentionalPooler
 from transformers import AutoConfig, AutoModel, RobertaConfig, RobertaForCausalLM
 
+from coca_scale.errors import UserError
 from coca_scale.generation.generate import generate
 from coca_scale.generation.options import GenerationOptions
 from coca_scale.model import CoCa
@@ -323,12 +324,12 @@ def test_one_batch_is_learned_by_heart_and_reproduced(kind, tmp_path):
 
 def test_a_clip_writes_no_captions(tmp_path):
     coca = fresh(variant("clip", tmp_path))
-    with pytest.raises(ValueError, match="no decoder"):
+    with pytest.raises(UserError, match="no decoder"):
         coca.new_past(10)
 
 
 def test_captions_longer_than_a_hugging_face_model_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="more than the 38 positions"):
+    with pytest.raises(UserError, match="more than the 38 positions"):
         fresh(variant("roberta", tmp_path).resized(context_length=60))
     assert isinstance(fresh(variant("coca", tmp_path)).text, TextTower)
 

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from coca_scale.engine.loading import find_model, load_model
+from coca_scale.errors import UserError
 from coca_scale.model import CoCa, LogitScale, load_model_config
 from coca_scale.model.weights import LOGIT_SCALE, load_weights, new_coca
 from coca_scale.openclip.files import read_weight_file
@@ -115,7 +116,7 @@ def test_registry_names_of_the_guide(model, tag, repository, tmp_path, monkeypat
 )
 def test_names_that_lead_nowhere(name, message, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(ValueError, match=message) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         find_model(name)
     assert "\n" not in str(caught.value)
 
@@ -128,27 +129,27 @@ class Evil:
 def test_damaged_and_dangerous_files(weights, tmp_path):
     files_of(weights, tmp_path)
     torch.save({"state_dict": weights, "extra": Evil()}, tmp_path / "evil.pt")
-    with pytest.raises(ValueError, match="could run code"):
+    with pytest.raises(UserError, match="could run code"):
         read_weight_file(tmp_path / "evil.pt")
     assert not Path("/tmp/coca_scale_code_ran").exists()
     for name in ("w.safetensors", "w.bin", "old.pt", "epoch_7.pt"):
         whole = (tmp_path / name).read_bytes()
         for length in (len(whole) // 2, *range(5000, 5016)):  # within whatever is there
             (tmp_path / f"cut_{name}").write_bytes(whole[:length])
-            with pytest.raises(ValueError, match="cut short") as caught:
+            with pytest.raises(UserError, match="cut short") as caught:
                 read_weight_file(tmp_path / f"cut_{name}")
             assert "\n" not in str(caught.value)
     (tmp_path / "pointer.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
-    with pytest.raises(ValueError, match="git lfs pull"):
+    with pytest.raises(UserError, match="git lfs pull"):
         read_weight_file(tmp_path / "pointer.safetensors")
     torch.save({"state_dict": {"a": 1}, "pad": torch.zeros(100)}, tmp_path / "odd.pt")
-    with pytest.raises(ValueError, match="'a' is a int, not a tensor"):
+    with pytest.raises(UserError, match="'a' is a int, not a tensor"):
         read_weight_file(tmp_path / "odd.pt")
     torch.jit.trace(torch.nn.Linear(20, 20), torch.zeros(1, 20)).save(tmp_path / "script.pt")
-    with pytest.raises(ValueError, match="TorchScript program"):
+    with pytest.raises(UserError, match="TorchScript program"):
         read_weight_file(tmp_path / "script.pt")
     torch.save([torch.zeros(100)], tmp_path / "list.pt")
-    with pytest.raises(ValueError, match="holds a list"):
+    with pytest.raises(UserError, match="holds a list"):
         read_weight_file(tmp_path / "list.pt")
 
 
@@ -162,16 +163,17 @@ def test_weights_of_another_architecture(weights, tmp_path):
         (extra, "1 unexpected .*decoder.blocks.9"),
         (wide, r"image.projection has shape \(128, 256\)"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(UserError, match=message):
             load_weights(new_coca(config, will_be_loaded=True), LogitScale(), broken)
     resnet = {"visual.layer1.0.conv1.weight": torch.zeros(64, 64, 1, 1)}
     torch.save(resnet, tmp_path / "rn50.pt")
-    with pytest.raises(ValueError, match="belongs to no model of this package"):
+    with pytest.raises(UserError, match="belongs to no model of this package"):
         find_model(str(tmp_path / "rn50.pt"), "coca_tiny")
 
 
 def start(_rank, _ranks, recipes):
-    from coca_scale.engine.launch import AgreedError, start_world
+    from coca_scale.engine.launch import start_world
+    from coca_scale.errors import AgreedError
     from coca_scale.training.trainer import Trainer
 
     world, messages = start_world(), []
@@ -213,12 +215,12 @@ def test_missing_tokenizers_are_one_line(tmp_path):
 
     for name in ("nobody/nothing", str(tmp_path)):
         raw = raw_config("coca_tiny", text_cfg__hf_tokenizer_name=name)
-        with pytest.raises(ValueError, match="give the folder") as caught:
+        with pytest.raises(UserError, match="give the folder") as caught:
             make_tokenizer(parse_model_config(raw, "x"))
         assert "\n" not in str(caught.value)
-    with pytest.raises(ValueError, match=r"pads with id 0, text_cfg\.pad_id is 5"):
+    with pytest.raises(UserError, match=r"pads with id 0, text_cfg\.pad_id is 5"):
         make_tokenizer(parse_model_config(raw_config("coca_tiny", text_cfg__pad_id=5), "x"))
-    with pytest.raises(ValueError, match=r"ends captions with id 2, text_cfg\.eos_id is 4"):
+    with pytest.raises(UserError, match=r"ends captions with id 2, text_cfg\.eos_id is 4"):
         make_tokenizer(parse_model_config(raw_config("clip_tiny", text_cfg__eos_id=4), "x"))
 
 

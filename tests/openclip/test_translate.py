@@ -11,6 +11,7 @@ from open_clip_train.params import parse_args
 from typer.testing import CliRunner
 
 from coca_scale.cli import app
+from coca_scale.errors import UserError
 from coca_scale.openclip.options import OPTIONS
 from coca_scale.openclip.translate import translate
 from coca_scale.recipe import load_recipe
@@ -172,16 +173,16 @@ def test_gpus_are_those_of_the_launcher(launcher, gpus):
 def test_what_cannot_be_translated_is_said_in_one_line(more, message):
     quoted = more.replace(";x", "';x'")
     command = f"python -m open_clip_train.main --model ViT-B-32 --train-data a.csv {quoted}"
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(UserError) as caught:
         translate(command)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_other_texts_are_no_commands():
-    with pytest.raises(ValueError, match="no OpenCLIP training command"):
+    with pytest.raises(UserError, match="no OpenCLIP training command"):
         translate("python train.py --model x")
-    with pytest.raises(ValueError, match="--train-data is missing"):
+    with pytest.raises(UserError, match="--train-data is missing"):
         translate("python -m open_clip_train.main --model ViT-B-32")
 
 

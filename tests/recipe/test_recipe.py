@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from coca_scale.errors import UserError
 from coca_scale.recipe import BatchPlan, RecipeError, dump_recipe, load_recipe, recipe_from_dict
 from coca_scale.recipe.load import parse_yaml
 from tests.conftest import tiny_recipe
@@ -88,9 +89,9 @@ def test_large_recipe_fits_the_planned_clusters(ranks):
 
 
 def test_batch_that_does_not_divide_says_what_would():
-    with pytest.raises(ValueError, match="does not divide over 3 ranks"):
+    with pytest.raises(UserError, match="does not divide over 3 ranks"):
         BatchPlan.from_recipe(tiny_recipe(), 3)
-    with pytest.raises(ValueError, match=r"train\.micro_batch=4 would"):
+    with pytest.raises(UserError, match=r"train\.micro_batch=4 would"):
         BatchPlan.from_recipe(tiny_recipe(train__micro_batch=6), 2)
-    with pytest.raises(ValueError, match=r"data\.lanes=5"):
+    with pytest.raises(UserError, match=r"data\.lanes=5"):
         BatchPlan.from_recipe(tiny_recipe(data__lanes=5), 1)

@@ -15,6 +15,7 @@ from huggingface_hub import ModelCard
 from typer.testing import CliRunner
 
 from coca_scale.cli import app
+from coca_scale.errors import UserError
 from coca_scale.training.publish import public
 from tests.data.test_lanes import write_shards
 from tests.training.hub import GOOD, READ_ONLY, running_hub
@@ -181,7 +182,7 @@ def test_what_goes_wrong_is_one_line(run, hub, monkeypatch, token, gone, message
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_TOKEN", token)
     done = CliRunner().invoke(app, ["publish", str(run), "--repo", "other/new"])
-    assert isinstance(done.exception, ValueError)
+    assert isinstance(done.exception, UserError)
     assert message in str(done.exception) and "\n" not in str(done.exception)
     assert "other/new" not in hub.files
 

@@ -14,7 +14,8 @@ def look_around(rank, ranks, folder):
     import time
 
     from coca_scale.data.sample import DataError
-    from coca_scale.engine.launch import AgreedError, end_world, start_world
+    from coca_scale.engine.launch import end_world, start_world
+    from coca_scale.errors import AgreedError
     from coca_scale.training.meter import Meter
     from coca_scale.training.preflight import preflight
 

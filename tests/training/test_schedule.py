@@ -2,6 +2,7 @@
 
 import pytest
 
+from coca_scale.errors import UserError
 from coca_scale.recipe.schema import ScheduleSection, TrainSection
 from coca_scale.training.schedule import learning_rate, total_steps
 
@@ -35,5 +36,5 @@ def test_length_from_steps_samples_and_epochs():
     assert total_steps(TrainSection(steps=7, **batch), None) == 7
     assert total_steps(TrainSection(samples=65, **batch), None) == 2
     assert total_steps(TrainSection(epochs=1.5, **batch), 640) == 15
-    with pytest.raises(ValueError, match=r"data\.train_samples"):
+    with pytest.raises(UserError, match=r"data\.train_samples"):
         total_steps(TrainSection(epochs=1.0, **batch), None)
