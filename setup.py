@@ -34,7 +34,7 @@ setup(
     install_requires=[
         "aiohttp",
         "braceexpand",
-        "deepspeed>=0.19",
+        "deepspeed>=0.19,<0.20",
         "fsspec",
         "huggingface-hub",
         "jinja2",
@@ -42,7 +42,7 @@ setup(
         "mpi4py",
         "nltk",
         "numpy",
-        "open_clip_torch>=3.0",
+        "open_clip_torch>=3.0,<4",
         "pillow",
         "psutil",
         "pycocoevalcap",

@@ -44,7 +44,6 @@ class StepBatch:
         images: uint8 [n, 3, H, W], channels last in memory.
         tokens: int64 [n, T].
         keys: sample names.
-        epochs: which epoch of its lane each sample belongs to.
         places: int64 [n], place of each sample in this share before it was arranged.
         lanes: where each of this rank's lanes stands once this batch has been used.
         skipped: samples left out on the way here, by fault or by filter.
@@ -53,7 +52,6 @@ class StepBatch:
     images: Tensor
     tokens: Tensor
     keys: list[str]
-    epochs: list[int]
     places: Tensor
     lanes: LaneStates
     skipped: list[Skipped]
@@ -88,7 +86,6 @@ class _Taken:
     """A good sample, ready to be stacked."""
 
     key: str
-    epoch: int
     pixels: Tensor
     tokens: Tensor
 
@@ -128,7 +125,7 @@ class _LaneReader:
                     causes[skipped.cause] += skipped.lost
                     continue
                 good = True
-                yield _Taken(sample.key, after.epoch, pixels, tokens)
+                yield _Taken(sample.key, pixels, tokens)
             empty = 0 if good else empty + 1
             if empty == MAX_EMPTY_EPOCHS:  # each had other shards
                 found = causes_text(causes) or "nothing"
@@ -180,7 +177,6 @@ class TrainDataset(IterableDataset):
             images=torch.stack([t.pixels.permute(1, 2, 0) for t in taken]).permute(0, 3, 1, 2),
             tokens=torch.stack([t.tokens for t in taken]),
             keys=[t.key for t in taken],
-            epochs=[t.epoch for t in taken],
             places=torch.arange(len(taken)),
             lanes={lane: reader.position for lane, reader in readers.items()},
             skipped=skipped,
@@ -251,7 +247,6 @@ def _join(pieces: Sequence[StepBatch]) -> StepBatch:
         images=torch.cat([p.images for p in pieces]),
         tokens=torch.cat([p.tokens for p in pieces]),
         keys=[key for p in pieces for key in p.keys],
-        epochs=[epoch for p in pieces for epoch in p.epochs],
         places=torch.arange(sum(len(p.keys) for p in pieces)),
         lanes={lane: position for p in pieces for lane, position in p.lanes.items()},
         skipped=[bad for p in pieces for bad in p.skipped],
@@ -259,14 +254,12 @@ def _join(pieces: Sequence[StepBatch]) -> StepBatch:
 
 
 def _arranged(batch: StepBatch, order: Tensor) -> StepBatch:
-    listed = order.tolist()
     return replace(
         batch,
         # channels stay last in memory, as they came
         images=batch.images.permute(0, 2, 3, 1)[order].permute(0, 3, 1, 2),
         tokens=batch.tokens[order],
-        keys=[batch.keys[i] for i in listed],
-        epochs=[batch.epochs[i] for i in listed],
+        keys=[batch.keys[i] for i in order.tolist()],
         places=batch.places[order],
     )
 

@@ -75,11 +75,6 @@ class CoCa(nn.Module):
         features = self.text(self.text.arrange(tokens_BT))[0]
         return unit(features) if normalize else features
 
-    def text_tokens(self, tokens_BT: Tensor) -> Tensor:
-        """Token ids [B, T] → features [B, T, D] of every one, as the decoder reads them."""
-        captions = self.text.arrange(tokens_BT, keep_padding=True)
-        return self.text(captions)[1][captions.read_M].unflatten(0, tokens_BT.shape)
-
     def hidden_states(self, image_tokens_BSD: Tensor, tokens_BT: Tensor) -> Tensor:
         """The decoder's output [B, T, D] at every given token."""
         assert self.decoder is not None, "a CLIP has no decoder"

@@ -9,6 +9,7 @@ import shlex
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -158,12 +159,21 @@ def _parsed(arguments: list[str]) -> Namespace:
 
 
 def _typed(arguments: Sequence[str]) -> list[str]:
-    """Names of the options that are there, abbreviated ones in full."""
+    """Names of the options that are there, abbreviated ones in full.
+
+    Raises:
+        UserError: one that the installed OpenCLIP has, and no table here.
+    """
     names: dict[str, None] = {}
     for word in arguments:
         if word.startswith("--"):
             name = word[2:].partition("=")[0].replace("-", "_")
             full = [name] if name in OPTIONS else [o for o in OPTIONS if o.startswith(name)]
+            if not full:
+                raise UserError(
+                    f"{word.partition('=')[0]}: an option of OpenCLIP {version('open_clip_torch')} "
+                    "that coca-scale does not know yet; leave it out if the run is the same without"
+                )
             names[full[0]] = None
     return list(names)
 

@@ -64,12 +64,10 @@ class Publication:
     """What goes to the hub.
 
     Attributes:
-        repo: ORG/NAME.
         files: in the order they are listed.
         warnings: what a person should think about before.
     """
 
-    repo: str
     files: list[HubFile]
     warnings: list[str]
 
@@ -121,7 +119,7 @@ def prepare(
         warnings.append("no licence chosen: --licence mit, apache-2.0, cc-by-4.0, ...")
     if not sets:
         warnings.append("no scores: --scores takes what coca-scale eval wrote with --out")
-    return Publication(repo, content, warnings)
+    return Publication(content, warnings)
 
 
 def public(value: Any) -> Any:

@@ -18,7 +18,7 @@ import torch
 from coca_scale.data.loader import TrainDataset, TrainLoader, deal_lanes
 from coca_scale.data.manifest import MANIFEST, SIZES
 from coca_scale.data.plan import ShardPlan
-from coca_scale.data.sample import DataError
+from coca_scale.data.sample import DataError, Position
 from coca_scale.data.sources import open_source, train_crop
 from coca_scale.data.tokens import make_tokenizer
 from coca_scale.model import load_model_config
@@ -48,7 +48,7 @@ def job(train, ranks, workers, saved, **data):
 
 
 def run_job(log, train, ranks, workers, saved, data):
-    """What a killed job leaves: a line per step, the keys with their epochs and the positions."""
+    """What a killed job leaves: a line per step, with keys and positions."""
     parent = os.getppid()
     os.setsid()
     torch.set_num_threads(1)
@@ -58,8 +58,8 @@ def run_job(log, train, ranks, workers, saved, data):
             batches = [next(stream) for stream in streams]
             assert [len(batch.keys) for batch in batches] == [BATCH // ranks] * ranks
             states = {k: v for batch in batches for k, v in batch.lanes.items()}
-            pairs = [p for b in batches for p in zip(b.keys, b.epochs, strict=True)]
-            line = json.dumps([pairs, [states[lane] for lane in range(LANES)]])
+            keys = [key for batch in batches for key in batch.keys]
+            line = json.dumps([keys, [states[lane] for lane in range(LANES)]])
             file.write(line + "\n")
             file.flush()
 
@@ -91,10 +91,21 @@ def read_epochs(log, train, epochs, **data):
         steps = complete_lines(log)
         log.write_text("".join(json.dumps(step) + "\n" for step in steps))  # half a line at most
     assert kills >= len(LAYOUTS)
-    keys = Counter((epoch, key) for pairs, _ in steps for key, epoch in pairs)
-    return [
-        Counter({key: n for (e, key), n in keys.items() if e == epoch}) for epoch in range(epochs)
-    ]
+    return split_epochs([keys for keys, _ in steps], train, epochs, **data)
+
+
+def split_epochs(steps, train, epochs, **data):
+    """Keys by epoch: a lane's share of the steps, cut where its epochs end."""
+    recipe = tiny_recipe(data__train=train, **data)
+    source = open_source(recipe.data.train, recipe.data, 0)
+    of_lane = BATCH // LANES
+    found = [Counter() for _ in range(epochs)]
+    for lane in range(LANES):
+        given = (key for keys in steps for key in keys[lane * of_lane : (lane + 1) * of_lane])
+        for epoch, counter in enumerate(found):
+            length = sum(1 for _ in source.lane(lane, LANES, Position(epoch)))
+            counter.update(itertools.islice(given, length))
+    return found
 
 
 @pytest.mark.parametrize("manifest", [True, False])

@@ -38,6 +38,12 @@ def random_tokens(config, batch):
     return torch.randint(5, vocabulary, (batch, length))
 
 
+def text_tokens(coca, tokens_BT):
+    """Features [B, T, D] of every token, as the decoder reads them."""
+    captions = coca.text.arrange(tokens_BT, keep_padding=True)
+    return coca.text(captions)[1][captions.read_M].unflatten(0, tokens_BT.shape)
+
+
 @pytest.mark.parametrize("kind", CAPTIONERS)
 @torch.no_grad()
 def test_no_later_token_changes_an_earlier_prediction(kind, tmp_path):
@@ -48,12 +54,12 @@ def test_no_later_token_changes_an_earlier_prediction(kind, tmp_path):
     tokens[2, 4] = config.pad_id  # the id of padding inside a caption
     size = config.vision_cfg.image_size
     _, image_tokens = coca.image(torch.randn(3, 3, size, size))
-    before_text, before = coca.text_tokens(tokens), coca.caption_logits(image_tokens, tokens)
+    before_text, before = text_tokens(coca, tokens), coca.caption_logits(image_tokens, tokens)
     for position in (3, 6, 9):
         for replacement in (7, config.pad_id):
             changed = tokens.clone()
             changed[:, position:] = replacement
-            text, logits = coca.text_tokens(changed), coca.caption_logits(image_tokens, changed)
+            text, logits = text_tokens(coca, changed), coca.caption_logits(image_tokens, changed)
             assert torch.allclose(text[:, :position], before_text[:, :position], atol=1e-6)
             assert torch.allclose(logits[:, :position], before[:, :position], atol=1e-5)
             assert not torch.allclose(logits[0, position:], before[0, position:], atol=1e-3)
@@ -63,11 +69,13 @@ def test_no_later_token_changes_an_earlier_prediction(kind, tmp_path):
 def test_the_leak_test_finds_openclips_own_leak(tmp_path):
     """The text tower of a CLIP is bidirectional, as OpenCLIP builds it under its CoCa too."""
     config = variant("clip_roberta", tmp_path)
-    text_tokens = fresh(config).text_tokens
+    coca = fresh(config)
     tokens = random_tokens(config, 2)
     changed = tokens.clone()
     changed[:, 9:] = 7
-    assert not torch.allclose(text_tokens(tokens)[:, :9], text_tokens(changed)[:, :9], atol=1e-3)
+    assert not torch.allclose(
+        text_tokens(coca, tokens)[:, :9], text_tokens(coca, changed)[:, :9], atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("kind", CAUSAL_TYPES)
@@ -79,11 +87,13 @@ def test_every_accepted_hugging_face_type_is_causal(kind, tmp_path):
     raw = raw_config("coca_tiny", embed_dim=64, text_cfg=text, multimodal_cfg=decoder)
     config = parse_model_config(raw, kind)
     assert config.text_cfg.hf_config["model_type"] == kind
-    text_tokens = fresh(config).text_tokens
+    coca = fresh(config)
     tokens = random_tokens(config, 2)
     changed = tokens.clone()
     changed[:, 7:] = 9
-    assert torch.allclose(text_tokens(tokens)[:, :7], text_tokens(changed)[:, :7], atol=1e-6)
+    assert torch.allclose(
+        text_tokens(coca, tokens)[:, :7], text_tokens(coca, changed)[:, :7], atol=1e-6
+    )
     assert (config.pad_id, config.multimodal_cfg.vocab_size) == (1, config.text_cfg.vocab_size)
 
 
@@ -103,7 +113,7 @@ def test_roberta_captioner_equals_transformers_and_openclips_decoder(tmp_path):
     real = tokens != config.pad_id
     hidden = reference.roberta(tokens, attention_mask=real.long()).last_hidden_state
     pooled = coca.encode_text(tokens, normalize=False)
-    assert relative(coca.text_tokens(tokens)[real], hidden[real]) <= 1e-5
+    assert relative(text_tokens(coca, tokens)[real], hidden[real]) <= 1e-5
     mean = torch.stack([row[keep].mean(0) for row, keep in zip(hidden, real, strict=True)])
     assert relative(pooled, mean @ coca.text.proj.weight.T) <= 1e-5
 
@@ -241,7 +251,7 @@ def test_longer_captions_leave_short_ones_as_they_were(kind, tmp_path):
     tokens[:, 7:] = 0
     padded = torch.nn.functional.pad(tokens, (0, 8))
     assert torch.allclose(
-        grown.text_tokens(padded)[:, :7], coca.text_tokens(tokens)[:, :7], atol=1e-6
+        text_tokens(grown, padded)[:, :7], text_tokens(coca, tokens)[:, :7], atol=1e-6
     )
     features, expected = (m.encode_text(t, False) for m, t in ((grown, padded), (coca, tokens)))
     assert torch.allclose(features, expected, atol=1e-5)

@@ -179,6 +179,14 @@ def test_what_cannot_be_translated_is_said_in_one_line(more, message):
     assert "\n" not in str(caught.value)
 
 
+def test_an_option_of_a_newer_openclip_is_said_in_one_line(monkeypatch):
+    monkeypatch.delitem(OPTIONS, "siglip")
+    monkeypatch.delitem(OPTIONS, "loss_dist_impl")
+    for option in ("--siglip", "--loss-dist-impl=gather"):
+        with pytest.raises(UserError, match=rf"^{option.partition('=')[0]}: an option of OpenCLIP"):
+            translate(f"python -m open_clip_train.main --model ViT-B-32 --train-data a {option}")
+
+
 def test_other_texts_are_no_commands():
     with pytest.raises(UserError, match="no OpenCLIP training command"):
         translate("python train.py --model x")
