@@ -16,9 +16,9 @@ setup(
     packages=find_packages(include=["coca_scale", "coca_scale.*"]),
     package_data={
         "coca_scale": ["py.typed"],
-        "coca_scale.evaluation": ["*.html"],
+        "coca_scale.inference": ["*.html"],
         "coca_scale.model": ["configs/*.json", "configs/*/*.json"],
-        "coca_scale.training": ["*.html", "*.md"],
+        "coca_scale.reports": ["*.html", "*.md"],
     },
     python_requires=">=3.10",
     license="MIT",

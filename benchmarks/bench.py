@@ -17,10 +17,10 @@ import matplotlib
 import torch
 import train_step
 
+from coca_scale.planning.costs import count_costs
 from coca_scale.planning.gpus import GPUS
 from coca_scale.planning.plan import make_plan
 from coca_scale.recipe import BatchPlan, load_recipe
-from coca_scale.training.costs import count_costs
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

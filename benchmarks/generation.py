@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coca_scale.generation.beam import BeamSearch
-from coca_scale.generation.generate import generate
-from coca_scale.generation.options import GenerationOptions
-from coca_scale.generation.prompts import make_prompts
+from coca_scale.inference.beam import BeamSearch
+from coca_scale.inference.generate import generate
+from coca_scale.inference.options import GenerationOptions
+from coca_scale.inference.prompts import make_prompts
 from coca_scale.model import CoCa, load_model_config
 from coca_scale.planning.counting import LiveBytes
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from coca_scale.version import __version__
 
 if TYPE_CHECKING:
-    from coca_scale.engine.loading import LoadedModel, load_model
+    from coca_scale.inference.load import LoadedModel, load_model
     from coca_scale.model.config import available_models, load_model_config
     from coca_scale.recipe import Recipe, RecipeError, load_recipe
     from coca_scale.training.run import train_recipe
@@ -31,11 +31,11 @@ __all__ = [
 ]
 
 _HOME = {
-    "LoadedModel": "coca_scale.engine.loading",
+    "LoadedModel": "coca_scale.inference.load",
     "Recipe": "coca_scale.recipe",
     "RecipeError": "coca_scale.recipe",
     "available_models": "coca_scale.model.config",
-    "load_model": "coca_scale.engine.loading",
+    "load_model": "coca_scale.inference.load",
     "load_model_config": "coca_scale.model.config",
     "load_recipe": "coca_scale.recipe",
     "train_recipe": "coca_scale.training.run",

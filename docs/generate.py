@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from coca_scale.openclip.options import options_table
+from coca_scale.planning.costs import plan_run
 from coca_scale.planning.gpus import GPUS
 from coca_scale.planning.plan import Costs, Plan
 from coca_scale.recipe import BatchPlan, Recipe, load_recipe
 from coca_scale.recipe.load import schema_json
 from coca_scale.recipe.schema import Section
-from coca_scale.training.costs import plan_run
 
 ROOT = Path(__file__).resolve().parents[1]
 MARKS = "<!-- {}: made by docs/generate.py -->", "<!-- end -->"

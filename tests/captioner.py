@@ -13,8 +13,8 @@ from torch import Tensor
 from coca_scale.data.images import eval_pixels, to_rgb
 from coca_scale.data.synthetic import Shapes
 from coca_scale.data.tokens import Tokenizer, make_tokenizer
-from coca_scale.engine.export import export
-from coca_scale.engine.loading import LoadedModel, load_model
+from coca_scale.inference.export import export
+from coca_scale.inference.load import LoadedModel, load_model
 from coca_scale.model import CoCa, load_model_config
 from coca_scale.model.image import normalize_pixels
 from coca_scale.model.weights import build_model

@@ -128,7 +128,7 @@ def eval_captioning(
     """
     from coca_scale.evaluation.captioning import Captioner
     from coca_scale.evaluation.tasks import Evaluation
-    from coca_scale.generation.options import GenerationOptions
+    from coca_scale.inference.options import GenerationOptions
 
     options = GenerationOptions(METHODS[method], max_length, min_length, num_beams)
     parts = open_inputs(data, image_column, caption_column, images, split, captions_needed=True)

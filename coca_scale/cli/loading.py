@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 from coca_scale.cli.options import Precision
 
 if TYPE_CHECKING:
-    from coca_scale.engine.loading import LoadedModel
     from coca_scale.engine.world import World
     from coca_scale.evaluation.pictures import Part
+    from coca_scale.inference.load import LoadedModel
     from coca_scale.recipe.schema import DataSection
 
 
@@ -70,7 +70,7 @@ def load(
     """A model on this rank's accelerator, or on the CPU; every rank gets one, or none does."""
     import torch
 
-    from coca_scale.engine.loading import load_model
+    from coca_scale.inference.load import load_model
 
     dtype = torch.bfloat16 if precision is Precision.BF16 else torch.float32
     if world is not None:

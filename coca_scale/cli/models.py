@@ -48,8 +48,8 @@ def export_command(
 
     Example: coca-scale export runs/tiny --out runs/tiny/export --verify
     """
-    from coca_scale.engine.export import export
-    from coca_scale.engine.loading import load_model
+    from coca_scale.inference.export import export
+    from coca_scale.inference.load import load_model
     from coca_scale.openclip.folder import verify_folder
 
     loaded = load_model(model, config, raw_weights)
@@ -92,7 +92,7 @@ def publish_command(
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     from coca_scale.openclip.hub import upload
-    from coca_scale.training.publish import prepare
+    from coca_scale.reports.publish import prepare
 
     try:
         validate_repo_id(repo)
@@ -155,7 +155,7 @@ def caption_command(
     """
     from coca_scale.evaluation import captioning
     from coca_scale.evaluation.caption_job import CaptionJob
-    from coca_scale.generation.options import GenerationOptions
+    from coca_scale.inference.options import GenerationOptions
 
     options = GenerationOptions(
         generation_type=METHODS[method],
@@ -210,8 +210,8 @@ def demo_command(
     """
     import uvicorn
 
-    from coca_scale.evaluation.demo import LOOPBACK, Describer, Limits, listen, make_app
-    from coca_scale.generation.options import GenerationOptions
+    from coca_scale.inference.demo import LOOPBACK, Describer, Limits, listen, make_app
+    from coca_scale.inference.options import GenerationOptions
 
     options = GenerationOptions(
         seq_len=max_length, min_seq_len=min_length, num_beams=num_beams, samples=min(3, num_beams)

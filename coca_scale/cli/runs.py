@@ -24,8 +24,8 @@ def check_command(
 
     Example: coca-scale check recipes/large.yaml --gpus 64 --device-gigabytes 80
     """
+    from coca_scale.planning.check import check
     from coca_scale.recipe import load_recipe
-    from coca_scale.training.check import check
 
     loaded = load_recipe(recipe, overrides or ())
     device_bytes = None if device_gigabytes is None else int(device_gigabytes * 1e9)
@@ -47,10 +47,10 @@ def plan_command(
 
     Example: coca-scale plan recipes/large.yaml --gpus 64 --gpu h100-80gb
     """
+    from coca_scale.planning.costs import plan_run
     from coca_scale.planning.gpus import GPUS
     from coca_scale.planning.page import plan_page
     from coca_scale.recipe import load_recipe
-    from coca_scale.training.costs import plan_run
 
     if gpu not in GPUS:
         raise UserError(f"--gpu {gpu} is not known; use one of {', '.join(GPUS)}")
@@ -74,8 +74,8 @@ def doctor_command(
 
     Example: coca-scale doctor
     """
-    from coca_scale.engine.doctor import diagnose
-    from coca_scale.engine.report import show
+    from coca_scale.doctor.doctor import diagnose
+    from coca_scale.doctor.table import show
 
     diagnosis = diagnose(quick)
     if as_json:
@@ -150,7 +150,7 @@ def report_command(
 
     Example: coca-scale report runs/tiny runs/tiny2 --out report.html
     """
-    from coca_scale.training.page import report
+    from coca_scale.reports.page import report
 
     out.write_text(report(runs), encoding="utf-8")
     typer.echo(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB)")

@@ -12,11 +12,11 @@ import torch
 from PIL import Image, ImageDraw
 
 from coca_scale.data.tokens import prompt_ids
-from coca_scale.engine.loading import LoadedModel
 from coca_scale.evaluation.pictures import Picture
-from coca_scale.generation.generate import generate
-from coca_scale.generation.options import GenerationOptions
-from coca_scale.generation.prompts import make_prompts
+from coca_scale.inference.generate import generate
+from coca_scale.inference.load import LoadedModel
+from coca_scale.inference.options import GenerationOptions
+from coca_scale.inference.prompts import make_prompts
 from coca_scale.model.image import normalize_pixels
 
 _TILE = 144

@@ -14,7 +14,6 @@ from rich.table import Column, Table
 from torch import Tensor
 
 from coca_scale.data.sample import DataError
-from coca_scale.engine.loading import LoadedModel
 from coca_scale.evaluation.caption_scores import score_captions
 from coca_scale.evaluation.captioning import Captioner
 from coca_scale.evaluation.pictures import (
@@ -26,6 +25,7 @@ from coca_scale.evaluation.pictures import (
 )
 from coca_scale.evaluation.retrieval import recall, same_caption_ids
 from coca_scale.evaluation.zeroshot import Labelled, accuracy, classifier
+from coca_scale.inference.load import LoadedModel
 
 NAMES = {
     "top_1": "top-1 accuracy",

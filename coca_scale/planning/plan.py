@@ -1,7 +1,7 @@
 """Memory, traffic and time of a run that need not exist, from the counts of one micro-batch.
 
 Memory is counted, not estimated: a forward and a backward pass of the real model on tensors without
-data say what is alive (`training/costs.py`). Time is an estimate: the device's FLOPs at an assumed
+data say what is alive (`planning/costs.py`). Time is an estimate: the device's FLOPs at an assumed
 utilization, and behind them what of the traffic the computation does not cover.
 """
 

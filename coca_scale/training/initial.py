@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from coca_scale.engine.checkpoint import read_constants
-from coca_scale.engine.loading import find_model
 from coca_scale.engine.world import World
 from coca_scale.errors import UserError
+from coca_scale.inference.load import find_model
 from coca_scale.model import CoCa, LogitScale, ModelConfig, load_model_config
 from coca_scale.model.lock import freeze
 from coca_scale.model.tower_weights import load_tower_weights, require_statistics

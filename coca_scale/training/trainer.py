@@ -38,18 +38,18 @@ from coca_scale.engine.checkpoint import (
     verify_together,
 )
 from coca_scale.engine.core import StepResult, TrainEngine
-from coca_scale.engine.export import export
-from coca_scale.engine.loading import load_model
 from coca_scale.engine.watchdog import NoWatchdog, Watchdog
 from coca_scale.engine.world import World
 from coca_scale.errors import AgreedError, UserError
 from coca_scale.evaluation.zeroshot import open_labelled
+from coca_scale.inference.export import export
+from coca_scale.inference.load import load_model
+from coca_scale.planning.costs import blocks_to_recompute, model_flops
 from coca_scale.planning.gpus import peak_flops
 from coca_scale.recipe import BatchPlan, Recipe, dump_recipe
 from coca_scale.recipe.exits import REQUEUE
 from coca_scale.training.bad_steps import BadSteps, Rollback
 from coca_scale.training.collection import Collection
-from coca_scale.training.costs import blocks_to_recompute, model_flops
 from coca_scale.training.initial import initial_model, model_config
 from coca_scale.training.log import RunLog, peak_memory_bytes
 from coca_scale.training.meter import Meter

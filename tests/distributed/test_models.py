@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from coca_scale.engine.checkpoint import find_checkpoint
-from coca_scale.engine.loading import load_model
+from coca_scale.inference.load import load_model
 from coca_scale.openclip.folder import openclip_obstacle, verify_folder
 from tests.conftest import tiny_recipe
 from tests.ranks import on_ranks

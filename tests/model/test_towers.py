@@ -13,8 +13,8 @@ from open_clip.transformer import AttentionalPooler
 from transformers import AutoConfig, AutoModel, RobertaConfig, RobertaForCausalLM
 
 from coca_scale.errors import UserError
-from coca_scale.generation.generate import generate
-from coca_scale.generation.options import GenerationOptions
+from coca_scale.inference.generate import generate
+from coca_scale.inference.options import GenerationOptions
 from coca_scale.model import CoCa
 from coca_scale.model.config import parse_model_config
 from coca_scale.model.hf_config import CAUSAL_TYPES

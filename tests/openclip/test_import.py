@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from coca_scale.engine.loading import find_model, load_model
 from coca_scale.errors import UserError
+from coca_scale.inference.load import find_model, load_model
 from coca_scale.model import CoCa, LogitScale, load_model_config
 from coca_scale.model.weights import LOGIT_SCALE, load_weights, new_coca
 from coca_scale.openclip.files import read_weight_file

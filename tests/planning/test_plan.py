@@ -15,12 +15,12 @@ from typer.testing import CliRunner
 from coca_scale import cli
 from coca_scale.engine.core import apply_settings
 from coca_scale.model import CoCa
+from coca_scale.planning.costs import blocks_to_recompute, caption_quantiles, count_costs
 from coca_scale.planning.counting import LIVE
 from coca_scale.planning.gpus import GPUS, peak_flops
 from coca_scale.planning.memory import state_bytes
 from coca_scale.planning.plan import make_plan
 from coca_scale.recipe import BatchPlan
-from coca_scale.training.costs import blocks_to_recompute, caption_quantiles, count_costs
 from coca_scale.training.initial import model_config
 from tests.conftest import tiny_recipe
 from tests.ranks import on_ranks

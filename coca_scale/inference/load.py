@@ -15,8 +15,8 @@ from coca_scale.data.images import decode_image, eval_pixels, to_rgb
 from coca_scale.data.sample import BadSample
 from coca_scale.data.tokens import Tokenizer, make_tokenizer, prompt_ids
 from coca_scale.errors import UserError
-from coca_scale.generation.generate import generate
-from coca_scale.generation.options import GenerationOptions
+from coca_scale.inference.generate import generate
+from coca_scale.inference.options import GenerationOptions
 from coca_scale.model import ModelConfig, load_model_config
 from coca_scale.model.config import available_models, parse_model_config
 from coca_scale.model.image import normalize_pixels

@@ -1,6 +1,6 @@
 """What `coca-scale doctor` starts in processes of their own, as each may crash or hang.
 
-python -m coca_scale.engine.probe versions [--memory] | op | all-reduce BACKEND RANK SIZE FILE
+python -m coca_scale.doctor.probe versions [--memory] | op | all-reduce BACKEND RANK SIZE FILE
 
 A line of stdout that begins with `{` is a JSON object with findings; the rest is libraries' talk.
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from coca_scale.data.tokens import FastTokenizer
-from coca_scale.engine.loading import LoadedModel
+from coca_scale.inference.load import LoadedModel
 from coca_scale.openclip.folder import write_folder
 
 

@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 
 from coca_scale.cli import app
 from coca_scale.errors import UserError
-from coca_scale.training.publish import public
+from coca_scale.reports.publish import public
 from tests.data.test_lanes import write_shards
-from tests.training.hub import GOOD, READ_ONLY, running_hub
+from tests.reports.hub import GOOD, READ_ONLY, running_hub
 
 SECRET = "s3cr3t"
 REPO = "some-org/coca-small"

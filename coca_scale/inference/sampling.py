@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from coca_scale.generation.options import GenerationOptions
-from coca_scale.generation.prompts import Prompts
-from coca_scale.generation.scores import draw, probabilities, ruled
+from coca_scale.inference.options import GenerationOptions
+from coca_scale.inference.prompts import Prompts
+from coca_scale.inference.scores import draw, probabilities, ruled
 
 
 class Sampling:

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
+from coca_scale.planning.costs import model_flops
 from coca_scale.recipe import BatchPlan
-from coca_scale.training.costs import model_flops
 from tests.conftest import tiny_recipe
 from tests.ranks import on_ranks
 

@@ -19,9 +19,9 @@ from typing import Any, Literal
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from coca_scale.engine import cluster
-from coca_scale.engine.children import run
-from coca_scale.engine.report import Row
+from coca_scale.doctor import cluster
+from coca_scale.doctor.processes import run
+from coca_scale.doctor.table import Row
 
 VERSIONS_SECONDS = 120
 OP_SECONDS = 400  # compiling takes 40 s on two free cores
@@ -60,7 +60,7 @@ def _probes(
     probes: Sequence[Sequence[str]], limit_seconds: float
 ) -> tuple[dict[str, Any], str | None]:
     """Findings of all the probes together, and the first fault."""
-    command = (sys.executable, "-m", "coca_scale.engine.probe")
+    command = (sys.executable, "-m", "coca_scale.doctor.probe")
     ended = run([(*command, *arguments) for arguments in probes], limit_seconds)
     facts: dict[str, Any] = {}
     for child in ended:

@@ -17,9 +17,9 @@ from transformers.generation import (
 )
 
 from coca_scale.errors import UserError
-from coca_scale.generation.generate import generate
-from coca_scale.generation.options import GenerationOptions
-from coca_scale.generation.scores import draw, probabilities
+from coca_scale.inference.generate import generate
+from coca_scale.inference.options import GenerationOptions
+from coca_scale.inference.scores import draw, probabilities
 
 END = 7
 

@@ -9,7 +9,9 @@ import pytest
 from typer.testing import CliRunner
 
 from coca_scale import cli
-from coca_scale.engine import children, cluster, doctor, report
+from coca_scale.doctor import cluster, doctor
+from coca_scale.doctor import processes as children
+from coca_scale.doctor import table as report
 
 
 def by_name(rows):

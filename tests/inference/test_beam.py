@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from coca_scale.generation.generate import generate
-from coca_scale.generation.options import GenerationOptions
+from coca_scale.inference.generate import generate
+from coca_scale.inference.options import GenerationOptions
 from coca_scale.model import load_model_config
 from coca_scale.model.weights import build_model
 from coca_scale.openclip.names import from_openclip
-from tests.generation.reference import search
+from tests.inference.reference import search
 from tests.model.test_parity import open_clip_model
 
 NAMES = {"seq_len": "max_length", "min_seq_len": "min_length", "samples": "num_return_sequences"}

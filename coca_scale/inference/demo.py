@@ -21,10 +21,10 @@ from starlette.routing import Route
 
 from coca_scale.data.images import decode_image
 from coca_scale.data.sample import BadSample
-from coca_scale.engine.loading import LoadedModel
 from coca_scale.errors import UserError
-from coca_scale.generation.generate import generate
-from coca_scale.generation.options import GenerationOptions
+from coca_scale.inference.generate import generate
+from coca_scale.inference.load import LoadedModel
+from coca_scale.inference.options import GenerationOptions
 
 LOOPBACK = ("127.0.0.1", "localhost")
 MOST_LABELS = 100
@@ -114,7 +114,7 @@ def make_app(
         hosts: host names that a request may be addressed to, so that no other web page can reach a
             server on loopback; None takes any.
     """
-    template = files("coca_scale.evaluation").joinpath(_PAGE).read_text(encoding="utf-8")
+    template = files("coca_scale.inference").joinpath(_PAGE).read_text(encoding="utf-8")
     busy = threading.BoundedSemaphore(limits.waiting)
 
     async def page(_: Request) -> Response:

@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from coca_scale.evaluation.demo import listen
+from coca_scale.inference.demo import listen
 
 GOOD, READ_ONLY = "hf_good", "hf_read_only"
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from coca_scale.generation.options import GenerationOptions
-from coca_scale.generation.prompts import Prompts
-from coca_scale.generation.scores import ruled
+from coca_scale.inference.options import GenerationOptions
+from coca_scale.inference.prompts import Prompts
+from coca_scale.inference.scores import ruled
 
 _NEVER = -1e9
 

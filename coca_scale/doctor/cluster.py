@@ -8,8 +8,8 @@ import shutil
 import sys
 from pathlib import Path
 
-from coca_scale.engine.children import run
-from coca_scale.engine.report import Row
+from coca_scale.doctor.processes import run
+from coca_scale.doctor.table import Row
 
 LIMIT_SECONDS = 20
 _MPI_VERSION = (

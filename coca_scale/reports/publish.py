@@ -31,7 +31,7 @@ from coca_scale.openclip.folder import (
 )
 from coca_scale.openclip.hub import HubFile
 from coca_scale.recipe.load import read_sections
-from coca_scale.training.page import RunRecord, last_sheet, read_run
+from coca_scale.reports.page import RunRecord, last_sheet, read_run
 from coca_scale.version import __version__
 
 _MACHINE = re.compile(r"^(/|~|\.\.?/|[A-Za-z]:\\)")
@@ -254,7 +254,7 @@ def _card(
         eval_results=[result for found in sets for result in _eval_results(found)] or None,
     )
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, autoescape=False)
-    template = files("coca_scale.training").joinpath("card.md").read_text(encoding="utf-8")
+    template = files("coca_scale.reports").joinpath("card.md").read_text(encoding="utf-8")
     text_of = environment.from_string(template).render(
         card_data=data.to_yaml(),
         name=repo.partition("/")[2],

@@ -14,10 +14,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from coca_scale.generation.beam import BeamSearch
-from coca_scale.generation.options import GenerationOptions
-from coca_scale.generation.prompts import make_prompts
-from coca_scale.generation.sampling import Sampling
+from coca_scale.inference.beam import BeamSearch
+from coca_scale.inference.options import GenerationOptions
+from coca_scale.inference.prompts import make_prompts
+from coca_scale.inference.sampling import Sampling
 from coca_scale.model import CoCa
 
 

@@ -19,7 +19,7 @@ from jinja2 import Environment, StrictUndefined
 from coca_scale.errors import UserError
 from coca_scale.recipe.files import json_lines, read_json
 from coca_scale.recipe.load import read_sections
-from coca_scale.training.curves import Curve, chart
+from coca_scale.reports.curves import Curve, chart
 from coca_scale.training.log import VALIDATION
 from coca_scale.training.skipped import BAD_SAMPLES
 from coca_scale.version import __version__
@@ -109,7 +109,7 @@ def report(folders: Sequence[Path]) -> str:
         raise UserError(f"a page shows at most {len(COLOURS)} runs, not {len(folders)}")
     runs = [read_run(folder) for folder in folders]
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    template = files("coca_scale.training").joinpath(_TEMPLATE).read_text(encoding="utf-8")
+    template = files("coca_scale.reports").joinpath(_TEMPLATE).read_text(encoding="utf-8")
     return environment.from_string(template).render(
         title=" and ".join(run.name for run in runs),
         written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
