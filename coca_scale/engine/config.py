@@ -2,10 +2,41 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
-from coca_scale.planning.counting import LIVE, Transfers
+from torch import nn
+
 from coca_scale.recipe import BatchPlan, Recipe
+
+LARGEST_BUCKET = 100_000_000  # elements
+# elements of weights; what is used again before so many others is not gathered again. DeepSpeed's
+# own value: of a pass forward and back, the last half of it stays
+LIVE = 1_000_000_000
+
+
+@dataclass(frozen=True)
+class Transfers:
+    """Sizes of what ZeRO moves at a time, in elements.
+
+    Attributes:
+        bucket: of gradients that travel together, and of weights that are fetched ahead: two
+            blocks, so that the next one travels while one is computed, or the largest parameter.
+        whole_below: parameters up to this size are not sharded: all vectors, such as biases.
+    """
+
+    bucket: int
+    whole_below: int
+
+
+def transfers(model: nn.Module) -> Transfers:
+    """What suits a model before it is sharded."""
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    blocks = [sum(p.numel() for p in block.parameters()) for blocks in lists for block in blocks]
+    sizes = [p.numel() for p in model.parameters()]
+    vectors = [p.numel() for p in model.parameters() if p.ndim == 1]
+    bucket = max(2 * max(blocks, default=0), *sizes)
+    return Transfers(min(bucket, LARGEST_BUCKET), max(vectors, default=0))
 
 
 def deepspeed_config(

@@ -24,7 +24,7 @@ from deepspeed.checkpoint.constants import UNIVERSAL_CHECKPOINT_INFO
 from safetensors.torch import save
 from torch import Tensor
 
-from coca_scale.engine.config import deepspeed_config
+from coca_scale.engine.config import deepspeed_config, transfers
 from coca_scale.engine.optimizer import make_optimizer, make_scale_optimizer
 from coca_scale.engine.resharding import Layout, load_universal
 from coca_scale.engine.weight_average import AVERAGE_FOLDER, WeightAverage, master_weights
@@ -35,7 +35,6 @@ from coca_scale.model import CoCa, LogitScale
 from coca_scale.model.captions import Captions
 from coca_scale.model.image import normalize_pixels
 from coca_scale.model.timm_tower import cast_statistics
-from coca_scale.planning.counting import transfers
 from coca_scale.recipe import BatchPlan, Recipe
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

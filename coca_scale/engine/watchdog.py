@@ -25,13 +25,13 @@ import torch.distributed as dist
 from coca_scale.engine.launch import connect_store
 from coca_scale.engine.world import World
 from coca_scale.recipe.exits import CRASHED
+from coca_scale.recipe.run_folder import STACKS
 
 BEAT_SECONDS = 2.0
 DEAD_AFTER_SECONDS = 30.0
 STUCK_ANSWERS_SECONDS = 6.0
 STORE_SECONDS = 10.0
 FAILURE = "failure"
-STACKS = "stacks"
 LOST_CONTACT = ("closed by peer", "reset by peer", "nccl", "gloo", "timed out", "aborted")
 
 

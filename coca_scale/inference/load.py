@@ -25,6 +25,8 @@ from coca_scale.openclip.files import WEIGHT_SUFFIXES, read_weight_file
 from coca_scale.openclip.folder import is_model_folder, read_folder
 from coca_scale.openclip.hub import HUB_PREFIX, hub_folder, registry_file
 from coca_scale.openclip.names import from_openclip
+from coca_scale.recipe.run_folder import CHECKPOINTS
+from coca_scale.recipe.schema import ModelSection
 
 
 @dataclass(frozen=True)
@@ -187,6 +189,14 @@ def find_model(name: str, config: str | None = None, raw_weights: bool = False) 
     )
 
 
+def pretrained_name(section: ModelSection) -> str:
+    """`model.pretrained` as `find_model` takes it: a bare tag belongs to `model.name`."""
+    name = section.pretrained
+    assert name is not None
+    is_place = "@" in name or name.startswith(HUB_PREFIX) or Path(name).exists()
+    return name if is_place or Path(name).suffix in WEIGHT_SUFFIXES else f"{section.name}@{name}"
+
+
 def _in_folder(folder: Path, raw_weights: bool) -> Found:
     if is_model_folder(folder):
         return Found(*read_folder(folder), folder)
@@ -200,7 +210,7 @@ def _in_folder(folder: Path, raw_weights: bool) -> Found:
     )
 
     checkpoint = folder if (folder / MANIFEST).is_file() else None
-    checkpoint = checkpoint or find_checkpoint(folder / "checkpoints")
+    checkpoint = checkpoint or find_checkpoint(folder / CHECKPOINTS)
     if checkpoint is None:
         raise UserError(
             f"{folder}: neither a run with a complete checkpoint, nor a checkpoint, nor a model "

@@ -22,6 +22,7 @@ from pydantic import (
 
 from coca_scale.errors import UserError
 from coca_scale.model.hf_config import architecture
+from coca_scale.recipe.schema import ModelSection
 
 CONFIG_FOLDER = Path(__file__).parent / "configs"
 Size = Annotated[int, Field(ge=1)]
@@ -184,6 +185,16 @@ class ModelConfig(_Config):
             )
         if decoder.width % decoder.heads:
             raise ValueError(f"multimodal_cfg: width {decoder.width} over {decoder.heads} heads")
+
+    @classmethod
+    def from_recipe(cls, section: ModelSection) -> ModelConfig:
+        """The model that a recipe asks for.
+
+        Raises:
+            UserError: unknown model, or sizes that do not fit it.
+        """
+        config = load_model_config(section.name)
+        return config.resized(section.image_size, section.context_length, section.patch_dropout)
 
     @property
     def context_length(self) -> int:

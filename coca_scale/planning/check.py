@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +21,12 @@ from coca_scale.data.sources import open_source, train_crop
 from coca_scale.data.tokens import Tokenizer, make_tokenizer
 from coca_scale.errors import UserError
 from coca_scale.evaluation.zeroshot import open_labelled
+from coca_scale.inference.load import pretrained_name
 from coca_scale.model import CoCa, ModelConfig
 from coca_scale.model.lock import freeze
 from coca_scale.planning.memory import state_bytes
 from coca_scale.recipe import BatchPlan, Recipe
 from coca_scale.recipe.schema import WeightedShards
-from coca_scale.training.initial import model_config, pretrained_name
-from coca_scale.training.tracking import tracking_fault
 
 TRIED_SAMPLES = 64
 
@@ -68,6 +68,13 @@ def check(recipe: Recipe, ranks: int, device_bytes: int | None = None) -> Report
     return report
 
 
+def tracking_fault(recipe: Recipe) -> str | None:
+    """Why `log.wandb` of a recipe cannot be followed here; None if it can."""
+    if recipe.log.wandb is not None and find_spec("wandb") is None:
+        return "log.wandb needs the package: pip install 'coca-scale[wandb]'"
+    return None
+
+
 def _batch(recipe: Recipe, ranks: int, report: Report) -> BatchPlan | None:
     try:
         plan = BatchPlan.from_recipe(recipe, ranks)
@@ -88,7 +95,7 @@ def _batch(recipe: Recipe, ranks: int, report: Report) -> BatchPlan | None:
 
 def _model(recipe: Recipe, ranks: int, device_bytes: int, report: Report) -> ModelConfig | None:
     try:
-        config = model_config(recipe.model)
+        config = ModelConfig.from_recipe(recipe.model)
         with torch.device("meta"):
             model = CoCa(config)
             freeze(model, recipe.model, recipe.loss)

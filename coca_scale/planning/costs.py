@@ -14,17 +14,17 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from coca_scale.engine.config import transfers
 from coca_scale.engine.core import DTYPES, apply_settings
 from coca_scale.errors import UserError
 from coca_scale.losses import FeatureGather, contrastive_loss
-from coca_scale.model import CoCa
+from coca_scale.model import CoCa, ModelConfig
 from coca_scale.model.lock import freeze
-from coca_scale.planning.counting import LiveBytes, flops, parts, transfers
+from coca_scale.planning.counting import LiveBytes, flops, parts
 from coca_scale.planning.gpus import Gpu
 from coca_scale.planning.plan import Costs, Plan, make_plan
 from coca_scale.recipe import BatchPlan, Recipe
-from coca_scale.training.initial import model_config
-from coca_scale.training.schedule import total_steps
+from coca_scale.recipe.total_steps import total_steps
 
 
 def plan_run(
@@ -130,7 +130,7 @@ class _Case:
     """A micro-batch of a recipe's model, on tensors without data."""
 
     def __init__(self, recipe: Recipe, batch: BatchPlan) -> None:
-        config = model_config(recipe.model)
+        config = ModelConfig.from_recipe(recipe.model)
         dtype = DTYPES[recipe.engine.precision]
         micro, size = batch.micro_batch, config.vision_cfg.image_size
         mean = recipe.data.mean_tokens

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from coca_scale.planning.counting import LIVE
+from coca_scale.engine.config import LIVE
 from coca_scale.planning.gpus import Gpu
 from coca_scale.planning.memory import state_bytes
 from coca_scale.recipe import BatchPlan, Recipe

@@ -19,9 +19,15 @@ from jinja2 import Environment, StrictUndefined
 from coca_scale.errors import UserError
 from coca_scale.recipe.files import json_lines, read_json
 from coca_scale.recipe.load import read_sections
+from coca_scale.recipe.run_folder import (
+    BAD_SAMPLES,
+    METRICS,
+    RECIPE,
+    SHEETS,
+    VALIDATION,
+    VERSIONS,
+)
 from coca_scale.reports.curves import Curve, chart
-from coca_scale.training.log import VALIDATION
-from coca_scale.training.skipped import BAD_SAMPLES
 from coca_scale.version import __version__
 
 COLOURS = ("#3b6fb6", "#d1652f", "#3f8f5b", "#8c5aa8", "#b3923a", "#5b8f95", "#b0487a", "#6d6d6d")
@@ -80,14 +86,14 @@ def read_run(folder: Path) -> RunRecord:
     Raises:
         UserError: it is none, or nothing has been logged yet.
     """
-    recipe = folder / "recipe.yaml"
+    recipe = folder / RECIPE
     if not recipe.is_file():
         raise UserError(f"{folder} is no run: it has no recipe.yaml")
     sections = read_sections(recipe)
-    metrics = list(_lines(folder / "metrics.jsonl"))
+    metrics = list(_lines(folder / METRICS))
     if not metrics:
         raise UserError(f"{folder} has logged nothing yet: metrics.jsonl is empty or not there")
-    versions = folder / "versions.json"
+    versions = folder / VERSIONS
     return RunRecord(
         name=folder.resolve().name,
         folder=folder,
@@ -127,7 +133,7 @@ def report(folders: Sequence[Path]) -> str:
 
 def last_sheet(run: RunRecord) -> Path | None:
     """Its newest sheet of captioned validation pictures."""
-    return max((run.folder / "validation").glob("step_*.png"), default=None)
+    return max((run.folder / SHEETS).glob("step_*.png"), default=None)
 
 
 def _facts(run: RunRecord) -> dict[str, str]:
@@ -203,7 +209,7 @@ def _differences(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
 
 def recipe_text(run: RunRecord) -> str:
     """Its resolved recipe as YAML."""
-    return (run.folder / "recipe.yaml").read_text()
+    return (run.folder / RECIPE).read_text()
 
 
 def _flat(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -31,6 +31,7 @@ from coca_scale.openclip.folder import (
 )
 from coca_scale.openclip.hub import HubFile
 from coca_scale.recipe.load import read_sections
+from coca_scale.recipe.run_folder import EXPORT, RECIPE
 from coca_scale.reports.page import RunRecord, last_sheet, read_run
 from coca_scale.version import __version__
 
@@ -110,8 +111,8 @@ def prepare(
     content += _config_and_tokenizer(config_file, repo)
     content.append(HubFile("README.md", card.encode()))
     if record is not None:
-        text = yaml.safe_dump(public(read_sections(record.folder / "recipe.yaml")), sort_keys=False)
-        content.append(HubFile("recipe.yaml", text.encode()))
+        text = yaml.safe_dump(public(read_sections(record.folder / RECIPE)), sort_keys=False)
+        content.append(HubFile(RECIPE, text.encode()))
     if sheet is not None:
         content.append(HubFile("captions.png", sheet))
     warnings = []
@@ -150,19 +151,19 @@ def public(value: Any) -> Any:
 
 def _locate(folder: Path, run: Path | None) -> tuple[Path, Path | None]:
     """The exported folder and the run it is from, if that is known."""
-    if (folder / "recipe.yaml").is_file() and not is_model_folder(folder):
-        if not is_model_folder(folder / "export"):
+    if (folder / RECIPE).is_file() and not is_model_folder(folder):
+        if not is_model_folder(folder / EXPORT):
             raise UserError(
                 f"{folder}: this run has no export yet; coca-scale export {folder} --out "
                 f"{folder / 'export'} writes one"
             )
-        return folder / "export", run or folder
+        return folder / EXPORT, run or folder
     if not is_model_folder(folder):
         raise UserError(
             f"{folder}: neither an exported model nor a run; coca-scale export writes one"
         )
     parent = folder.resolve().parent
-    if run is None and folder.name == "export" and (parent / "recipe.yaml").is_file():
+    if run is None and folder.name == EXPORT and (parent / RECIPE).is_file():
         run = parent
     return folder, run
 

@@ -10,10 +10,10 @@ from typing import Any
 from coca_scale.engine.core import StepResult
 from coca_scale.engine.world import World
 from coca_scale.errors import AgreedError
+from coca_scale.recipe.run_folder import BAD_STEPS
 from coca_scale.recipe.schema import HealthSection
 from coca_scale.training.appending import append
 
-BAD_STEPS = "bad_steps.jsonl"
 HORIZON_STEPS = 100
 SETTLED_STEPS = 50
 

@@ -10,13 +10,11 @@ import torch
 from coca_scale.engine.checkpoint import read_constants
 from coca_scale.engine.world import World
 from coca_scale.errors import UserError
-from coca_scale.inference.load import find_model
-from coca_scale.model import CoCa, LogitScale, ModelConfig, load_model_config
+from coca_scale.inference.load import find_model, pretrained_name
+from coca_scale.model import CoCa, LogitScale, ModelConfig
 from coca_scale.model.lock import freeze
 from coca_scale.model.tower_weights import load_tower_weights, require_statistics
 from coca_scale.model.weights import fit_weights, load_weights, new_coca
-from coca_scale.openclip.files import WEIGHT_SUFFIXES
-from coca_scale.openclip.hub import HUB_PREFIX
 from coca_scale.recipe import Recipe
 from coca_scale.recipe.schema import ModelSection
 
@@ -31,16 +29,6 @@ _ADAPTED = {
         *("context_length", "vocab_size", "dim_head", "n_queries", "attn_pooler_heads"),
     },
 }
-
-
-def model_config(section: ModelSection) -> ModelConfig:
-    """The config a recipe asks for.
-
-    Raises:
-        UserError: unknown model, or sizes that do not fit it.
-    """
-    config = load_model_config(section.name)
-    return config.resized(section.image_size, section.context_length, section.patch_dropout)
 
 
 def initial_model(
@@ -86,14 +74,6 @@ def _build(
         total = sum(p.numel() for p in coca.parameters())
         notes.append(f"{frozen:,} of {total:,} parameters are locked")
     return coca, logit_scale
-
-
-def pretrained_name(section: ModelSection) -> str:
-    """`model.pretrained` as `find_model` takes it: a bare tag belongs to `model.name`."""
-    name = section.pretrained
-    assert name is not None
-    is_place = "@" in name or name.startswith(HUB_PREFIX) or Path(name).exists()
-    return name if is_place or Path(name).suffix in WEIGHT_SUFFIXES else f"{section.name}@{name}"
 
 
 def _load_pretrained(

@@ -19,13 +19,17 @@ from torch.utils.tensorboard import SummaryWriter
 
 from coca_scale.evaluation.captioning import draw_grid
 from coca_scale.recipe import Recipe
+from coca_scale.recipe.run_folder import (
+    BAD_SAMPLES,
+    BAD_STEPS,
+    METRICS,
+    SHEETS,
+    TENSORBOARD,
+    VALIDATION,
+)
 from coca_scale.training.appending import append, warn_once
-from coca_scale.training.bad_steps import BAD_STEPS
-from coca_scale.training.skipped import BAD_SAMPLES
 from coca_scale.training.tracking import Tracker
 from coca_scale.training.validation import ValidationResult
-
-VALIDATION = "validation.jsonl"
 
 
 class RunLog:
@@ -42,7 +46,7 @@ class RunLog:
         if active:
             folder.mkdir(parents=True, exist_ok=True)
             if recipe.log.tensorboard:
-                self._writer = SummaryWriter(str(folder / "tensorboard"))
+                self._writer = SummaryWriter(str(folder / TENSORBOARD))
             if recipe.log.wandb is not None:
                 self._tracker = Tracker(recipe, folder, self.say)
 
@@ -75,7 +79,7 @@ class RunLog:
     def resume_at(self, step: int) -> None:
         """Forget what was written about steps after `step`, which will be run again."""
         if self._active:
-            for name in ("metrics.jsonl", VALIDATION, BAD_SAMPLES, BAD_STEPS):
+            for name in (METRICS, VALIDATION, BAD_SAMPLES, BAD_STEPS):
                 _forget_after(self._folder / name, step)
 
     def say(self, message: str) -> None:
@@ -90,7 +94,7 @@ class RunLog:
         """One line of metrics.jsonl, scalars, and the progress display."""
         if not self._active:
             return
-        append(self._folder / "metrics.jsonl", json.dumps(values) + "\n")
+        append(self._folder / METRICS, json.dumps(values) + "\n")
         self._scalars("train", values["step"], values)
         loss, contrastive, caption = (
             math.nan if values[name] is None else values[name]
@@ -125,7 +129,7 @@ class RunLog:
             for name, value in numbers.items():
                 self._writer.add_scalar(name, value, step)
         except OSError as error:
-            warn_once(self._folder / "tensorboard", error)
+            warn_once(self._folder / TENSORBOARD, error)
 
     def validation(self, step: int, result: ValidationResult) -> None:
         """A line of validation.jsonl, scalars, and a sheet of captioned pictures."""
@@ -148,10 +152,10 @@ class RunLog:
         try:
             self._draw(step, result)
         except OSError as error:
-            warn_once(self._folder / "validation", error)
+            warn_once(self._folder / SHEETS, error)
 
     def _draw(self, step: int, result: ValidationResult) -> None:
-        sheet = self._folder / "validation" / f"step_{step:08d}.png"
+        sheet = self._folder / SHEETS / f"step_{step:08d}.png"
         sheet.parent.mkdir(exist_ok=True)
         draw_grid(result.captioned, sheet)
         if self._tracker is not None:

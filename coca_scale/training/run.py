@@ -11,7 +11,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader processes are
 
 import torch
 
-from coca_scale.engine.config import deepspeed_config
+from coca_scale.engine.config import deepspeed_config, transfers
 from coca_scale.engine.launch import (
     LaunchError,
     end_world,
@@ -21,13 +21,12 @@ from coca_scale.engine.planned import planned_rank, planned_size
 from coca_scale.engine.watchdog import NoWatchdog, Watchdog
 from coca_scale.engine.world import World
 from coca_scale.errors import AgreedError, UserError
-from coca_scale.model import CoCa
+from coca_scale.inference.load import pretrained_name
+from coca_scale.model import CoCa, ModelConfig
 from coca_scale.model.lock import freeze
-from coca_scale.planning.counting import transfers
 from coca_scale.recipe import BatchPlan, Recipe, load_recipe
 from coca_scale.recipe.exits import CRASHED
 from coca_scale.training.bad_steps import Rollback
-from coca_scale.training.initial import model_config, pretrained_name
 from coca_scale.training.trainer import Trainer
 
 USUAL_RANKS = (1, 2, 8, 64, 384, 512, 4096)
@@ -107,7 +106,7 @@ def dry_run(recipe: Recipe) -> int:
         return 0
     ranks = planned_size()
     try:
-        config = model_config(recipe.model)
+        config = ModelConfig.from_recipe(recipe.model)
         plan = BatchPlan.from_recipe(recipe, ranks)
         with torch.device("meta"):
             model = CoCa(config)

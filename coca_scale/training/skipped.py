@@ -11,9 +11,9 @@ from typing import Any
 from coca_scale.data.sample import Skipped, causes_text
 from coca_scale.engine.world import World
 from coca_scale.errors import AgreedError
+from coca_scale.recipe.run_folder import BAD_SAMPLES
 from coca_scale.training.appending import append
 
-BAD_SAMPLES = "bad_samples.jsonl"
 MAX_LISTED = 1_000_000
 MIN_SAMPLES_FOR_BAD_FRACTION = 256
 

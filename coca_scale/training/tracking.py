@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -12,13 +11,6 @@ from coca_scale.recipe import Recipe
 
 IDENTITY = "wandb_id"
 FINISH_SECONDS = 60  # a job that was told to leave has minutes, and uploads can be repeated
-
-
-def tracking_fault(recipe: Recipe) -> str | None:
-    """Why `log.wandb` of a recipe cannot be followed here; None if it can."""
-    if recipe.log.wandb is not None and find_spec("wandb") is None:
-        return "log.wandb needs the package: pip install 'coca-scale[wandb]'"
-    return None
 
 
 class Tracker:

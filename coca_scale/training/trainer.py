@@ -44,22 +44,24 @@ from coca_scale.errors import AgreedError, UserError
 from coca_scale.evaluation.zeroshot import open_labelled
 from coca_scale.inference.export import export
 from coca_scale.inference.load import load_model
+from coca_scale.model import ModelConfig
+from coca_scale.planning.check import tracking_fault
 from coca_scale.planning.costs import blocks_to_recompute, model_flops
 from coca_scale.planning.gpus import peak_flops
-from coca_scale.recipe import BatchPlan, Recipe, dump_recipe
+from coca_scale.recipe import BatchPlan, Recipe, dump_recipe, run_folder
 from coca_scale.recipe.exits import REQUEUE
+from coca_scale.recipe.total_steps import total_steps
 from coca_scale.training.bad_steps import BadSteps, Rollback
 from coca_scale.training.collection import Collection
-from coca_scale.training.initial import initial_model, model_config
+from coca_scale.training.initial import initial_model
 from coca_scale.training.log import RunLog, peak_memory_bytes
 from coca_scale.training.meter import Meter
 from coca_scale.training.preflight import preflight, room_for_checkpoints
 from coca_scale.training.profiling import StepProfiler
 from coca_scale.training.requests import Asked, Requests
 from coca_scale.training.saving import Saver
-from coca_scale.training.schedule import learning_rate, total_steps
+from coca_scale.training.schedule import learning_rate
 from coca_scale.training.skipped import SkipLog
-from coca_scale.training.tracking import tracking_fault
 from coca_scale.training.validation import Validation
 
 
@@ -128,7 +130,7 @@ class Trainer:
         if (fault := tracking_fault(recipe)) is not None:
             raise UserError(fault)
         self.plan = BatchPlan.from_recipe(recipe, world.size)
-        self.config = model_config(recipe.model)
+        self.config = ModelConfig.from_recipe(recipe.model)
         start = recipe.model.pretrained
         self.tokenizer = make_tokenizer(self.config, Path(start) if start is not None else None)
         self.source = open_source(recipe.data.train, recipe.data, recipe.run.seed)
@@ -185,8 +187,8 @@ class Trainer:
 
     def _export(self) -> str | None:
         """Write the end of the run as a model folder; returns why OpenCLIP cannot have it."""
-        final = find_checkpoint(self.folder / "checkpoints") or self.resumed
-        return export(load_model(str(final)), self.folder / "export")
+        final = find_checkpoint(self.folder / run_folder.CHECKPOINTS) or self.resumed
+        return export(load_model(str(final)), self.folder / run_folder.EXPORT)
 
     def _train(self, log: RunLog, saver: Saver, requests: Requests) -> Asked:
         """Steps until the end; what the run was asked for if that is why it ended."""
@@ -200,7 +202,7 @@ class Trainer:
         with (
             closing(loader) as batches,
             Collection(recipe.engine.gc_every_steps) as garbage,
-            StepProfiler(span, self.folder / "profile", log.say) as profiler,
+            StepProfiler(span, self.folder / run_folder.PROFILE, log.say) as profiler,
         ):
             while self.step < self.steps:
                 number = self.step + 1
@@ -353,7 +355,7 @@ class Trainer:
         Raises:
             AgreedError: the one asked for is damaged, or the run folder should be empty.
         """
-        resume, parent = self.recipe.checkpoint.resume, self.folder / "checkpoints"
+        resume, parent = self.recipe.checkpoint.resume, self.folder / run_folder.CHECKPOINTS
         self.world.on_first(lambda: sweep(parent))
         if resume == "auto":
             return newest_intact(parent, self.world, self.notes)
@@ -378,7 +380,7 @@ class Trainer:
             started = time.perf_counter()
             progress = read_progress(self.resumed)
             saved = progress["lanes"]
-            scratch = self.folder / "checkpoints"
+            scratch = self.folder / run_folder.CHECKPOINTS
             with fitting_state(self.resumed, self.engine.layout, scratch, self.world) as universal:
                 self.engine.load_state(self.resumed, universal)
             self.step = progress["step"]
@@ -393,7 +395,7 @@ class Trainer:
 
     def _make_saver(self, log: RunLog) -> Saver:
         section = self.recipe.checkpoint
-        parent = self.folder / "checkpoints"
+        parent = self.folder / run_folder.CHECKPOINTS
         writer = CheckpointWriter(self.engine, parent, section.keep, section.keep_every_steps)
         return Saver(writer, section, self._progress, log, self.watch, self._slow_seconds)
 
@@ -414,13 +416,13 @@ class Trainer:
 
     def _write_recipe(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "recipe.yaml").write_text(dump_recipe(self.recipe))
+        (self.folder / run_folder.RECIPE).write_text(dump_recipe(self.recipe))
         if isinstance(self.tokenizer, FastTokenizer):
             self.tokenizer.save(self.folder)
         packages = ("torch", "deepspeed", "open_clip_torch", "coca-scale")
         versions = {"python": platform.python_version(), **{p: version(p) for p in packages}}
         about = {"versions": versions, "git_commit": _git_commit(), "ranks": self.world.size}
-        (self.folder / "versions.json").write_text(json.dumps(about, indent=1) + "\n")
+        (self.folder / run_folder.VERSIONS).write_text(json.dumps(about, indent=1) + "\n")
 
 
 def _writable(value: Any) -> bool:

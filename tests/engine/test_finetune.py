@@ -326,11 +326,12 @@ def test_average_locks_and_patch_dropout_are_the_same_on_any_layout(tmp_path):
 def memory_on_rank(rank, _ranks, folder):
     """Bytes of memory of its own that a rank has after building a model from a file."""
     from coca_scale.engine.launch import start_world
-    from coca_scale.training.initial import initial_model, model_config
+    from coca_scale.model import ModelConfig
+    from coca_scale.training.initial import initial_model
 
     recipe = tiny_recipe(model__name=str(folder / "big.json"), model__pretrained=str(folder / "w"))
     world = start_world()
-    config = model_config(recipe.model)
+    config = ModelConfig.from_recipe(recipe.model)
     before = own_memory()
     coca, _ = initial_model(recipe, config, None, world, [])
     world.barrier()

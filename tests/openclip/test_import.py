@@ -14,14 +14,13 @@ import torch
 from safetensors.torch import save_file
 
 from coca_scale.errors import UserError
-from coca_scale.inference.load import find_model, load_model
+from coca_scale.inference.load import find_model, load_model, pretrained_name
 from coca_scale.model import CoCa, LogitScale, load_model_config
 from coca_scale.model.weights import LOGIT_SCALE, load_weights, new_coca
 from coca_scale.openclip.files import read_weight_file
 from coca_scale.openclip.folder import write_folder
 from coca_scale.openclip.hub import registry_file
 from coca_scale.openclip.names import to_openclip
-from coca_scale.training.initial import pretrained_name
 from tests.conftest import tiny_recipe
 from tests.ranks import on_ranks
 from tests.variants import config_file, variant

@@ -13,15 +13,14 @@ import torch
 from typer.testing import CliRunner
 
 from coca_scale import cli
+from coca_scale.engine.config import LIVE
 from coca_scale.engine.core import apply_settings
-from coca_scale.model import CoCa
+from coca_scale.model import CoCa, ModelConfig
 from coca_scale.planning.costs import blocks_to_recompute, caption_quantiles, count_costs
-from coca_scale.planning.counting import LIVE
 from coca_scale.planning.gpus import GPUS, peak_flops
 from coca_scale.planning.memory import state_bytes
 from coca_scale.planning.plan import make_plan
 from coca_scale.recipe import BatchPlan
-from coca_scale.training.initial import model_config
 from tests.conftest import tiny_recipe
 from tests.ranks import on_ranks
 
@@ -49,7 +48,7 @@ def most_resident_bytes():
 def measured_step(_rank, _ranks, recipe, batch, recomputed):
     """Resident bytes that a forward pass leaves, and most of a step, beside what was there."""
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 65536)  # what is freed goes back at once
-    config = model_config(recipe.model)
+    config = ModelConfig.from_recipe(recipe.model)
     model = CoCa(config).train()
     apply_settings(model, recipe, recomputed)
     for parameter in model.parameters():
@@ -97,7 +96,7 @@ def measured_state(_rank, ranks, recipe):
 
     world = start_world(60)
     batch = BatchPlan.from_recipe(recipe, ranks)
-    config = model_config(recipe.model)
+    config = ModelConfig.from_recipe(recipe.model)
     model = CoCa(config)
     count = sum(p.numel() for p in model.parameters())
     engine = TrainEngine(model, LogitScale(), recipe, batch, world)
@@ -167,7 +166,7 @@ def measured_traffic(_rank, ranks):
     found = []
     for stage, micro in TRAFFIC:
         recipe, batch = traffic_settings(stage, micro)
-        config = model_config(recipe.model)
+        config = ModelConfig.from_recipe(recipe.model)
         engine = TrainEngine(CoCa(config), LogitScale(), recipe, batch, world)
         tokens = caption_quantiles(8, 8.0, config.context_length, config.pad_id)
         for _ in range(3):  # the first records the order in which parameters are needed

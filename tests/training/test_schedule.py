@@ -4,7 +4,8 @@ import pytest
 
 from coca_scale.errors import UserError
 from coca_scale.recipe.schema import ScheduleSection, TrainSection
-from coca_scale.training.schedule import learning_rate, total_steps
+from coca_scale.recipe.total_steps import total_steps
+from coca_scale.training.schedule import learning_rate
 
 
 def rates(steps, **schedule):

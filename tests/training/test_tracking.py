@@ -6,8 +6,9 @@ import sys
 
 import pytest
 
+from coca_scale.planning.check import tracking_fault
 from coca_scale.recipe import load_recipe
-from coca_scale.training.tracking import Tracker, tracking_fault
+from coca_scale.training.tracking import Tracker
 
 
 @pytest.fixture

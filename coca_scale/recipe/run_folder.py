@@ -1,0 +1,14 @@
+"""What a run folder holds, by name: training writes it, reports and other programs read it."""
+
+RECIPE = "recipe.yaml"  # resolved
+VERSIONS = "versions.json"  # of packages, the commit, the number of ranks
+METRICS = "metrics.jsonl"  # an object per logged step
+VALIDATION = "validation.jsonl"  # an object per validation
+SHEETS = "validation"  # pictures with captions
+BAD_SAMPLES = "bad_samples.jsonl"
+BAD_STEPS = "bad_steps.jsonl"
+TENSORBOARD = "tensorboard"
+CHECKPOINTS = "checkpoints"
+EXPORT = "export"  # model folder of the end of the run
+PROFILE = "profile"
+STACKS = "stacks"  # of every rank, where a run hung
