@@ -33,7 +33,7 @@ from torch.profiler import ProfilerActivity, profile
 from coca_scale.losses import FeatureGather, contrastive_loss
 from coca_scale.model import load_model_config
 from coca_scale.model.weights import build_model
-from coca_scale.openclip.names import from_openclip
+from coca_scale.openclip.state_dict import from_openclip
 from coca_scale.planning.costs import caption_quantiles
 from coca_scale.planning.counting import LiveBytes, flops, parts
 from coca_scale.planning.gpus import peak_flops

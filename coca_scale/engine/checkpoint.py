@@ -25,8 +25,8 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 from safetensors.torch import load_file
 from torch import Tensor
 
-from coca_scale.engine.core import CONSTANTS_FILE, SCALE_FILE, STATE_TAG, TrainEngine
 from coca_scale.engine.resharding import Layout, to_universal
+from coca_scale.engine.train_engine import CONSTANTS_FILE, SCALE_FILE, STATE_TAG, TrainEngine
 from coca_scale.engine.weight_average import AVERAGE_FOLDER
 from coca_scale.engine.world import World
 from coca_scale.engine.writing import Entries, sync_folder, write_hashed

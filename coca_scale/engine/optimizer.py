@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from coca_scale.model import CoCa
-from coca_scale.model.lock import layer_scales
+from coca_scale.model.freeze import layer_scales
 from coca_scale.recipe.schema import OptimSection
 
 NOT_DECAYED = (

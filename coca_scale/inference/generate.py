@@ -2,7 +2,7 @@
 
 open_clip computes every earlier token, and the image tokens' keys and values for every beam, anew
 at each step. Here the image is encoded once, its keys and values are shared by its beams, and text
-tower and decoder keep those of earlier tokens (`model/past.py`).
+tower and decoder keep those of earlier tokens (`model/kv_cache.py`).
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from coca_scale.model.weights import Model, build_model
 from coca_scale.openclip.files import WEIGHT_SUFFIXES, read_weight_file
 from coca_scale.openclip.folder import is_model_folder, read_folder
 from coca_scale.openclip.hub import HUB_PREFIX, hub_folder, registry_file
-from coca_scale.openclip.names import from_openclip
+from coca_scale.openclip.state_dict import from_openclip
 from coca_scale.recipe.run_folder import CHECKPOINTS
 from coca_scale.recipe.schema import ModelSection
 

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coca_scale.errors import UserError
-from coca_scale.model.captions import Captions, next_tokens, pick
 from coca_scale.model.config import ModelConfig
 from coca_scale.model.decoder import CaptionHead, MultimodalDecoder
 from coca_scale.model.hf_text import HuggingFaceTextTower
 from coca_scale.model.image import ImageTower
-from coca_scale.model.past import Past
+from coca_scale.model.kv_cache import Past
+from coca_scale.model.packing import Captions, next_tokens, pick
 from coca_scale.model.recompute import Recomputable, Thrifty
 from coca_scale.model.text import TextTower
 from coca_scale.model.timm_tower import TimmClipTower, TimmTower

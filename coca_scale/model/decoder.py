@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coca_scale.losses.caption import Kernel, chunked_cross_entropy
-from coca_scale.model.captions import Ragged
 from coca_scale.model.config import DecoderConfig
+from coca_scale.model.kv_cache import Past
 from coca_scale.model.layers import Block, CrossBlock, normal_parameter
-from coca_scale.model.past import Past
+from coca_scale.model.packing import Ragged
 from coca_scale.model.stack import run_block
 
 

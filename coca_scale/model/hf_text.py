@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from coca_scale.errors import UserError
-from coca_scale.model.captions import Captions, arrange, real_lengths
 from coca_scale.model.config import TextConfig
-from coca_scale.model.past import Past
+from coca_scale.model.kv_cache import Past
+from coca_scale.model.packing import Captions, arrange, real_lengths
 from coca_scale.model.recompute import Recomputable
 
 NEW_SWITCH = "activation_checkpointing_enable"

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from coca_scale.model.captions import Ragged
-from coca_scale.model.past import KeyValues
+from coca_scale.model.kv_cache import KeyValues
+from coca_scale.model.packing import Ragged
 from coca_scale.model.recompute import (
     Again,
     LayerNorm,

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from coca_scale.model.captions import Captions, arrange, pick, real_lengths
 from coca_scale.model.config import TextConfig
+from coca_scale.model.kv_cache import Past
 from coca_scale.model.layers import Block, normal_parameter
-from coca_scale.model.past import Past
+from coca_scale.model.packing import Captions, arrange, pick, real_lengths
 from coca_scale.model.stack import run_block
 
 

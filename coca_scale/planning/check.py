@@ -23,7 +23,7 @@ from coca_scale.errors import UserError
 from coca_scale.evaluation.zeroshot import open_labelled
 from coca_scale.inference.load import pretrained_name
 from coca_scale.model import CoCa, ModelConfig
-from coca_scale.model.lock import freeze
+from coca_scale.model.freeze import freeze
 from coca_scale.planning.memory import state_bytes
 from coca_scale.recipe import BatchPlan, Recipe
 from coca_scale.recipe.schema import WeightedShards

@@ -15,11 +15,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from coca_scale.engine.config import transfers
-from coca_scale.engine.core import DTYPES, apply_settings
+from coca_scale.engine.train_engine import DTYPES, apply_settings
 from coca_scale.errors import UserError
 from coca_scale.losses import FeatureGather, contrastive_loss
 from coca_scale.model import CoCa, ModelConfig
-from coca_scale.model.lock import freeze
+from coca_scale.model.freeze import freeze
 from coca_scale.planning.counting import LiveBytes, flops, parts
 from coca_scale.planning.gpus import Gpu
 from coca_scale.planning.plan import Costs, Plan, make_plan

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from coca_scale.engine.core import StepResult
+from coca_scale.engine.train_engine import StepResult
 from coca_scale.engine.world import World
 from coca_scale.errors import AgreedError
 from coca_scale.recipe.run_folder import BAD_STEPS

@@ -12,7 +12,7 @@ from coca_scale.engine.world import World
 from coca_scale.errors import UserError
 from coca_scale.inference.load import find_model, pretrained_name
 from coca_scale.model import CoCa, LogitScale, ModelConfig
-from coca_scale.model.lock import freeze
+from coca_scale.model.freeze import freeze
 from coca_scale.model.tower_weights import load_tower_weights, require_statistics
 from coca_scale.model.weights import fit_weights, load_weights, new_coca
 from coca_scale.recipe import Recipe

@@ -23,7 +23,7 @@ from coca_scale.engine.world import World
 from coca_scale.errors import AgreedError, UserError
 from coca_scale.inference.load import pretrained_name
 from coca_scale.model import CoCa, ModelConfig
-from coca_scale.model.lock import freeze
+from coca_scale.model.freeze import freeze
 from coca_scale.recipe import BatchPlan, Recipe, load_recipe
 from coca_scale.recipe.exits import CRASHED
 from coca_scale.training.bad_steps import Rollback

@@ -37,7 +37,7 @@ from coca_scale.engine.checkpoint import (
     sweep,
     verify_together,
 )
-from coca_scale.engine.core import StepResult, TrainEngine
+from coca_scale.engine.train_engine import StepResult, TrainEngine
 from coca_scale.engine.watchdog import NoWatchdog, Watchdog
 from coca_scale.engine.world import World
 from coca_scale.errors import AgreedError, UserError
@@ -52,7 +52,7 @@ from coca_scale.recipe import BatchPlan, Recipe, dump_recipe, run_folder
 from coca_scale.recipe.exits import REQUEUE
 from coca_scale.recipe.total_steps import total_steps
 from coca_scale.training.bad_steps import BadSteps, Rollback
-from coca_scale.training.collection import Collection
+from coca_scale.training.garbage_collection import Collection
 from coca_scale.training.initial import initial_model
 from coca_scale.training.log import RunLog, peak_memory_bytes
 from coca_scale.training.meter import Meter

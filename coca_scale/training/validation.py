@@ -17,7 +17,7 @@ from torch import Tensor
 
 from coca_scale.data.sample import DataError, Source, causes_text
 from coca_scale.data.tokens import Tokenizer
-from coca_scale.engine.core import TrainEngine
+from coca_scale.engine.train_engine import TrainEngine
 from coca_scale.evaluation.caption_scores import score_captions
 from coca_scale.evaluation.captioning import Captioned
 from coca_scale.evaluation.pictures import Picture, first_pictures, read_pictures

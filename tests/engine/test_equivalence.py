@@ -33,8 +33,8 @@ def curves_on_rank(rank, ranks, layouts):
 
 
 def _curves(rank, ranks, layouts):
-    from coca_scale.engine.core import TrainEngine
     from coca_scale.engine.launch import start_world
+    from coca_scale.engine.train_engine import TrainEngine
     from coca_scale.model import CoCa, LogitScale, load_model_config
     from coca_scale.recipe import BatchPlan
 

@@ -15,7 +15,7 @@ from coca_scale.engine.checkpoint import find_checkpoint, read_weights
 from coca_scale.engine.optimizer import make_optimizer
 from coca_scale.errors import UserError
 from coca_scale.model import CoCa, load_model_config
-from coca_scale.model.lock import freeze, layer_scales
+from coca_scale.model.freeze import freeze, layer_scales
 from coca_scale.model.weights import LOGIT_SCALE
 from coca_scale.openclip.folder import write_folder
 from tests.conftest import tiny_recipe
@@ -251,8 +251,8 @@ BATCH, STEPS = 16, 6
 
 def average_on_rank(rank, ranks, layouts, folder):
     """Losses, and the averaged weights as a checkpoint gives them, of each layout."""
-    from coca_scale.engine.core import TrainEngine
     from coca_scale.engine.launch import start_world
+    from coca_scale.engine.train_engine import TrainEngine
     from coca_scale.model import LogitScale
     from coca_scale.recipe import BatchPlan
     from tests.engine.test_equivalence import batch_of

@@ -13,7 +13,7 @@ from coca_scale.inference.generate import generate
 from coca_scale.inference.options import GenerationOptions
 from coca_scale.model import load_model_config
 from coca_scale.model.weights import build_model
-from coca_scale.openclip.names import from_openclip
+from coca_scale.openclip.state_dict import from_openclip
 from tests.inference.reference import search
 from tests.model.test_parity import open_clip_model
 

@@ -14,7 +14,7 @@ from coca_scale.model import CoCa, load_model_config
 from coca_scale.model.config import parse_model_config
 from coca_scale.model.weights import LOGIT_SCALE, build_model, fit_weights
 from coca_scale.openclip.folder import read_folder, to_openclip_config, write_folder
-from coca_scale.openclip.names import from_openclip, to_openclip
+from coca_scale.openclip.state_dict import from_openclip, to_openclip
 from tests.variants import raw_config, variant
 
 PARAMETERS = {

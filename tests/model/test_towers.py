@@ -23,7 +23,7 @@ from coca_scale.model.patch_dropout import drop_patches
 from coca_scale.model.text import TextTower
 from coca_scale.model.timm_tower import has_batch_norm
 from coca_scale.model.weights import LOGIT_SCALE, build_model, fit_weights
-from coca_scale.openclip.names import to_openclip
+from coca_scale.openclip.state_dict import to_openclip
 from tests.model.test_parity import open_clip_model, relative
 from tests.variants import CAPTIONERS, hugging_face_folder, raw_config, variant
 

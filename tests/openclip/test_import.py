@@ -20,7 +20,7 @@ from coca_scale.model.weights import LOGIT_SCALE, load_weights, new_coca
 from coca_scale.openclip.files import read_weight_file
 from coca_scale.openclip.folder import write_folder
 from coca_scale.openclip.hub import registry_file
-from coca_scale.openclip.names import to_openclip
+from coca_scale.openclip.state_dict import to_openclip
 from tests.conftest import tiny_recipe
 from tests.ranks import on_ranks
 from tests.variants import config_file, variant

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from coca_scale import cli
 from coca_scale.engine.config import LIVE
-from coca_scale.engine.core import apply_settings
+from coca_scale.engine.train_engine import apply_settings
 from coca_scale.model import CoCa, ModelConfig
 from coca_scale.planning.costs import blocks_to_recompute, caption_quantiles, count_costs
 from coca_scale.planning.gpus import GPUS, peak_flops
@@ -90,8 +90,8 @@ def test_activations_are_those_of_a_real_step(mode, budget):
 
 def measured_state(_rank, ranks, recipe):
     """Bytes of weights, gradients and optimizer on this rank, read off DeepSpeed's optimizer."""
-    from coca_scale.engine.core import TrainEngine
     from coca_scale.engine.launch import end_world, start_world
+    from coca_scale.engine.train_engine import TrainEngine
     from coca_scale.model import LogitScale
 
     world = start_world(60)
@@ -153,8 +153,8 @@ def measured_traffic(_rank, ranks):
     """Bytes that a rank sends in a step, as DeepSpeed logs its collectives, on a ring."""
     from deepspeed.comm.comm import comms_logger
 
-    from coca_scale.engine.core import TrainEngine
     from coca_scale.engine.launch import start_world
+    from coca_scale.engine.train_engine import TrainEngine
     from coca_scale.model import LogitScale
 
     sends = {

@@ -10,7 +10,7 @@ import torch
 
 from coca_scale.losses import FeatureGather, contrastive_loss
 from coca_scale.model import CoCa, load_model_config
-from coca_scale.training.collection import Collection
+from coca_scale.training.garbage_collection import Collection
 
 
 class Cycle:

@@ -32,8 +32,8 @@ from coca_scale.engine.world import World
 from coca_scale.engine.writing import Entries, FileWriter
 from coca_scale.losses import ContrastiveResult, FeatureGather, contrastive_loss
 from coca_scale.model import CoCa, LogitScale
-from coca_scale.model.captions import Captions
 from coca_scale.model.image import normalize_pixels
+from coca_scale.model.packing import Captions
 from coca_scale.model.timm_tower import cast_statistics
 from coca_scale.recipe import BatchPlan, Recipe
 
