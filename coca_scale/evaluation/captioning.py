@@ -68,7 +68,7 @@ class Captioner:
         """Raises UserError for what `generate` would refuse, before anything is written."""
         coca, tokenizer = self.loaded.model.coca, self.loaded.tokenizer
         length = self.options.length(coca.config.context_length)
-        coca.new_past(length)
+        coca.new_cache(length)
         start = prompt_ids(tokenizer, self.prompt)
         make_prompts([start], length, tokenizer.end_id, tokenizer.pad_id, self.loaded.device)
 

@@ -73,14 +73,14 @@ def _recall_at(queries: tuple[Tensor, Tensor], keys: tuple[Tensor, Tensor]) -> d
 
 
 def _nearest(queries: Tensor, keys: Tensor) -> Tensor:
-    """Places of the best keys of each query, best first, [n, most of CUTS] or all there are."""
+    """CachePositions of the best keys of each query, best first, [n, most of CUTS] or all there are."""
     best = queries.new_zeros(len(queries), 0)
-    places = torch.zeros(len(queries), 0, dtype=torch.long, device=queries.device)
+    positions = torch.zeros(len(queries), 0, dtype=torch.long, device=queries.device)
     for first in range(0, len(keys), _KEYS):
         scores = queries @ keys[first : first + _KEYS].T
         here = torch.arange(first, first + scores.shape[1], device=keys.device)
         scores = torch.cat([best, scores], 1)
-        all_places = torch.cat([places, here.expand(len(queries), -1)], 1)
+        all_positions = torch.cat([positions, here.expand(len(queries), -1)], 1)
         best, kept = scores.topk(min(max(CUTS), scores.shape[1]))
-        places = all_places.gather(1, kept)
-    return places
+        positions = all_positions.gather(1, kept)
+    return positions

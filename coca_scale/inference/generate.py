@@ -71,7 +71,7 @@ def generate(
         UserError: the model has no decoder, or no place for the captions asked for.
     """
     length = options.length(coca.config.context_length)
-    past = coca.new_past(length)
+    cache = coca.new_cache(length)
     given = [[special.start_id]] * len(images) if prompts is None else prompts
     begun = make_prompts(given, length, special.end_id, special.pad_id, images.device)
     search: BeamSearch | Sampling
@@ -80,8 +80,8 @@ def generate(
     else:
         search = Sampling(begun, options, seeds)
     _, image_tokens_BSD = coca.image(images)
-    logits = coca.next_logits(begun.tokens_BL[:, : begun.shortest], past, image_tokens_BSD)
-    past.repeat(search.rows_per_image)
+    logits = coca.next_logits(begun.tokens_BL[:, : begun.shortest], cache, image_tokens_BSD)
+    cache.repeat(search.rows_per_image)
     logits = logits.repeat_interleave(search.rows_per_image, 0)
     for position in range(begun.shortest, length):
         rows = search.advance(logits, position)
@@ -89,6 +89,6 @@ def generate(
         if last or (search.finished and not same_steps):
             break
         if rows is not None:
-            past.take(rows)
-        logits = coca.next_logits(search.written(position + 1)[:, -1:], past)
+            cache.take(rows)
+        logits = coca.next_logits(search.written(position + 1)[:, -1:], cache)
     return Generated(*search.result())

@@ -14,7 +14,7 @@ from coca_scale.model.config import ModelConfig
 from coca_scale.model.decoder import CaptionHead, MultimodalDecoder
 from coca_scale.model.hf_text import HuggingFaceTextTower
 from coca_scale.model.image import ImageTower
-from coca_scale.model.kv_cache import Past
+from coca_scale.model.kv_cache import KVCache
 from coca_scale.model.packing import Captions, next_tokens, pick
 from coca_scale.model.recompute import Recomputable, Thrifty
 from coca_scale.model.text import TextTower
@@ -88,8 +88,8 @@ class CoCa(nn.Module):
         assert self.caption_head is not None, "a CLIP has no caption head"
         return self.caption_head(self.hidden_states(image_tokens_BSD, tokens_BT))
 
-    def new_past(self, length: int) -> Past:
-        """An empty past of captions of up to `length` tokens.
+    def new_cache(self, length: int) -> KVCache:
+        """An empty cache of captions of up to `length` tokens.
 
         Raises:
             UserError: the model has no decoder, or no place for that many tokens.
@@ -102,27 +102,27 @@ class CoCa(nn.Module):
                 f"{length} were asked for"
             )
         own = self.text.blocks if isinstance(self.text, TextTower) else ()
-        return Past(length, len(own), len(self.decoder.blocks))
+        return KVCache(length, len(own), len(self.decoder.blocks))
 
     def next_logits(
-        self, tokens_RT: Tensor, past: Past, image_tokens_BSD: Tensor | None = None
+        self, tokens_RT: Tensor, cache: KVCache, image_tokens_BSD: Tensor | None = None
     ) -> Tensor:
         """Write on.
 
         Args:
             tokens_RT: the next tokens of each caption.
-            past: what is kept of those before; afterwards of these, too.
+            cache: what is kept of those before; afterwards of these, too.
             image_tokens_BSD: with the first tokens, of which there is one row per image.
 
         Returns:
             Logits [R, V] of the token that follows the last of these.
         """
         assert self.decoder is not None and self.caption_head is not None
-        past.begin(tokens_RT)
-        captions = next_tokens(tokens_RT, past.places.new_T)
-        _, text_ND = self.text(captions, past)
-        hidden_ND = self.decoder(text_ND, captions.decoder, image_tokens_BSD, past)
-        past.end()
+        cache.begin(tokens_RT)
+        captions = next_tokens(tokens_RT, cache.positions.new_T)
+        _, text_ND = self.text(captions, cache)
+        hidden_ND = self.decoder(text_ND, captions.decoder, image_tokens_BSD, cache)
+        cache.end()
         return self.caption_head(hidden_ND.unflatten(0, tokens_RT.shape)[:, -1])
 
     def forward(

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from coca_scale.losses.caption import Kernel, chunked_cross_entropy
 from coca_scale.model.config import DecoderConfig
-from coca_scale.model.kv_cache import Past
+from coca_scale.model.kv_cache import KVCache
 from coca_scale.model.layers import Block, CrossBlock, normal_parameter
 from coca_scale.model.packing import Ragged
 from coca_scale.model.stack import run_block
@@ -24,22 +24,22 @@ class MultimodalDecoder(nn.Module):
         self.norm_final = nn.LayerNorm(config.width)
 
     def forward(
-        self, text_MD: Tensor, rows: Ragged, image_BSD: Tensor | None, past: Past | None = None
+        self, text_MD: Tensor, rows: Ragged, image_BSD: Tensor | None, cache: KVCache | None = None
     ) -> Tensor:
         """Token features, the layout of their rows, and image tokens → hidden states [M, D].
 
-        With a past, the features are those of the next tokens, and image tokens are needed only
+        With a cache, the features are those of the next tokens, and image tokens are needed only
         with the first.
         """
         if image_BSD is not None:
             # the blocks differ in weight and bias of this norm alone
             image_BSD = F.layer_norm(image_BSD, image_BSD.shape[-1:])
-        mask = None if past is None else past.causal_mask()
+        mask = None if cache is None else cache.causal_mask()
         x = text_MD
         for number, (block, cross) in enumerate(zip(self.blocks, self.cross_blocks, strict=True)):
             assert isinstance(block, Block) and isinstance(cross, CrossBlock)
-            own = None if past is None else past.decoder[number]
-            image = None if past is None else past.image[number]
+            own = None if cache is None else cache.decoder[number]
+            image = None if cache is None else cache.image[number]
             x = run_block(block, x, mask, mask is None, rows, own)
             x = run_block(cross, x, image_BSD, rows, image)
         return self.norm_final(x)

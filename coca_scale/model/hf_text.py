@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from coca_scale.errors import UserError
 from coca_scale.model.config import TextConfig
-from coca_scale.model.kv_cache import Past
+from coca_scale.model.kv_cache import KVCache
 from coca_scale.model.packing import Captions, arrange, real_lengths
 from coca_scale.model.recompute import Recomputable
 
@@ -63,15 +63,15 @@ class HuggingFaceTextTower(Recomputable):
         lengths_B = torch.full_like(real_B, longest)
         return arrange(tokens_BT, lengths_B, reads_B, pooled_B, None, self.pad_id)
 
-    def forward(self, captions: Captions, past: Past | None = None) -> tuple[Tensor, Tensor]:
-        """Encode captions as `arrange` lays them out, or as `next_tokens` does those after `past`.
+    def forward(self, captions: Captions, cache: KVCache | None = None) -> tuple[Tensor, Tensor]:
+        """Encode captions as `arrange` lays them out, or as `next_tokens` does those after `cache`.
 
         Returns:
             The pooled embedding [B, embed_dim], not normalised, and the features of all rows
             [N, D].
         """
-        if past is not None:
-            return self._continue(past)
+        if cache is not None:
+            return self._continue(cache)
         tokens_BL = captions.text.pad(captions.tokens_N)
         real_BL = (tokens_BL != self.pad_id).long()
         output = self.transformer(input_ids=tokens_BL, attention_mask=real_BL, use_cache=False)
@@ -80,18 +80,18 @@ class HuggingFaceTextTower(Recomputable):
         mean = (hidden_BLD * weights_BL1).sum(1) / weights_BL1.sum(1).clamp(min=1)
         return self.proj(mean), captions.text.pack(hidden_BLD)
 
-    def _continue(self, past: Past) -> tuple[Tensor, Tensor]:
+    def _continue(self, cache: KVCache) -> tuple[Tensor, Tensor]:
         """No embedding, and the features [R·T, D] of the next tokens."""
-        if past.transformers is None:
+        if cache.transformers is None:
             from transformers import DynamicCache
 
-            past.transformers = DynamicCache()
-        first = past.places.filled
-        known_RL = past.tokens_RL[:, : first + len(past.places.new_T)]
+            cache.transformers = DynamicCache()
+        first = cache.positions.filled
+        known_RL = cache.tokens_RL[:, : first + len(cache.positions.new_T)]
         output = self.transformer(
             input_ids=known_RL[:, first:],
             attention_mask=(known_RL != self.pad_id).long(),
-            past_key_values=past.transformers,
+            past_key_values=cache.transformers,
             use_cache=True,
         )
         return output.last_hidden_state[:, 0, :0], output.last_hidden_state.flatten(0, 1)

@@ -1,4 +1,4 @@
-"""What a model keeps of the captions that it is writing, so that each token is computed once.
+"""The KV cache: what a model keeps of the captions that it is writing, so that each token is computed once.
 
 Every tensor has its full size from the start, so a step's shapes never change and it can be
 compiled. Shapes: R captions being written, n of them (beams or samples) per image, B images, T new
@@ -15,33 +15,33 @@ from torch import Tensor
 
 
 @dataclass
-class Places:
-    """Where in a caption of `length` places the `new_T` ones are, after `filled` others."""
+class CachePositions:
+    """Where in a caption of `length` positions the `new_T` ones are, after `filled` others."""
 
     length: int
     filled: int
     new_T: Tensor
 
 
-class KeyValues:
+class LayerCache:
     """Keys and values of one attention layer.
 
     Attributes:
         pair: both, [R, H, L, d] for text and [B, H, S, d] for images; None before the first tokens.
     """
 
-    def __init__(self, places: Places) -> None:
-        self._places = places
+    def __init__(self, positions: CachePositions) -> None:
+        self._positions = positions
         self.pair: tuple[Tensor, Tensor] | None = None
 
     def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write those of the new tokens, [R, H, T, d], to their places; returns those of all."""
+        """Write those of the new tokens, [R, H, T, d], to their positions; returns those of all."""
         if self.pair is None:
             rows, heads, _, width = keys.shape
-            shape = (rows, heads, self._places.length, width)
+            shape = (rows, heads, self._positions.length, width)
             self.pair = (keys.new_zeros(shape), values.new_zeros(shape))
         for kept, written in zip(self.pair, (keys, values), strict=True):
-            kept.index_copy_(2, self._places.new_T, written)
+            kept.index_copy_(2, self._positions.new_T, written)
         return self.pair
 
     def take(self, rows: Tensor) -> None:
@@ -50,11 +50,11 @@ class KeyValues:
             self.pair = (self.pair[0][rows], self.pair[1][rows])
 
 
-class Past:
-    """All that is kept between one token and the next.
+class KVCache:
+    """All that is kept between one token and the next, of every layer.
 
     Attributes:
-        places: where the new tokens stand.
+        positions: where the new tokens stand.
         tokens_RL: ids of all tokens so far.
         text: keys and values of the text tower, a layer after the other.
         decoder: those of the decoder's self-attention.
@@ -63,30 +63,32 @@ class Past:
     """
 
     def __init__(self, length: int, text_layers: int, decoder_layers: int) -> None:
-        self.places = Places(length, 0, torch.zeros(0, dtype=torch.long))
-        self.text = [KeyValues(self.places) for _ in range(text_layers)]
-        self.decoder = [KeyValues(self.places) for _ in range(decoder_layers)]
-        self.image = [KeyValues(self.places) for _ in range(decoder_layers)]
+        self.positions = CachePositions(length, 0, torch.zeros(0, dtype=torch.long))
+        self.text = [LayerCache(self.positions) for _ in range(text_layers)]
+        self.decoder = [LayerCache(self.positions) for _ in range(decoder_layers)]
+        self.image = [LayerCache(self.positions) for _ in range(decoder_layers)]
         self.transformers: Any = None
 
     def begin(self, tokens_RT: Tensor) -> None:
         """Take note of new tokens, before they are computed."""
         rows, new = tokens_RT.shape
-        places = self.places
-        assert places.filled + new <= places.length
-        places.new_T = torch.arange(places.filled, places.filled + new, device=tokens_RT.device)
-        if not places.filled:
-            self.tokens_RL = tokens_RT.new_zeros(rows, places.length)
-        self.tokens_RL.index_copy_(1, places.new_T, tokens_RT)
+        positions = self.positions
+        assert positions.filled + new <= positions.length
+        positions.new_T = torch.arange(
+            positions.filled, positions.filled + new, device=tokens_RT.device
+        )
+        if not positions.filled:
+            self.tokens_RL = tokens_RT.new_zeros(rows, positions.length)
+        self.tokens_RL.index_copy_(1, positions.new_T, tokens_RT)
 
     def end(self) -> None:
         """The new tokens have been computed."""
-        self.places.filled += len(self.places.new_T)
+        self.positions.filled += len(self.positions.new_T)
 
     def causal_mask(self) -> Tensor:
-        """Which places each new token may see: its own and all before, bool [T, L]."""
-        new_T = self.places.new_T
-        return torch.arange(self.places.length, device=new_T.device) <= new_T[:, None]
+        """Which positions each new token may see: its own and all before, bool [T, L]."""
+        new_T = self.positions.new_T
+        return torch.arange(self.positions.length, device=new_T.device) <= new_T[:, None]
 
     def take(self, rows: Tensor) -> None:
         """Caption i becomes what caption `rows[i]` was; both are of the same image."""

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from coca_scale.model.kv_cache import KeyValues
+from coca_scale.model.kv_cache import LayerCache
 from coca_scale.model.packing import Ragged
 from coca_scale.model.recompute import (
     Again,
@@ -97,18 +97,18 @@ class SelfAttention(nn.Module):
         mask: Tensor | None,
         causal: bool,
         rows: Ragged | None,
-        past: KeyValues | None = None,
+        cache: LayerCache | None = None,
     ) -> Tensor:
         """Attention inside each sequence.
 
         Args:
             x: [B, T, D], or with `rows` [N, D].
             again: computes `x`, so that it need not be kept.
-            mask: boolean, True where a key may be seen, broadcastable to [B, H, T, T], with a past
+            mask: boolean, True where a key may be seen, broadcastable to [B, H, T, T], with a cache
                 to [B, H, T, L].
             causal: no key after the query may be seen; not together with a mask.
             rows: where the rows lie if `x` is ragged.
-            past: of the tokens before; those of `x` are added.
+            cache: of the tokens before; those of `x` are added.
 
         Returns:
             As `x`.
@@ -118,8 +118,8 @@ class SelfAttention(nn.Module):
         if rows is not None:
             qkv = rows.pad(qkv)
         q, k, v = (split_heads(t, self.heads) for t in qkv.chunk(3, dim=-1))
-        if past is not None:
-            k, v = past.extend(k, v)
+        if cache is not None:
+            k, v = cache.extend(k, v)
         y = attend(q, k, v, mask, causal)
         return self.out(y if rows is None else rows.pack(y))
 
@@ -141,36 +141,36 @@ class CrossAttention(nn.Module):
         context_BSC: Tensor | None,
         context_again: Again | None,
         rows: Ragged | None = None,
-        past: KeyValues | None = None,
+        cache: LayerCache | None = None,
     ) -> Tensor:
         """Attention of each sequence to its context.
 
         Args:
-            x: queries [B, T, D], or with `rows` [N, D]; with a past, several sequences in a row may
+            x: queries [B, T, D], or with `rows` [N, D]; with a cache, several sequences in a row may
                 have the same context.
             again: computes `x`, so that it need not be kept.
-            context_BSC: what is attended to; None if `past` has its keys and values.
+            context_BSC: what is attended to; None if `cache` has its keys and values.
             context_again: computes the context.
             rows: where the rows lie if `x` is ragged.
-            past: keeps keys and values of the context.
+            cache: keeps keys and values of the context.
 
         Returns:
             As `x`.
         """
         if context_BSC is None:
-            assert past is not None and past.pair is not None
-            k, v = past.pair
+            assert cache is not None and cache.pair is not None
+            k, v = cache.pair
         else:
             with not_keeping(context_BSC, context_again):
                 kv = self.kv(context_BSC)
             k, v = (split_heads(t, self.heads) for t in kv.chunk(2, dim=-1))
-            if past is not None:
-                past.pair = (k, v)
+            if cache is not None:
+                cache.pair = (k, v)
         with not_keeping(x, again):
             q = self.q(x)
         if rows is not None:
             q = rows.pad(q)
-        if past is not None:
+        if cache is not None:
             q = q.reshape(len(k), -1, q.shape[-1])  # a context's sequences, one after the other
         y = attend(split_heads(q, self.heads), k, v)
         return self.out(y if rows is None else rows.pack(y))
@@ -208,10 +208,10 @@ class Block(Recomputable):
         mask: Tensor | None = None,
         causal: bool = False,
         rows: Ragged | None = None,
-        past: KeyValues | None = None,
+        cache: LayerCache | None = None,
     ) -> Tensor:
         """[B, T, D], or with `rows` [N, D]; returns the same."""
-        x = x + self.attn(*self.norm1(x), mask, causal, rows, past)
+        x = x + self.attn(*self.norm1(x), mask, causal, rows, cache)
         return x + self.mlp(*self.norm2(x))
 
 
@@ -234,14 +234,14 @@ class CrossBlock(Recomputable):
         x: Tensor,
         image_BSD: Tensor | None,
         rows: Ragged | None = None,
-        past: KeyValues | None = None,
+        cache: LayerCache | None = None,
     ) -> Tensor:
         """Text [B, T, D], or with `rows` [N, D], and normalised image tokens; returns text.
 
-        Without image tokens, their keys and values are taken from `past`.
+        Without image tokens, their keys and values are taken from `cache`.
         """
         context = (None, None) if image_BSD is None else self.norm_kv(image_BSD)
-        x = x + self.attn(*self.norm1(x), *context, rows, past)
+        x = x + self.attn(*self.norm1(x), *context, rows, cache)
         return x + self.mlp(*self.norm2(x))
 
 

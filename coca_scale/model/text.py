@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coca_scale.model.config import TextConfig
-from coca_scale.model.kv_cache import Past
+from coca_scale.model.kv_cache import KVCache
 from coca_scale.model.layers import Block, normal_parameter
 from coca_scale.model.packing import Captions, arrange, pick, real_lengths
 from coca_scale.model.stack import run_block
@@ -57,8 +57,8 @@ class TextTower(nn.Module):
             lengths_B = reads_B = torch.full_like(real_B, context)
         return arrange(tokens_BT, lengths_B, reads_B, pooled_B, seen_BS, self.pad_id)
 
-    def forward(self, captions: Captions, past: Past | None = None) -> tuple[Tensor, Tensor]:
-        """Encode captions as `arrange` lays them out, or as `next_tokens` does those after `past`.
+    def forward(self, captions: Captions, cache: KVCache | None = None) -> tuple[Tensor, Tensor]:
+        """Encode captions as `arrange` lays them out, or as `next_tokens` does those after `cache`.
 
         Returns:
             The pooled embedding [B, embed_dim], not normalised, and the features of all rows [N, D]
@@ -70,19 +70,19 @@ class TextTower(nn.Module):
             is_cls[captions.pooled_B] = True
             x = torch.where(is_cls, self.class_embedding, x)
         x = x + F.embedding(captions.positions_N, self.position_embedding)
-        mask = attention_mask(captions) if past is None else self._past_mask(past)
+        mask = attention_mask(captions) if cache is None else self._cache_mask(cache)
         for number, block in enumerate(self.blocks):
             assert isinstance(block, Block)
-            kept = None if past is None else past.text[number]
+            kept = None if cache is None else cache.text[number]
             x = run_block(block, x, mask, mask is None, captions.text, kept)
         return self.norm_final(pick(x, captions.pooled_B)) @ self.projection, x
 
-    def _past_mask(self, past: Past) -> Tensor:
-        """Places that the next tokens may see, bool [R, 1, T, L], or [T, L] where all see alike."""
+    def _cache_mask(self, cache: KVCache) -> Tensor:
+        """CachePositions that the next tokens may see, bool [R, 1, T, L], or [T, L] where all see alike."""
         if self.class_embedding is None:
-            return past.causal_mask()
-        seen_RL = visible_keys(past.tokens_RL, self.pad_id, self.correct_cls_mask)[:, :-1]
-        return past.causal_mask() & seen_RL[:, None, None, :]
+            return cache.causal_mask()
+        seen_RL = visible_keys(cache.tokens_RL, self.pad_id, self.correct_cls_mask)[:, :-1]
+        return cache.causal_mask() & seen_RL[:, None, None, :]
 
     def contrastive_parameters(self) -> list[nn.Parameter]:
         """Those that only the contrastive loss trains."""

@@ -22,15 +22,15 @@ def test_each_token_sees_what_it_sees_in_a_whole_caption(kind, tmp_path):
     if not hugging_face:  # there, padding is no word
         tokens[1, 3] = tokens[3, 4] = tokens[3, 5] = config.pad_id
     _, image_tokens = coca.image(images)
-    past = coca.new_past(12)
-    found = [coca.next_logits(tokens[::2, :2], past, image_tokens)]
-    past.repeat(2)
+    cache = coca.new_cache(12)
+    found = [coca.next_logits(tokens[::2, :2], cache, image_tokens)]
+    cache.repeat(2)
     tokens[1, :2], tokens[3, :2] = tokens[0, :2], tokens[2, :2]
     for place in range(2, 10):
-        # the two captions of each image change places, as beams do
-        past.take(torch.tensor([1, 0, 3, 2]))
+        # the two captions of each image change positions, as beams do
+        cache.take(torch.tensor([1, 0, 3, 2]))
         tokens[:, :place] = tokens[[1, 0, 3, 2], :place]
-        found.append(coca.next_logits(tokens[:, place : place + 1], past))
+        found.append(coca.next_logits(tokens[:, place : place + 1], cache))
     expected = coca.caption_logits(image_tokens.repeat_interleave(2, 0), tokens)
     assert torch.allclose(found[0], expected[::2, 1], rtol=0, atol=1e-12)
     assert torch.allclose(found[-1], expected[:, 9], rtol=0, atol=1e-12)
@@ -38,10 +38,10 @@ def test_each_token_sees_what_it_sees_in_a_whole_caption(kind, tmp_path):
     assert not torch.allclose(shorter[:, -1], expected[:, -1])
 
 
-def test_no_past_is_longer_than_the_context(tmp_path):
+def test_no_cache_is_longer_than_the_context(tmp_path):
     coca = CoCa(variant("coca", tmp_path))
     with pytest.raises(UserError, match="at most 16 tokens, 17 were asked for"):
-        coca.new_past(17)
+        coca.new_cache(17)
 
 
 @torch.no_grad()
@@ -53,11 +53,11 @@ def test_steps_have_the_same_shapes_so_that_one_compilation_serves_all(tmp_path)
     images = torch.randn(2, 3, 48, 48)
 
     def write():
-        past = coca.new_past(12)
-        found = [coca.next_logits(torch.ones(2, 1, dtype=torch.long), past, coca.image(images)[1])]
-        past.repeat(3)
+        cache = coca.new_cache(12)
+        found = [coca.next_logits(torch.ones(2, 1, dtype=torch.long), cache, coca.image(images)[1])]
+        cache.repeat(3)
         for token in range(5, 12):
-            found.append(coca.next_logits(torch.full((6, 1), token), past))
+            found.append(coca.next_logits(torch.full((6, 1), token), cache))
         return torch.cat(found)
 
     plain, counter = write(), CompileCounter()

@@ -335,7 +335,7 @@ def test_one_batch_is_learned_by_heart_and_reproduced(kind, tmp_path):
 def test_a_clip_writes_no_captions(tmp_path):
     coca = fresh(variant("clip", tmp_path))
     with pytest.raises(UserError, match="no decoder"):
-        coca.new_past(10)
+        coca.new_cache(10)
 
 
 def test_captions_longer_than_a_hugging_face_model_are_refused(tmp_path):
