@@ -141,7 +141,7 @@ def contenders(model: str, batch: int, checkpointing: str) -> dict[str, Callable
 
 def _ours(name: str, coca: Any, log_scale: Tensor, images: Tensor, tokens: Tensor) -> Contender:
     def forward() -> tuple[Tensor, float]:
-        batch = coca.text.arrange(tokens).to(images.device)
+        batch = coca.text.pack(tokens).to(images.device)
         features, caption_sum = coca(images, batch)
         gather = FeatureGather(features.detach(), None)
         result = contrastive_loss(gather, log_scale, None, chunk_rows=512)

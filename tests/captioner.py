@@ -45,7 +45,7 @@ def train_captioner(folder: Path) -> None:
     optimizer = torch.optim.AdamW(coca.parameters(), lr=2e-3)
     for step in range(60):
         batch = slice(step % 40 * 32, (step % 40 + 1) * 32)
-        features, caption_sum = coca(images[batch], coca.text.arrange(captions[batch]))
+        features, caption_sum = coca(images[batch], coca.text.pack(captions[batch]))
         similar = 14 * features[:, 0] @ features[:, 1].T
         contrastive = F.cross_entropy(similar, torch.arange(32)) + F.cross_entropy(
             similar.T, torch.arange(32)

@@ -33,7 +33,7 @@ from coca_scale.engine.writing import Entries, FileWriter
 from coca_scale.losses import ContrastiveResult, FeatureGather, contrastive_loss
 from coca_scale.model import CoCa, LogitScale
 from coca_scale.model.image import normalize_pixels
-from coca_scale.model.packing import Captions
+from coca_scale.model.packing import PackedCaptions
 from coca_scale.model.timm_tower import cast_statistics
 from coca_scale.recipe import BatchPlan, Recipe
 
@@ -219,15 +219,15 @@ class TrainEngine:
         assert parts, "the recipe leaves nothing to train"
         return sum(parts[1:], start=parts[0])
 
-    def _arrange(self, tokens: Tensor) -> Captions:
+    def _arrange(self, tokens: Tensor) -> PackedCaptions:
         """Captions without padding; laid out on the host, which a GPU would have to wait for."""
-        return self.module.text.arrange(tokens).to(self.world.device)
+        return self.module.text.pack(tokens).to(self.world.device)
 
     def _prepare(self, images: Tensor) -> Tensor:
         return normalize_pixels(images, self.dtype)
 
     @torch.no_grad()
-    def _all_features(self, pieces: list[tuple[Tensor, Captions, Tensor]]) -> Tensor:
+    def _all_features(self, pieces: list[tuple[Tensor, PackedCaptions, Tensor]]) -> Tensor:
         """Features of all micro-batches, [n, 2, d]."""
         return torch.cat(
             [

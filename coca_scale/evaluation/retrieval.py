@@ -73,7 +73,7 @@ def _recall_at(queries: tuple[Tensor, Tensor], keys: tuple[Tensor, Tensor]) -> d
 
 
 def _nearest(queries: Tensor, keys: Tensor) -> Tensor:
-    """CachePositions of the best keys of each query, best first, [n, most of CUTS] or all there are."""
+    """Positions of the best keys of each query, best first, [n, most of CUTS] or all there are."""
     best = queries.new_zeros(len(queries), 0)
     positions = torch.zeros(len(queries), 0, dtype=torch.long, device=queries.device)
     for first in range(0, len(keys), _KEYS):

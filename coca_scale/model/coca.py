@@ -15,7 +15,7 @@ from coca_scale.model.decoder import CaptionHead, MultimodalDecoder
 from coca_scale.model.hf_text import HuggingFaceTextTower
 from coca_scale.model.image import ImageTower
 from coca_scale.model.kv_cache import KVCache
-from coca_scale.model.packing import Captions, next_tokens, pick
+from coca_scale.model.packing import PackedCaptions, next_tokens, pick
 from coca_scale.model.recompute import Recomputable, Thrifty
 from coca_scale.model.text import TextTower
 from coca_scale.model.timm_tower import TimmClipTower, TimmTower
@@ -72,13 +72,13 @@ class CoCa(nn.Module):
 
     def encode_text(self, tokens_BT: Tensor, normalize: bool = True) -> Tensor:
         """Token ids [B, T] → features [B, embed_dim], of unit length by default."""
-        features = self.text(self.text.arrange(tokens_BT))[0]
+        features = self.text(self.text.pack(tokens_BT))[0]
         return unit(features) if normalize else features
 
     def hidden_states(self, image_tokens_BSD: Tensor, tokens_BT: Tensor) -> Tensor:
         """The decoder's output [B, T, D] at every given token."""
         assert self.decoder is not None, "a CLIP has no decoder"
-        captions = self.text.arrange(tokens_BT, keep_padding=True)
+        captions = self.text.pack(tokens_BT, keep_padding=True)
         text_MD = self.text(captions)[1][captions.read_M]
         hidden_MD = self.decoder(text_MD, captions.decoder, image_tokens_BSD)
         return hidden_MD.unflatten(0, tokens_BT.shape)
@@ -128,7 +128,7 @@ class CoCa(nn.Module):
     def forward(
         self,
         images: Tensor,
-        captions: Captions,
+        captions: PackedCaptions,
         on_features: FeaturesReady | None = None,
         features_only: bool = False,
         sample_ids: Tensor | None = None,
@@ -137,7 +137,7 @@ class CoCa(nn.Module):
 
         Args:
             images: normalised images [B, 3, H, W] in the model's dtype.
-            captions: B captions, laid out by `text.arrange`.
+            captions: B captions, laid out by `text.pack`.
             on_features: called with the packed features as soon as both towers are through, so that
                 their all-gather runs while the decoder does.
             features_only: stop after the towers.

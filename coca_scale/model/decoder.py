@@ -9,7 +9,7 @@ from coca_scale.losses.caption import Kernel, chunked_cross_entropy
 from coca_scale.model.config import DecoderConfig
 from coca_scale.model.kv_cache import KVCache
 from coca_scale.model.layers import Block, CrossBlock, normal_parameter
-from coca_scale.model.packing import Ragged
+from coca_scale.model.packing import Packing
 from coca_scale.model.stack import run_block
 
 
@@ -24,7 +24,7 @@ class MultimodalDecoder(nn.Module):
         self.norm_final = nn.LayerNorm(config.width)
 
     def forward(
-        self, text_MD: Tensor, rows: Ragged, image_BSD: Tensor | None, cache: KVCache | None = None
+        self, text_MD: Tensor, rows: Packing, image_BSD: Tensor | None, cache: KVCache | None = None
     ) -> Tensor:
         """Token features, the layout of their rows, and image tokens → hidden states [M, D].
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from coca_scale.errors import UserError
 from coca_scale.model.config import TextConfig
 from coca_scale.model.kv_cache import KVCache
-from coca_scale.model.packing import Captions, arrange, real_lengths
+from coca_scale.model.packing import PackedCaptions, pack_captions, real_lengths
 from coca_scale.model.recompute import Recomputable
 
 NEW_SWITCH = "activation_checkpointing_enable"
@@ -51,7 +51,7 @@ class HuggingFaceTextTower(Recomputable):
         else:
             getattr(self.transformer, f"{kind}_checkpointing_disable")()
 
-    def arrange(self, tokens_BT: Tensor, keep_padding: bool = False) -> Captions:
+    def pack(self, tokens_BT: Tensor, keep_padding: bool = False) -> PackedCaptions:
         """Lay out token ids [B, T] for `forward`, all as long as the longest one."""
         real_B = real_lengths(tokens_BT, self.pad_id)
         reads_B = (real_B - 1).clamp(min=0)
@@ -61,10 +61,12 @@ class HuggingFaceTextTower(Recomputable):
             reads_B = torch.full_like(real_B, longest)
         pooled_B = torch.zeros_like(real_B)  # not used: the mean is the embedding
         lengths_B = torch.full_like(real_B, longest)
-        return arrange(tokens_BT, lengths_B, reads_B, pooled_B, None, self.pad_id)
+        return pack_captions(tokens_BT, lengths_B, reads_B, pooled_B, None, self.pad_id)
 
-    def forward(self, captions: Captions, cache: KVCache | None = None) -> tuple[Tensor, Tensor]:
-        """Encode captions as `arrange` lays them out, or as `next_tokens` does those after `cache`.
+    def forward(
+        self, captions: PackedCaptions, cache: KVCache | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Encode captions as `pack` lays them out, or as `next_tokens` does those after `cache`.
 
         Returns:
             The pooled embedding [B, embed_dim], not normalised, and the features of all rows

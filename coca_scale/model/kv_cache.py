@@ -1,4 +1,4 @@
-"""The KV cache: what a model keeps of the captions that it is writing, so that each token is computed once.
+"""The KV cache: what a model keeps of the captions it is writing; each token is computed once.
 
 Every tensor has its full size from the start, so a step's shapes never change and it can be
 compiled. Shapes: R captions being written, n of them (beams or samples) per image, B images, T new

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coca_scale.model.kv_cache import LayerCache
-from coca_scale.model.packing import Ragged
+from coca_scale.model.packing import Packing
 from coca_scale.model.recompute import (
     Again,
     LayerNorm,
@@ -96,7 +96,7 @@ class SelfAttention(nn.Module):
         again: Again | None,
         mask: Tensor | None,
         causal: bool,
-        rows: Ragged | None,
+        rows: Packing | None,
         cache: LayerCache | None = None,
     ) -> Tensor:
         """Attention inside each sequence.
@@ -140,14 +140,14 @@ class CrossAttention(nn.Module):
         again: Again | None,
         context_BSC: Tensor | None,
         context_again: Again | None,
-        rows: Ragged | None = None,
+        rows: Packing | None = None,
         cache: LayerCache | None = None,
     ) -> Tensor:
         """Attention of each sequence to its context.
 
         Args:
-            x: queries [B, T, D], or with `rows` [N, D]; with a cache, several sequences in a row may
-                have the same context.
+            x: queries [B, T, D], or with `rows` [N, D]; with a cache, several sequences in a
+                row may have the same context.
             again: computes `x`, so that it need not be kept.
             context_BSC: what is attended to; None if `cache` has its keys and values.
             context_again: computes the context.
@@ -207,7 +207,7 @@ class Block(Recomputable):
         x: Tensor,
         mask: Tensor | None = None,
         causal: bool = False,
-        rows: Ragged | None = None,
+        rows: Packing | None = None,
         cache: LayerCache | None = None,
     ) -> Tensor:
         """[B, T, D], or with `rows` [N, D]; returns the same."""
@@ -233,7 +233,7 @@ class CrossBlock(Recomputable):
         self,
         x: Tensor,
         image_BSD: Tensor | None,
-        rows: Ragged | None = None,
+        rows: Packing | None = None,
         cache: LayerCache | None = None,
     ) -> Tensor:
         """Text [B, T, D], or with `rows` [N, D], and normalised image tokens; returns text.

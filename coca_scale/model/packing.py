@@ -19,43 +19,43 @@ Move = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Ragged:
+class Packing:
     """Sequences of several lengths, stored row after row.
 
     Attributes:
         batch: sequences B.
         longest: rows L of the longest one.
-        slots: int64 [N], the place in [B·L] of every row; None where all have L rows.
+        indices: int64 [N], the index in [B·L] of every row; None where all have L rows.
     """
 
     batch: int
     longest: int
-    slots: Tensor | None
+    indices: Tensor | None
 
     def pad(self, x_ND: Tensor) -> Tensor:
         """[N, D] → [B, L, D], zero where no row belongs."""
         size = self.batch * self.longest
-        x = x_ND if self.slots is None else _Spread.apply(x_ND, self.slots, size)
+        x = x_ND if self.indices is None else _Scatter.apply(x_ND, self.indices, size)
         return x.unflatten(0, (self.batch, self.longest))
 
     def pack(self, x_BLD: Tensor) -> Tensor:
         """[B, L, D] → [N, D]."""
         x = x_BLD.flatten(0, 1)
-        return x if self.slots is None else pick(x, self.slots)
+        return x if self.indices is None else pick(x, self.indices)
 
-    def map(self, function: Move) -> Ragged:
+    def map(self, function: Move) -> Packing:
         """The same with other tensors."""
-        slots = None if self.slots is None else function(self.slots)
-        return Ragged(self.batch, self.longest, slots)
+        indices = None if self.indices is None else function(self.indices)
+        return Packing(self.batch, self.longest, indices)
 
 
 @dataclass(frozen=True)
-class Captions:
+class PackedCaptions:
     """A batch of captions as the text tower and the decoder take it.
 
     Attributes:
         tokens_N: token id of every row of the text tower; that of a CLS row means nothing.
-        positions_N: its place in the position embedding.
+        positions_N: its row of the position embedding.
         pooled_B: the row of each caption that becomes its embedding.
         seen_BL: False for keys that the text tower's attention must not see, None if there are
             none but later ones.
@@ -70,13 +70,13 @@ class Captions:
     positions_N: Tensor
     pooled_B: Tensor
     seen_BL: Tensor | None
-    text: Ragged
+    text: Packing
     read_M: Tensor
-    decoder: Ragged
+    decoder: Packing
     counted_K: Tensor | None
     labels_K: Tensor
 
-    def to(self, device: torch.device) -> Captions:
+    def to(self, device: torch.device) -> PackedCaptions:
         """The same on another device, without waiting for it."""
 
         def move(tensor: Tensor) -> Tensor:
@@ -86,12 +86,12 @@ class Captions:
 
         return self.map(move)
 
-    def map(self, function: Move) -> Captions:
+    def map(self, function: Move) -> PackedCaptions:
         """The same with other tensors."""
         changed: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, Ragged):
+            if isinstance(value, Packing):
                 changed[field.name] = value.map(function)
             elif value is not None:
                 changed[field.name] = function(value)
@@ -104,65 +104,64 @@ def pick(x_ND: Tensor, rows: Tensor) -> Tensor:
     return picked
 
 
-def arrange(
+def pack_captions(
     tokens_BT: Tensor,
     lengths_B: Tensor,
     reads_B: Tensor,
     pooled_B: Tensor | None,
     seen_BS: Tensor | None,
     pad_id: int,
-) -> Captions:
+) -> PackedCaptions:
     """Lay out captions.
 
     Args:
         tokens_BT: token ids.
         lengths_B: how many of them the text tower computes.
         reads_B: how many of those the decoder reads.
-        pooled_B: place of the one whose output becomes the embedding; None for a CLS row of its
+        pooled_B: index of the one whose output becomes the embedding; None for a CLS row of its
             own, which comes last and has position T.
         seen_BS: bool, keys that the text tower's attention may see: S = T, or T + 1 with the CLS.
         pad_id: id of tokens that are not learnt.
     """
     batch, context = tokens_BT.shape
     rows_B = lengths_B if pooled_B is not None else lengths_B + 1
-    text, inside_BL = _ragged(rows_B)
-    place_BL = torch.arange(text.longest, device=tokens_BT.device).expand(batch, -1)
-    column_BL = place_BL
+    text, inside_BL = _packing(rows_B)
+    column_BL = torch.arange(text.longest, device=tokens_BT.device).expand(batch, -1)
     if pooled_B is None:
-        column_BL = torch.where(place_BL < lengths_B[:, None], place_BL, context)
+        column_BL = torch.where(column_BL < lengths_B[:, None], column_BL, context)
     first_B = rows_B.cumsum(0) - rows_B
-    decoder, read_BL = _ragged(reads_B)
-    place_BR = torch.arange(decoder.longest, device=tokens_BT.device).expand(batch, -1)
+    decoder, read_BL = _packing(reads_B)
+    column_BR = torch.arange(decoder.longest, device=tokens_BT.device).expand(batch, -1)
     padded_BS = F.pad(tokens_BT, (0, 1), value=pad_id)
     labels = padded_BS[:, 1:][:, : decoder.longest][read_BL]
     counted = labels != pad_id
     rows = None if bool(counted.all()) else counted.nonzero().squeeze(1)
-    return Captions(
+    return PackedCaptions(
         tokens_N=padded_BS.gather(1, column_BL)[inside_BL],
         positions_N=column_BL[inside_BL],
         pooled_B=first_B + (pooled_B if pooled_B is not None else lengths_B),
         seen_BL=None if seen_BS is None else _seen(seen_BS, column_BL, inside_BL),
         text=text,
-        read_M=(first_B[:, None] + place_BR)[read_BL],
+        read_M=(first_B[:, None] + column_BR)[read_BL],
         decoder=decoder,
         counted_K=rows,
         labels_K=labels if rows is None else labels[rows],
     )
 
 
-def next_tokens(tokens_RT: Tensor, places_T: Tensor) -> Captions:
+def next_tokens(tokens_RT: Tensor, positions_T: Tensor) -> PackedCaptions:
     """Lay out the next tokens of captions that are being written; nothing is pooled or learnt.
 
     Args:
         tokens_RT: their ids.
-        places_T: where they stand in the captions.
+        positions_T: where they stand in the captions.
     """
     rows, new = tokens_RT.shape
-    nothing = places_T.new_zeros(0)
-    layout = Ragged(rows, new, None)
-    return Captions(
+    nothing = positions_T.new_zeros(0)
+    layout = Packing(rows, new, None)
+    return PackedCaptions(
         tokens_N=tokens_RT.flatten(),
-        positions_N=places_T.repeat(rows),
+        positions_N=positions_T.repeat(rows),
         pooled_B=nothing,
         seen_BL=None,
         text=layout,
@@ -179,32 +178,32 @@ def real_lengths(tokens_BT: Tensor, pad_id: int) -> Tensor:
     return (after_BT * (tokens_BT != pad_id)).amax(1)
 
 
-def _ragged(lengths_B: Tensor) -> tuple[Ragged, Tensor]:
-    """The layout of sequences of these lengths, and which places [B, L] have a row."""
+def _packing(lengths_B: Tensor) -> tuple[Packing, Tensor]:
+    """The layout of sequences of these lengths, and which of [B, L] have a row."""
     longest = max(1, int(lengths_B.max()))
     inside_BL = torch.arange(longest, device=lengths_B.device) < lengths_B[:, None]
-    slots = None if bool(inside_BL.all()) else inside_BL.flatten().nonzero().squeeze(1)
-    return Ragged(len(lengths_B), longest, slots), inside_BL
+    indices = None if bool(inside_BL.all()) else inside_BL.flatten().nonzero().squeeze(1)
+    return Packing(len(lengths_B), longest, indices), inside_BL
 
 
 def _seen(seen_BS: Tensor, column_BL: Tensor, inside_BL: Tensor) -> Tensor | None:
-    """Which of the keys that are laid out may be seen, None if all; places without a row may."""
+    """Which of the keys that are laid out may be seen, None if all; those without a row may."""
     seen_BL = seen_BS.gather(1, column_BL) | ~inside_BL
     return None if bool(seen_BL.all()) else seen_BL
 
 
-class _Spread(torch.autograd.Function):
-    """Rows into places of a larger tensor."""
+class _Scatter(torch.autograd.Function):
+    """Rows into a larger tensor."""
 
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, slots: Tensor, size: int) -> Tensor:
-        ctx.save_for_backward(slots)
-        return x_ND.new_zeros(size, x_ND.shape[1]).index_copy_(0, slots, x_ND)
+    def forward(ctx: Any, x_ND: Tensor, indices: Tensor, size: int) -> Tensor:
+        ctx.save_for_backward(indices)
+        return x_ND.new_zeros(size, x_ND.shape[1]).index_copy_(0, indices, x_ND)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (slots,) = ctx.saved_tensors
-        return grads[0].index_select(0, slots), None, None
+        (indices,) = ctx.saved_tensors
+        return grads[0].index_select(0, indices), None, None
 
 
 class _Pick(torch.autograd.Function):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from coca_scale.model.config import TextConfig
 from coca_scale.model.kv_cache import KVCache
 from coca_scale.model.layers import Block, normal_parameter
-from coca_scale.model.packing import Captions, arrange, pick, real_lengths
+from coca_scale.model.packing import PackedCaptions, pack_captions, pick, real_lengths
 from coca_scale.model.stack import run_block
 
 
@@ -37,7 +37,7 @@ class TextTower(nn.Module):
         self.norm_final = nn.LayerNorm(width)
         self.projection = normal_parameter(width, embed_dim, std=width**-0.5)
 
-    def arrange(self, tokens_BT: Tensor, keep_padding: bool = False) -> Captions:
+    def pack(self, tokens_BT: Tensor, keep_padding: bool = False) -> PackedCaptions:
         """Lay out token ids [B, T], T up to the context length, for `forward`.
 
         A CLS row has position T. Under OpenCLIP's mask it sees one pad, which is kept with it.
@@ -55,10 +55,12 @@ class TextTower(nn.Module):
             lengths_B = torch.maximum(real_B, pooled_B + 1)
         if keep_padding:
             lengths_B = reads_B = torch.full_like(real_B, context)
-        return arrange(tokens_BT, lengths_B, reads_B, pooled_B, seen_BS, self.pad_id)
+        return pack_captions(tokens_BT, lengths_B, reads_B, pooled_B, seen_BS, self.pad_id)
 
-    def forward(self, captions: Captions, cache: KVCache | None = None) -> tuple[Tensor, Tensor]:
-        """Encode captions as `arrange` lays them out, or as `next_tokens` does those after `cache`.
+    def forward(
+        self, captions: PackedCaptions, cache: KVCache | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Encode captions as `pack` lays them out, or as `next_tokens` does those after `cache`.
 
         Returns:
             The pooled embedding [B, embed_dim], not normalised, and the features of all rows [N, D]
@@ -78,7 +80,7 @@ class TextTower(nn.Module):
         return self.norm_final(pick(x, captions.pooled_B)) @ self.projection, x
 
     def _cache_mask(self, cache: KVCache) -> Tensor:
-        """CachePositions that the next tokens may see, bool [R, 1, T, L], or [T, L] where all see alike."""
+        """What the next tokens may see, bool [R, 1, T, L], or [T, L] where all see alike."""
         if self.class_embedding is None:
             return cache.causal_mask()
         seen_RL = visible_keys(cache.tokens_RL, self.pad_id, self.correct_cls_mask)[:, :-1]
@@ -110,7 +112,7 @@ def visible_keys(tokens_BT: Tensor, pad_id: int, correct_cls_mask: bool = False)
     return F.pad(tokens_BT != pad_id, (front, back), value=True)
 
 
-def attention_mask(captions: Captions) -> Tensor | None:
+def attention_mask(captions: PackedCaptions) -> Tensor | None:
     """Causal mask without hidden keys, boolean [B, 1, L, L]; None if nothing but the future is."""
     if captions.seen_BL is None:
         return None

@@ -142,7 +142,7 @@ class _Case:
         for parameter in self.model.parameters():  # gradients are counted with the state
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(_drop)
-        self.inputs = images, self.model.text.arrange(tokens).map(self.fake.from_tensor)
+        self.inputs = images, self.model.text.pack(tokens).map(self.fake.from_tensor)
 
     def forward(self) -> Tensor:
         """What the engine calls backward on, without its factors."""

@@ -34,7 +34,7 @@ class BadSteps:
         self._health = health
         self._rollbacks = rollbacks
         self._in_a_row = 0
-        self._spread = _Spread()
+        self._spread = LossSpread()
 
     def look(self, step: int, result: StepResult, keys: list[str]) -> str | None:
         """Judge a step; a collective where it was skipped.
@@ -95,10 +95,10 @@ class BadSteps:
     def load(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
         self.skipped, self.spikes = state["skipped"], state["spikes"]
-        self._spread = _Spread(*state["spread"])
+        self._spread = LossSpread(*state["spread"])
 
 
-class _Spread:
+class LossSpread:
     """Running mean and variance of the loss, exponentially forgetting."""
 
     def __init__(self, count: int = 0, mean: float = 0.0, variance: float = 0.0) -> None:

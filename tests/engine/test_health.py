@@ -16,7 +16,7 @@ import pytest
 from coca_scale.engine.checkpoint import sweep
 from coca_scale.engine.writing import write_hashed
 from coca_scale.recipe.files import sha256_of
-from coca_scale.training.bad_steps import _Spread
+from coca_scale.training.bad_steps import LossSpread
 from coca_scale.training.requests import SAVE_FILE, STOP_FILE, Asked, Requests
 from tests.conftest import tiny_recipe
 from tests.ranks import free_port, on_ranks
@@ -89,11 +89,11 @@ def test_a_bad_stretch_ends_the_run_or_is_gone_around(tmp_path):
 
 
 def test_spikes_are_told_from_noise():
-    spread = _Spread()
+    spread = LossSpread()
     usual = [spread.add(5.0 + 0.1 * ((7 * i) % 5)) for i in range(200)]
     assert max(usual) < 8
     assert spread.add(7.0) > 8
-    again = _Spread(*json.loads(json.dumps(spread.state())))
+    again = LossSpread(*json.loads(json.dumps(spread.state())))
     assert again.add(7.0) == pytest.approx(spread.add(7.0))
 
 

@@ -39,7 +39,7 @@ def run_step(chunk_rows):
         return tensor
 
     with Sizes() as sizes, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        features, caption_sum = coca(images, coca.text.arrange(tokens))
+        features, caption_sum = coca(images, coca.text.pack(tokens))
         gather = FeatureGather(features.detach(), None)
         result = contrastive_loss(gather, torch.tensor([2.0]), None, chunk_rows)
         ((features * result.grad_features).sum() + caption_sum).backward()

@@ -41,12 +41,12 @@ def test_leaving_padding_out_changes_neither_loss_nor_gradient(kind, tmp_path):
         ((features * weights).sum() + caption_sum).backward()
         return {n: p.grad.clone() for n, p in coca.named_parameters() if p.grad is not None}
 
-    packed = coca.text.arrange(tokens)
+    packed = coca.text.pack(tokens)
     features, caption_sum = coca(images, packed)
     found = gradients(features, 0.0 if caption_sum is None else caption_sum)
 
     image, image_tokens = coca.image(images)
-    padded = coca.text.arrange(tokens, keep_padding=True)
+    padded = coca.text.pack(tokens, keep_padding=True)
     assert len(packed.tokens_N) < len(padded.tokens_N)
     text = coca.text(padded)[0]
     expected = torch.stack([F.normalize(image, dim=-1), F.normalize(text, dim=-1)], 1)
@@ -67,7 +67,7 @@ def test_leaving_padding_out_changes_neither_loss_nor_gradient(kind, tmp_path):
 def test_rows_are_those_of_real_tokens(tmp_path):
     config = variant("coca", tmp_path)
     tokens = torch.tensor([[8, 9, 7, 0, 0, 0], [8, 0, 9, 9, 9, 7]])
-    legacy = CoCa(config).text.arrange(tokens)
+    legacy = CoCa(config).text.pack(tokens)
     # three tokens, one pad that OpenCLIP's mask shows, CLS; six tokens and CLS
     assert legacy.tokens_N.tolist() == [8, 9, 7, 0, 0, 8, 0, 9, 9, 9, 7, 0]
     assert legacy.positions_N.tolist() == [0, 1, 2, 3, 6, 0, 1, 2, 3, 4, 5, 6]
@@ -75,7 +75,7 @@ def test_rows_are_those_of_real_tokens(tmp_path):
     assert legacy.read_M.tolist() == [0, 1, 5, 6, 7, 8, 9]
     assert legacy.labels_K.tolist() == [9, 7, 9, 9, 9, 7]  # the pad id inside is not learnt
     assert legacy.counted_K.tolist() == [0, 1, 3, 4, 5, 6]
-    corrected = CoCa(variant("correct_mask", tmp_path)).text.arrange(tokens)
+    corrected = CoCa(variant("correct_mask", tmp_path)).text.pack(tokens)
     assert corrected.tokens_N.tolist() == [8, 9, 7, 0, 8, 0, 9, 9, 9, 7, 0]
 
 
@@ -100,7 +100,7 @@ def test_what_is_computed_again_is_not_kept(tmp_path):
     coca = CoCa(config)
     assert sum(isinstance(m, Thrifty) for m in coca.modules()) > 10
     images = torch.randn(4, 3, 48, 48)
-    captions = coca.text.arrange(uneven_captions(config)[:4])
+    captions = coca.text.pack(uneven_captions(config)[:4])
     coca.set_activation_checkpointing("none")
     everything = kept_bytes(coca, images, captions)
     coca.set_activation_checkpointing("selective")

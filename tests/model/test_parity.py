@@ -210,7 +210,7 @@ def test_activation_checkpointing_changes_no_gradient(tmp_path):
         coca = CoCa(config)
         images, tokens = torch.randn(2, 3, 48, 48), torch.randint(3, 64, (2, 16))
         gradients = []
-        captions = coca.text.arrange(tokens)
+        captions = coca.text.pack(tokens)
         for mode in ("none", "selective", "full"):
             coca.set_activation_checkpointing(mode)
             coca.zero_grad()

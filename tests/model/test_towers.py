@@ -40,7 +40,7 @@ def random_tokens(config, batch):
 
 def text_tokens(coca, tokens_BT):
     """Features [B, T, D] of every token, as the decoder reads them."""
-    captions = coca.text.arrange(tokens_BT, keep_padding=True)
+    captions = coca.text.pack(tokens_BT, keep_padding=True)
     return coca.text(captions)[1][captions.read_M].unflatten(0, tokens_BT.shape)
 
 
@@ -209,7 +209,7 @@ def test_patches_are_dropped_in_training_only(tmp_path):
     config = variant("coca", tmp_path).resized(patch_dropout=0.5)
     coca = fresh(config)
     images, tokens = torch.randn(2, 3, 48, 48), random_tokens(config, 2)
-    captions = coca.text.arrange(tokens)
+    captions = coca.text.pack(tokens)
     full = coca(images, captions, features_only=True)[0]
     ids = torch.tensor([5, 6])
     dropped = coca(images, captions, features_only=True, sample_ids=ids)[0]
@@ -298,7 +298,7 @@ def test_random_captions_cannot_be_learned_by_copying(kind, tmp_path):
     losses = []
     for _ in range(100):
         tokens = torch.randint(5, 5 + words, (32, 12))
-        _, loss = coca(images, coca.text.arrange(tokens))
+        _, loss = coca(images, coca.text.pack(tokens))
         optimizer.zero_grad()
         (loss / (32 * 11)).backward()
         optimizer.step()
@@ -322,7 +322,7 @@ def test_one_batch_is_learned_by_heart_and_reproduced(kind, tmp_path):
         words = 3 + row
         tokens[row, : words + 2] = torch.tensor([start, *torch.randint(5, 300, (words,)), end])
     for _ in range(150):
-        _, loss = coca(images, coca.text.arrange(tokens))
+        _, loss = coca(images, coca.text.pack(tokens))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(coca.parameters(), 1.0)

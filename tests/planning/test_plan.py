@@ -55,7 +55,7 @@ def measured_step(_rank, _ranks, recipe, batch, recomputed):
         parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     size, micro = config.vision_cfg.image_size, batch.micro_batch
     tokens = caption_quantiles(micro, 20.0, config.context_length, config.pad_id)
-    captions = model.text.arrange(tokens)
+    captions = model.text.pack(tokens)
     images = torch.randn(micro, 3, size, size)
 
     def forward():

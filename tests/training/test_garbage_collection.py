@@ -38,7 +38,7 @@ def test_no_activation_is_garbage(mode):
     coca.set_activation_checkpointing(mode)
 
     def step():
-        captions = coca.text.arrange(torch.randint(1, 1024, (8, 16)))
+        captions = coca.text.pack(torch.randint(1, 1024, (8, 16)))
         features, caption_sum = coca(torch.randn(8, 3, 48, 48), captions)
         gather = FeatureGather(features.detach(), None)
         result = contrastive_loss(gather, torch.tensor([2.0]), None, 8)
