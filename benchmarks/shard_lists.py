@@ -41,11 +41,11 @@ def measure(pattern: str) -> dict[str, Any]:
     source = open_source(pattern, DataSection(train=pattern), 0)
     opened = time.perf_counter()
     assert isinstance(source, ShardSource)
-    parts = [source.plan.parts(lane, LANES, 1) for lane in range(LANES // RANKS)]
+    parts = [source.epochs.parts(lane, LANES, 1) for lane in range(LANES // RANKS)]
     dealt = time.perf_counter()
     return {
         "shards": len(source.urls),
-        "sizes_known": source.plan.counted,
+        "sizes_known": source.epochs.counted,
         "open_seconds": round(opened - started, 3),
         "deal_seconds": round(dealt - opened, 3),
         "parts_of_a_rank": sum(map(len, parts)),

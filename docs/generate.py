@@ -19,7 +19,7 @@ from coca_scale.openclip.options import options_table
 from coca_scale.planning.costs import plan_run
 from coca_scale.planning.gpus import GPUS
 from coca_scale.planning.plan import Costs, Plan
-from coca_scale.recipe import BatchPlan, Recipe, load_recipe
+from coca_scale.recipe import BatchSplit, Recipe, load_recipe
 from coca_scale.recipe.load import schema_json
 from coca_scale.recipe.schema import Section
 
@@ -102,7 +102,7 @@ class Planned:
 
     entry: Entry
     recipe: Recipe
-    batch: BatchPlan
+    batch: BatchSplit
     costs: Costs
     plan: Plan
 

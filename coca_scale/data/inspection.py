@@ -12,10 +12,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from coca_scale.data.epoch_shards import ShardList, expand_shards
 from coca_scale.data.images import decode_image
 from coca_scale.data.manifest import MANIFEST
 from coca_scale.data.pack import Progress
-from coca_scale.data.plan import ShardList, expand_shards
 from coca_scale.data.rules import SampleRules
 from coca_scale.data.sample import BadSample, DataError, RawSample, Skipped
 from coca_scale.data.shards import read_shard
@@ -84,9 +84,9 @@ class Inspection:
             "samples": self.samples,
             "usable": usable,
             "image_bytes": sum(shard.image_bytes for shard in self.shards),
-            "samples_per_shard": _spread([shard.samples for shard in self.shards]),
-            "shortest_side_pixels": _spread(list(sides.elements())),
-            "caption_tokens": _spread(list(self.lengths.elements())),
+            "samples_per_shard": _range_text([shard.samples for shard in self.shards]),
+            "shortest_side_pixels": _range_text(list(sides.elements())),
+            "caption_tokens": _range_text(list(self.lengths.elements())),
             "formats": dict(sum((shard.formats for shard in self.shards), Counter())),
             "bad": dict(self.causes.most_common()),
             "bad_shards": {
@@ -229,7 +229,7 @@ def _format(data: bytes) -> str:
     return known.get(data[:2], "other")
 
 
-def _spread(values: list[int]) -> str:
+def _range_text(values: list[int]) -> str:
     """Smallest, median and largest."""
     if not values:
         return "unknown"

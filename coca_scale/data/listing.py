@@ -34,7 +34,7 @@ class ListOptions:
 
 
 @dataclass(frozen=True)
-class Picture:
+class ListedPicture:
     """An image file with its captions."""
 
     path: Path
@@ -44,7 +44,7 @@ class Picture:
 class PictureFiles:
     """Listed pictures as a collection of samples."""
 
-    def __init__(self, pictures: Sequence[Picture]) -> None:
+    def __init__(self, pictures: Sequence[ListedPicture]) -> None:
         self._pictures = pictures
 
     def __len__(self) -> int:
@@ -68,7 +68,7 @@ def is_picture(path: Path) -> bool:
 
 def list_pictures(
     source: Path, options: ListOptions, captions_needed: bool = True
-) -> list[Picture]:
+) -> list[ListedPicture]:
     """Image files with all their captions, in order of first appearance.
 
     A folder has them in .txt side-cars, of which the first line counts; a .csv or .tsv in rows; a
@@ -96,7 +96,7 @@ def list_pictures(
             known.append(text)
     if not captions:
         raise DataError(f"{source}: no pictures with captions in it")
-    return [Picture(path, tuple(texts)) for path, texts in captions.items()]
+    return [ListedPicture(path, tuple(texts)) for path, texts in captions.items()]
 
 
 def _folder_pairs(folder: Path) -> Iterator[tuple[Path, str]]:

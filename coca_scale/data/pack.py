@@ -17,7 +17,7 @@ from PIL import Image
 from webdataset import TarWriter
 
 from coca_scale.data.images import decode_image
-from coca_scale.data.listing import ListOptions, Picture, list_pictures
+from coca_scale.data.listing import ListedPicture, ListOptions, list_pictures
 from coca_scale.data.manifest import MANIFEST
 from coca_scale.data.sample import BadSample, DataError, causes_text
 from coca_scale.recipe.files import read_json, sha256_of
@@ -116,7 +116,7 @@ def _packed(out: Path) -> PackResult:
 
 
 def _pack(
-    pictures: Sequence[Picture],
+    pictures: Sequence[ListedPicture],
     source: Path,
     out: Path,
     options: PackOptions,
@@ -153,7 +153,9 @@ def _pack(
     return _finish(out, source, count)
 
 
-def _settle(out: Path, source: Path, options: PackOptions, pictures: Sequence[Picture]) -> None:
+def _settle(
+    out: Path, source: Path, options: PackOptions, pictures: Sequence[ListedPicture]
+) -> None:
     """Write down what is packed here, or see that it is the same as before the interruption."""
     digest = hashlib.sha256()
     for picture in pictures:
@@ -178,7 +180,7 @@ def _write_shard(
     out: Path,
     number: int,
     first: int,
-    pictures: Sequence[Picture],
+    pictures: Sequence[ListedPicture],
     options: PackOptions,
     several: bool,
 ) -> None:
@@ -209,7 +211,7 @@ def _write_shard(
     _write_whole(_receipt(out, number), json.dumps(receipt))
 
 
-def _files_of(picture: Picture, options: PackOptions, several: bool) -> dict[str, bytes]:
+def _files_of(picture: ListedPicture, options: PackOptions, several: bool) -> dict[str, bytes]:
     if not picture.captions:
         raise BadSample("empty_caption", str(picture.path))
     extension, data = _image_bytes(picture.path, options.max_side)

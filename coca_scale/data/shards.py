@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from coca_scale.data.epoch_shards import EpochShards, ShardList, ShardRange, expand_shards
 from coca_scale.data.manifest import shard_counts
-from coca_scale.data.plan import Part, ShardList, ShardPlan, expand_shards
 from coca_scale.data.rules import LIMITS, SampleRules
 from coca_scale.data.sample import BadSample, DataError, Position, RawSample
 from coca_scale.data.storage import PIPE, StorageError, StorageOptions, is_local, open_shard
@@ -77,7 +77,7 @@ class ShardSource:
             [np.full(len(found), s.weight) for found, s in zip(lists, sources, strict=True)]
         )
         counts = shard_counts(self.urls, storage)
-        self.plan = ShardPlan(weights, counts, options.seed, options.replacement)
+        self.epochs = EpochShards(weights, counts, options.seed, options.replacement)
         self._rules = rules
         self._options = options
         self._storage = storage
@@ -104,14 +104,14 @@ class ShardSource:
 
     def count(self) -> int | None:
         """Samples of an epoch, if each shard is listed in a manifest beside it."""
-        return self.plan.samples()
+        return self.epochs.samples()
 
     def lane(
         self, lane: int, lanes: int, start: Position
     ) -> Iterator[tuple[Position, RawSample | BadSample]]:
         """The rest of one epoch of a lane."""
         epoch, used = start.epoch, start.used
-        parts = self.plan.parts(lane, lanes, epoch)
+        parts = self.epochs.parts(lane, lanes, epoch)
         at = _Cursor(start.part, start.number, start.byte)
         entries = self._entries(parts, at)
         while True:
@@ -151,7 +151,7 @@ class ShardSource:
         return window, at
 
     def _entries(
-        self, parts: Sequence[Part], start: _Cursor
+        self, parts: Sequence[ShardRange], start: _Cursor
     ) -> Iterator[tuple[_Cursor, list[RawSample | BadSample]]]:
         """Samples of a lane's epoch from `start` on, with the cursor behind each."""
         for number in range(start.part, len(parts)):
@@ -164,12 +164,12 @@ def read_shard(
     url: str, rules: SampleRules, storage: StorageOptions
 ) -> Iterator[RawSample | BadSample]:
     """Samples of one shard in storage order; whatever breaks in it comes as a BadSample."""
-    for _, entries in _read(url, Part(0, 0, None, 1), _Cursor(0, 0, 0), rules, storage):
+    for _, entries in _read(url, ShardRange(0, 0, None, 1), _Cursor(0, 0, 0), rules, storage):
         yield from entries
 
 
 def _read(
-    url: str, part: Part, at: _Cursor, rules: SampleRules, storage: StorageOptions
+    url: str, part: ShardRange, at: _Cursor, rules: SampleRules, storage: StorageOptions
 ) -> Iterator[tuple[_Cursor, list[RawSample | BadSample]]]:
     """A part of a shard from `at` on: what a sample gives, with the cursor behind it."""
     number = at.number

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from coca_scale.recipe import BatchPlan, Recipe
+from coca_scale.recipe import BatchSplit, Recipe
 
 LARGEST_BUCKET = 100_000_000  # elements
 # elements of weights; what is used again before so many others is not gathered again. DeepSpeed's
@@ -40,13 +40,13 @@ def transfers(model: nn.Module) -> Transfers:
 
 
 def deepspeed_config(
-    recipe: Recipe, plan: BatchPlan, sizes: Transfers, ranks_per_node: int
+    recipe: Recipe, batch: BatchSplit, sizes: Transfers, ranks_per_node: int
 ) -> dict[str, Any]:
     """What `deepspeed.initialize` is given; `engine.deepspeed` of the recipe is merged over it.
 
     Args:
         recipe: of the run.
-        plan: its batch over the ranks.
+        batch: as it is cut over the ranks.
         sizes: of its model.
         ranks_per_node: the same on all nodes, or 1.
     """
@@ -67,7 +67,7 @@ def deepspeed_config(
             "stage3_max_reuse_distance": LIVE,
             "stage3_gather_16bit_weights_on_model_save": False,
         }
-        if engine.secondary_shard and 1 < ranks_per_node < plan.ranks:
+        if engine.secondary_shard and 1 < ranks_per_node < batch.ranks:
             zero["zero_hpz_partition_size"] = ranks_per_node
     host = {"device": "cpu", "pin_memory": True}
     if engine.offload != "none":
@@ -75,9 +75,9 @@ def deepspeed_config(
     if engine.offload == "all":
         zero["offload_param"] = host
     config: dict[str, Any] = {
-        "train_batch_size": plan.global_batch,
-        "train_micro_batch_size_per_gpu": plan.micro_batch,
-        "gradient_accumulation_steps": plan.accumulation,
+        "train_batch_size": batch.global_batch,
+        "train_micro_batch_size_per_gpu": batch.micro_batch,
+        "gradient_accumulation_steps": batch.accumulation,
         "gradient_clipping": recipe.optim.clip_norm,
         "zero_optimization": zero,
         "bf16": {"enabled": precision == "bf16"},

@@ -35,7 +35,7 @@ from coca_scale.model import CoCa, LogitScale
 from coca_scale.model.image import normalize_pixels
 from coca_scale.model.packing import PackedCaptions
 from coca_scale.model.timm_tower import cast_statistics
-from coca_scale.recipe import BatchPlan, Recipe
+from coca_scale.recipe import BatchSplit, Recipe
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SCALE_FILE = "logit_scale.pt"
@@ -90,7 +90,7 @@ class TrainEngine:
         model: CoCa,
         logit_scale: LogitScale,
         recipe: Recipe,
-        plan: BatchPlan,
+        batch_split: BatchSplit,
         world: World,
         recomputed: Collection[str] = (),
     ) -> None:
@@ -99,17 +99,17 @@ class TrainEngine:
         Parameters without `requires_grad` stay as they are, and are saved in the precision they
         have here. Blocks named in `recomputed` keep no activations.
         """
-        assert world.size == plan.ranks, "the plan is for another number of ranks"
+        assert world.size == batch_split.ranks, "the batch is split for another number of ranks"
         self._constants = _constants(model) if world.rank == 0 else {}
         self.world = world
         self.dtype = DTYPES[recipe.engine.precision]
         self._recipe = recipe
-        self._plan = plan
+        self._batch_split = batch_split
         apply_settings(model, recipe, recomputed)
         self._logit_scale = logit_scale.to(world.device)
         self._scale_optimizer = make_scale_optimizer(self._logit_scale.log_scale, recipe.optim)
         optimizer, self._lr_scales = make_optimizer(model, recipe.optim)
-        config = deepspeed_config(recipe, plan, transfers(model), world.ranks_per_node)
+        config = deepspeed_config(recipe, batch_split, transfers(model), world.ranks_per_node)
         setattr(model, UNIVERSAL_CHECKPOINT_INFO, {})  # without it checkpoints cannot be resharded
         self._engine, self._optimizer, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=config
@@ -148,7 +148,7 @@ class TrainEngine:
         """
         self._engine.train()
         images = images.to(self.world.device, non_blocking=True)
-        micro = self._plan.micro_batch
+        micro = self._batch_split.micro_batch
         captions = [self._arrange(piece) for piece in tokens.split(micro)]
         (total_tokens,) = self.world.sum(sum(len(c.labels_K) for c in captions))
         caption_factor = self._recipe.loss.caption_weight / max(total_tokens, 1.0)
@@ -158,7 +158,7 @@ class TrainEngine:
         sample_ids = first + places.to(self.world.device)
         sample_ids += (self._recipe.run.seed % 2**23) << 40  # no run has 2^40 samples
         pieces = list(zip(images.split(micro), captions, sample_ids.split(micro), strict=True))
-        assert len(pieces) == self._plan.accumulation, "a batch of another size than planned"
+        assert len(pieces) == self._batch_split.accumulation, "a batch of another size than planned"
         gather: FeatureGather | None = None
         if len(pieces) > 1:
             gather = self._start_gather(self._all_features(pieces))

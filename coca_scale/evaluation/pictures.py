@@ -13,16 +13,16 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from coca_scale.data.epoch_shards import expand_shards
 from coca_scale.data.images import decode_image, eval_pixels
 from coca_scale.data.listing import (
     ANNOTATIONS,
+    ListedPicture,
     ListOptions,
     PictureFiles,
     is_picture,
     list_pictures,
 )
-from coca_scale.data.listing import Picture as Listed
-from coca_scale.data.plan import expand_shards
 from coca_scale.data.rules import SampleRules
 from coca_scale.data.sample import BadSample, DataError, RawSample, Source
 from coca_scale.data.shards import missing_shards, read_shard
@@ -96,7 +96,7 @@ def open_pictures(
     parts: list[Part] = []
     for are_files, names in itertools.groupby(inputs, _is_file):
         if are_files:
-            parts.append(listed_part([Listed(Path(name), ()) for name in names], "pictures"))
+            parts.append(listed_part([ListedPicture(Path(name), ()) for name in names], "pictures"))
         else:
             for name in names:
                 parts += _open(name, data, options, captions_needed)
@@ -207,7 +207,7 @@ def _open(
         yield from _shards(name, data)
 
 
-def listed_part(pictures: Sequence[Listed], name: str) -> Part:
+def listed_part(pictures: Sequence[ListedPicture], name: str) -> Part:
     """Picture files as one part."""
     return Part(name, IndexedSource(PictureFiles(pictures), name, 0).ordered, len(pictures))
 

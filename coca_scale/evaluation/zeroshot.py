@@ -13,8 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from coca_scale.data.listing import ListOptions, is_picture
-from coca_scale.data.listing import Picture as Listed
+from coca_scale.data.listing import ListedPicture, ListOptions, is_picture
 from coca_scale.data.rules import CLASS
 from coca_scale.data.sample import DataError
 from coca_scale.evaluation.pictures import (
@@ -131,7 +130,7 @@ def make_classes(classnames: str | None, templates: str, folders: Sequence[str] 
     return Classes(names, [_filler(sentence) for sentence in sentences])
 
 
-def class_folders(folder: Path) -> tuple[list[str], list[Listed]]:
+def class_folders(folder: Path) -> tuple[list[str], list[ListedPicture]]:
     """Names of the folders in a folder, sorted, and the pictures in each with its number.
 
     Raises:
@@ -139,7 +138,7 @@ def class_folders(folder: Path) -> tuple[list[str], list[Listed]]:
     """
     names = sorted(path.name for path in folder.iterdir() if path.is_dir())
     pictures = [
-        Listed(path, (str(number),))
+        ListedPicture(path, (str(number),))
         for number, name in enumerate(names)
         for path in sorted((folder / name).rglob("*"))
         if is_picture(path)

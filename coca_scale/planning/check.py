@@ -25,7 +25,7 @@ from coca_scale.inference.load import pretrained_name
 from coca_scale.model import CoCa, ModelConfig
 from coca_scale.model.freeze import freeze
 from coca_scale.planning.memory import state_bytes
-from coca_scale.recipe import BatchPlan, Recipe
+from coca_scale.recipe import BatchSplit, Recipe
 from coca_scale.recipe.schema import WeightedShards
 
 TRIED_SAMPLES = 64
@@ -56,13 +56,13 @@ def check(recipe: Recipe, ranks: int, device_bytes: int | None = None) -> Report
     report = Report()
     if (fault := tracking_fault(recipe)) is not None:
         report.faults.append(fault)
-    plan = _batch(recipe, ranks, report)
+    batch = _batch(recipe, ranks, report)
     config = _model(recipe, ranks, device_bytes or _memory_here(ranks), report)
     tokenizer = _tokenizer(config, recipe, report) if config is not None else None
     for name in ("train", "val"):
         spec = getattr(recipe.data, name)
         if spec is not None:
-            _data(name, spec, recipe, plan, config, tokenizer, report)
+            _data(name, spec, recipe, batch, config, tokenizer, report)
     _zeroshot(recipe, report)
     _folder(recipe.run.folder, report)
     return report
@@ -75,22 +75,22 @@ def tracking_fault(recipe: Recipe) -> str | None:
     return None
 
 
-def _batch(recipe: Recipe, ranks: int, report: Report) -> BatchPlan | None:
+def _batch(recipe: Recipe, ranks: int, report: Report) -> BatchSplit | None:
     try:
-        plan = BatchPlan.from_recipe(recipe, ranks)
+        batch = BatchSplit.from_recipe(recipe, ranks)
     except UserError as error:
         report.faults.append(f"batch: {error}")
         return None
     report.fine.append(
-        f"batch: {plan.global_batch:,} = {plan.ranks} ranks × {plan.accumulation} accumulation × "
-        f"{plan.micro_batch} micro-batch; {plan.lanes} lanes, {plan.lanes_per_rank} per rank"
+        f"batch: {batch.global_batch:,} = {batch.ranks} ranks × {batch.accumulation} accumulation × "
+        f"{batch.micro_batch} micro-batch; {batch.lanes} lanes, {batch.lanes_per_rank} per rank"
     )
-    if recipe.data.workers > plan.lanes_per_rank:
+    if recipe.data.workers > batch.lanes_per_rank:
         report.notes.append(
-            f"batch: a rank reads {plan.lanes_per_rank} lanes, so only that many of "
+            f"batch: a rank reads {batch.lanes_per_rank} lanes, so only that many of "
             f"data.workers={recipe.data.workers} have work"
         )
-    return plan
+    return batch
 
 
 def _model(recipe: Recipe, ranks: int, device_bytes: int, report: Report) -> ModelConfig | None:
@@ -144,7 +144,7 @@ def _data(
     name: str,
     spec: str | Sequence[str | WeightedShards],
     recipe: Recipe,
-    plan: BatchPlan | None,
+    batch: BatchSplit | None,
     config: ModelConfig | None,
     tokenizer: Tokenizer | None,
     report: Report,
@@ -156,7 +156,7 @@ def _data(
         report.faults.append(f"{label}: {error}")
         return
     if isinstance(source, ShardSource):
-        _shards(label, source, plan, report)
+        _shards(label, source, batch, report)
     try:
         source.check()
     except UserError as error:
@@ -168,9 +168,9 @@ def _data(
     count = source.count()
     if count is not None:
         report.fine.append(f"{label}: {count:,} samples per epoch")
-        if name == "train" and plan is not None and count < plan.lanes:
+        if name == "train" and batch is not None and count < batch.lanes:
             report.faults.append(
-                f"{label}: {count} samples for {plan.lanes} lanes; lower data.lanes or "
+                f"{label}: {count} samples for {batch.lanes} lanes; lower data.lanes or "
                 "train.global_batch"
             )
     elif name == "train" and recipe.train.epochs and recipe.data.train_samples is None:
@@ -195,7 +195,7 @@ def _zeroshot(recipe: Recipe, report: Report) -> None:
     report.fine.append(f"eval.zeroshot: {len(labelled.classes.names):,} classes")
 
 
-def _shards(label: str, source: ShardSource, plan: BatchPlan | None, report: Report) -> None:
+def _shards(label: str, source: ShardSource, batch: BatchSplit | None, report: Report) -> None:
     urls = source.urls
     missing = missing_shards(urls)
     if missing:
@@ -207,17 +207,17 @@ def _shards(label: str, source: ShardSource, plan: BatchPlan | None, report: Rep
         report.notes.append(f"{label}: no shard with number {_few(gaps)} among the others")
     report.fine.append(
         f"{label}: {len(urls):,} shards, "
-        f"{'sizes known' if source.plan.counted else 'sizes unknown (no manifest.json)'}"
+        f"{'sizes known' if source.epochs.counted else 'sizes unknown (no manifest.json)'}"
     )
-    if label == "data.train" and plan is not None and not source.plan.counted:
-        if len(urls) < plan.lanes:
+    if label == "data.train" and batch is not None and not source.epochs.counted:
+        if len(urls) < batch.lanes:
             report.notes.append(
-                f"{label}: {len(urls)} shards for {plan.lanes} lanes: lanes share shards, and each "
+                f"{label}: {len(urls)} shards for {batch.lanes} lanes: lanes share shards, and each "
                 "reads all of its shard; a manifest (data inspect --write-manifest) cuts them"
             )
-        elif len(urls) % plan.lanes:
+        elif len(urls) % batch.lanes:
             report.notes.append(
-                f"{label}: {len(urls)} shards do not deal evenly to {plan.lanes} lanes, so some "
+                f"{label}: {len(urls)} shards do not deal evenly to {batch.lanes} lanes, so some "
                 "samples come more often than others; a manifest evens that out"
             )
 

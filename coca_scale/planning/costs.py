@@ -23,26 +23,26 @@ from coca_scale.model.freeze import freeze
 from coca_scale.planning.counting import LiveBytes, flops, parts
 from coca_scale.planning.gpus import Gpu
 from coca_scale.planning.plan import Costs, Plan, make_plan
-from coca_scale.recipe import BatchPlan, Recipe
+from coca_scale.recipe import BatchSplit, Recipe
 from coca_scale.recipe.total_steps import total_steps
 
 
 def plan_run(
     recipe: Recipe, ranks: int, gpu: Gpu, gpus_per_node: int = 8
-) -> tuple[BatchPlan, Costs, Plan]:
+) -> tuple[BatchSplit, Costs, Plan]:
     """What a recipe costs on `ranks` devices: its batch over them, the counts, the plan.
 
     Raises:
         UserError: as `count_costs`, or the batch does not divide over the ranks.
     """
-    batch = BatchPlan.from_recipe(recipe, ranks)
+    batch = BatchSplit.from_recipe(recipe, ranks)
     known = recipe.train.epochs is None or recipe.data.train_samples is not None
     steps = total_steps(recipe.train, recipe.data.train_samples) if known else None
     costs = count_costs(recipe, batch)
     return batch, costs, make_plan(recipe, batch, costs, gpu, gpus_per_node, steps)
 
 
-def count_costs(recipe: Recipe, batch: BatchPlan) -> Costs:
+def count_costs(recipe: Recipe, batch: BatchSplit) -> Costs:
     """Run a micro-batch of the recipe's model, and the contrastive loss of its global batch.
 
     Raises:
@@ -79,7 +79,7 @@ def count_costs(recipe: Recipe, batch: BatchPlan) -> Costs:
     )
 
 
-def model_flops(recipe: Recipe, batch: BatchPlan) -> float:
+def model_flops(recipe: Recipe, batch: BatchSplit) -> float:
     """FLOPs of a sample, forward and backward, as model FLOPs utilization counts them.
 
     What is computed a second time to save memory is left out (Chowdhery et al. 2022, appendix B).
@@ -90,7 +90,7 @@ def model_flops(recipe: Recipe, batch: BatchPlan) -> float:
         return flops(lambda: case.forward().backward()) / batch.micro_batch
 
 
-def blocks_to_recompute(recipe: Recipe, batch: BatchPlan) -> list[str]:
+def blocks_to_recompute(recipe: Recipe, batch: BatchSplit) -> list[str]:
     """Blocks to recompute as a whole, so that activations keep to the recipe's budget.
 
     Those that give most bytes for the FLOPs of a second forward pass come first.
@@ -129,7 +129,7 @@ def blocks_to_recompute(recipe: Recipe, batch: BatchPlan) -> list[str]:
 class _Case:
     """A micro-batch of a recipe's model, on tensors without data."""
 
-    def __init__(self, recipe: Recipe, batch: BatchPlan) -> None:
+    def __init__(self, recipe: Recipe, batch: BatchSplit) -> None:
         config = ModelConfig.from_recipe(recipe.model)
         dtype = DTYPES[recipe.engine.precision]
         micro, size = batch.micro_batch, config.vision_cfg.image_size
@@ -215,7 +215,7 @@ def _drop(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-def _contrastive_bytes(recipe: Recipe, batch: BatchPlan, width: int, dtype: torch.dtype) -> int:
+def _contrastive_bytes(recipe: Recipe, batch: BatchSplit, width: int, dtype: torch.dtype) -> int:
     """Most bytes alive in the loss of the global batch on one of its ranks."""
     features = torch.empty(batch.samples_per_rank, 2, width, dtype=dtype, device="meta")
     scale = torch.zeros((), device="meta")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from coca_scale.planning.gpus import Gpu
 from coca_scale.planning.plan import Costs, Plan
-from coca_scale.recipe import BatchPlan, Recipe
+from coca_scale.recipe import BatchSplit, Recipe
 
 
 def plan_page(
-    recipe: Recipe, batch: BatchPlan, costs: Costs, plan: Plan, gpu: Gpu, name: str
+    recipe: Recipe, batch: BatchSplit, costs: Costs, plan: Plan, gpu: Gpu, name: str
 ) -> str:
     """Memory, compute, traffic and time, and what to change where something is short."""
     parts = ", ".join(
@@ -46,7 +46,7 @@ def plan_page(
     return "\n".join([*lines, *_advice(recipe, batch, plan)])
 
 
-def _advice(recipe: Recipe, batch: BatchPlan, plan: Plan) -> list[str]:
+def _advice(recipe: Recipe, batch: BatchSplit, plan: Plan) -> list[str]:
     """What to change where memory or traffic is short."""
     if plan.limited_by == "communication":
         changes = []

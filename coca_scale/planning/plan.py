@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from coca_scale.engine.config import LIVE
 from coca_scale.planning.gpus import Gpu
 from coca_scale.planning.memory import state_bytes
-from coca_scale.recipe import BatchPlan, Recipe
+from coca_scale.recipe import BatchSplit, Recipe
 
 # what a process takes beside tensors: CUDA context, NCCL's buffers, fragmentation
 RESERVED_BYTES = 2.5e9
@@ -90,7 +90,7 @@ class Plan:
 
 
 def make_plan(
-    recipe: Recipe, batch: BatchPlan, costs: Costs, gpu: Gpu, gpus_per_node: int, steps: int | None
+    recipe: Recipe, batch: BatchSplit, costs: Costs, gpu: Gpu, gpus_per_node: int, steps: int | None
 ) -> Plan:
     """Put the counts of one micro-batch together.
 
@@ -153,7 +153,7 @@ def live_parameters(costs: Costs) -> int:
     return min(costs.parameters, LIVE // 2)
 
 
-def _buffer_bytes(costs: Costs, recipe: Recipe, batch: BatchPlan, element: int) -> float:
+def _buffer_bytes(costs: Costs, recipe: Recipe, batch: BatchSplit, element: int) -> float:
     """Parameters gathered for the layers that run and come next, gradients on their way."""
     stage = recipe.engine.zero_stage
     if batch.ranks == 1 or stage == 0:
@@ -166,7 +166,7 @@ def _buffer_bytes(costs: Costs, recipe: Recipe, batch: BatchPlan, element: int) 
 
 
 def _traffic_bytes(
-    costs: Costs, recipe: Recipe, batch: BatchPlan, element: int, ranks_per_node: int
+    costs: Costs, recipe: Recipe, batch: BatchSplit, element: int, ranks_per_node: int
 ) -> tuple[float, float]:
     """Bytes that a rank sends in a step, and those of them that stay within its node anyway.
 

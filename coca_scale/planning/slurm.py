@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from coca_scale.errors import UserError
-from coca_scale.recipe import BatchPlan, load_recipe
+from coca_scale.recipe import BatchSplit, load_recipe
 
 DEFAULT_TIME = "24:00:00"
 SAVE_SECONDS = 300  # before the time limit; a checkpoint must be written within
@@ -72,7 +72,7 @@ def render(
             fill whole nodes, or the time is not one.
     """
     loaded = load_recipe(recipe, overrides)
-    BatchPlan.from_recipe(loaded, gpus)
+    BatchSplit.from_recipe(loaded, gpus)
     nodes = -(-gpus // gpus_per_node)
     if nodes > 1 and gpus % gpus_per_node:
         raise UserError(

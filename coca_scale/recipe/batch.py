@@ -11,7 +11,7 @@ MAX_DEFAULT_LANES = 1024
 
 
 @dataclass(frozen=True)
-class BatchPlan:
+class BatchSplit:
     """How one optimizer step is divided.
 
     `global_batch = ranks × accumulation × micro_batch`, and every lane gives
@@ -40,7 +40,7 @@ class BatchPlan:
         return self.lanes // self.ranks
 
     @classmethod
-    def from_recipe(cls, recipe: Recipe, ranks: int) -> BatchPlan:
+    def from_recipe(cls, recipe: Recipe, ranks: int) -> BatchSplit:
         """Divide the recipe's batch over `ranks` processes.
 
         Raises:

@@ -24,7 +24,7 @@ from coca_scale.errors import AgreedError, UserError
 from coca_scale.inference.load import pretrained_name
 from coca_scale.model import CoCa, ModelConfig
 from coca_scale.model.freeze import freeze
-from coca_scale.recipe import BatchPlan, Recipe, load_recipe
+from coca_scale.recipe import BatchSplit, Recipe, load_recipe
 from coca_scale.recipe.exits import CRASHED
 from coca_scale.training.bad_steps import Rollback
 from coca_scale.training.trainer import Trainer
@@ -107,7 +107,7 @@ def dry_run(recipe: Recipe) -> int:
     ranks = planned_size()
     try:
         config = ModelConfig.from_recipe(recipe.model)
-        plan = BatchPlan.from_recipe(recipe, ranks)
+        batch = BatchSplit.from_recipe(recipe, ranks)
         with torch.device("meta"):
             model = CoCa(config)
             freeze(model, recipe.model, recipe.loss)
@@ -123,23 +123,23 @@ def dry_run(recipe: Recipe) -> int:
     if recipe.model.pretrained is not None:
         print(f"weights      {pretrained_name(recipe.model)}, not read in a dry run")
     print(
-        f"batch        {plan.global_batch:,} = {plan.ranks} ranks × {plan.accumulation} "
-        f"accumulation × {plan.micro_batch} micro-batch; {plan.lanes} lanes"
+        f"batch        {batch.global_batch:,} = {batch.ranks} ranks × {batch.accumulation} "
+        f"accumulation × {batch.micro_batch} micro-batch; {batch.lanes} lanes"
     )
     for other in USUAL_RANKS:
         print(f"  on {other:>4} ranks  {_arithmetic(recipe, other)}")
     print("deepspeed configuration")
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
-    print(json.dumps(deepspeed_config(recipe, plan, transfers(model), per_node), indent=2))
+    print(json.dumps(deepspeed_config(recipe, batch, transfers(model), per_node), indent=2))
     return 0
 
 
 def _arithmetic(recipe: Recipe, ranks: int) -> str:
     try:
-        plan = BatchPlan.from_recipe(recipe, ranks)
+        batch = BatchSplit.from_recipe(recipe, ranks)
     except UserError as error:
         return str(error)
-    return f"accumulation {plan.accumulation}, {plan.lanes_per_rank} lanes per rank"
+    return f"accumulation {batch.accumulation}, {batch.lanes_per_rank} lanes per rank"
 
 
 def _count(module: torch.nn.Module, trained_only: bool) -> int:

@@ -48,7 +48,7 @@ from coca_scale.model import ModelConfig
 from coca_scale.planning.check import tracking_fault
 from coca_scale.planning.costs import blocks_to_recompute, model_flops
 from coca_scale.planning.gpus import peak_flops
-from coca_scale.recipe import BatchPlan, Recipe, dump_recipe, run_folder
+from coca_scale.recipe import BatchSplit, Recipe, dump_recipe, run_folder
 from coca_scale.recipe.exits import REQUEUE
 from coca_scale.recipe.total_steps import total_steps
 from coca_scale.training.bad_steps import BadSteps, Rollback
@@ -111,7 +111,7 @@ class Trainer:
             self.notes += [room] if room is not None else []
             self._samples_at_peak = self._find_samples_at_peak()
             recomputed = self._agreed_blocks()
-            self.engine = TrainEngine(*model, recipe, self.plan, world, recomputed)
+            self.engine = TrainEngine(*model, recipe, self.batch_split, world, recomputed)
             world.set_timeout(max(self._step_seconds, self._slow_seconds) + 120)
         with self.watch.phase("loading the checkpoint", self._slow_seconds):
             world.agree(self._load)
@@ -129,7 +129,7 @@ class Trainer:
             raise UserError("engine.precision=fp16 needs a GPU; use fp32 or bf16 here")
         if (fault := tracking_fault(recipe)) is not None:
             raise UserError(fault)
-        self.plan = BatchPlan.from_recipe(recipe, world.size)
+        self.batch_split = BatchSplit.from_recipe(recipe, world.size)
         self.config = ModelConfig.from_recipe(recipe.model)
         start = recipe.model.pretrained
         self.tokenizer = make_tokenizer(self.config, Path(start) if start is not None else None)
@@ -195,7 +195,7 @@ class Trainer:
         if self.recipe.model.pretrained is not None and self.step == 0:
             self._validate(log)  # what there is to lose
         recipe = self.recipe
-        meter = Meter(self.world, self.plan.global_batch, recipe.health.straggler_factor)
+        meter = Meter(self.world, self.batch_split.global_batch, recipe.health.straggler_factor)
         limit = max(self._step_seconds, recipe.engine.start_timeout_minutes * 60)  # compiles, reads
         loader = Prefetcher(iter(self._loader()), self.world.device)
         span = recipe.log.profile_steps if self.world.rank == 0 else None
@@ -224,7 +224,7 @@ class Trainer:
 
     def _train_step(self, batch: StepBatch, meter: Meter, log: RunLog) -> None:
         lr = learning_rate(self.step, self.steps, self.recipe.optim.lr, self.recipe.schedule)
-        seen = self.step * self.plan.global_batch
+        seen = self.step * self.batch_split.global_batch
         result = self.engine.step(batch.images, batch.tokens, lr, seen, batch.places)
         self.step += 1
         self.lanes = batch.lanes
@@ -271,7 +271,7 @@ class Trainer:
         asked = Asked(leave=leave > 0, stop=stop > 0, save=save > 0)
         requests.answered(asked)
         assert batch is not None
-        good = (self.step + 1) * self.plan.global_batch
+        good = (self.step + 1) * self.batch_split.global_batch
         self.skips.total(int(bad), int(filtered), good, self.step + 1)
         if written == self.world.size:
             saver.finish()
@@ -283,14 +283,14 @@ class Trainer:
     def _metrics(self, result: StepResult, lr: float, times: dict[str, Any]) -> dict[str, Any]:
         values = {
             "step": self.step,
-            "samples_seen": self.step * self.plan.global_batch,
+            "samples_seen": self.step * self.batch_split.global_batch,
             "loss": result.loss,
             "contrastive_loss": result.contrastive_loss,
             "caption_loss": result.caption_loss,
             "lr": lr,
             "grad_norm": result.grad_norm,
             "logit_scale": result.logit_scale,
-            "global_batch": self.plan.global_batch,
+            "global_batch": self.batch_split.global_batch,
             **times,
             "peak_memory_bytes": peak_memory_bytes(),
             "skipped_steps": self.bad_steps.skipped,
@@ -308,12 +308,12 @@ class Trainer:
             tokenizer=self.tokenizer,
             crop=train_crop(self.recipe.data, self.config.vision_cfg.image_size),
             seed=self.recipe.run.seed,
-            lanes=self.plan.lanes,
-            samples_per_lane=self.plan.samples_per_lane,
+            lanes=self.batch_split.lanes,
+            samples_per_lane=self.batch_split.samples_per_lane,
             states=self.lanes,
         )
-        arrange = partial(balanced_order, micro_batch=self.plan.micro_batch)
-        several = self.plan.accumulation > 1
+        arrange = partial(balanced_order, micro_batch=self.batch_split.micro_batch)
+        several = self.batch_split.accumulation > 1
         return TrainLoader(dataset, self.recipe.data.workers, arrange if several else None)
 
     def _make_validation(self) -> Validation | None:
@@ -336,7 +336,7 @@ class Trainer:
         flops = peak_flops(torch.cuda.get_device_name() if on_gpu else platform.machine())
         if self.world.rank != 0 or flops is None:
             return None
-        return flops / model_flops(self.recipe, self.plan)
+        return flops / model_flops(self.recipe, self.batch_split)
 
     def _agreed_blocks(self) -> list[str]:
         """Blocks that are recomputed as a whole to keep to the budget, as rank 0 finds.
@@ -344,7 +344,7 @@ class Trainer:
         Raises:
             AgreedError: the budget is too small.
         """
-        found = self.world.on_first(lambda: blocks_to_recompute(self.recipe, self.plan))
+        found = self.world.on_first(lambda: blocks_to_recompute(self.recipe, self.batch_split))
         if found:
             self.notes.append(f"recomputing {len(found)} blocks to keep to the activation budget")
         return found
@@ -391,7 +391,7 @@ class Trainer:
             self.notes.append(
                 f"resumed from {self.resumed} at step {self.step}; loaded in {seconds:.1f} s{how}"
             )
-        self.lanes = deal_lanes(self.plan.lanes, self.world.rank, self.world.size, saved)
+        self.lanes = deal_lanes(self.batch_split.lanes, self.world.rank, self.world.size, saved)
 
     def _make_saver(self, log: RunLog) -> Saver:
         section = self.recipe.checkpoint
@@ -407,7 +407,7 @@ class Trainer:
             lanes |= part
         return {
             "step": self.step,
-            "samples_seen": self.step * self.plan.global_batch,
+            "samples_seen": self.step * self.batch_split.global_batch,
             "bad_steps": self.bad_steps.state(),
             "skips": self.skips.state(),
             "lanes": [list(lanes[lane]) for lane in sorted(lanes)],

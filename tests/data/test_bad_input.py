@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from webdataset import TarWriter
 
+from coca_scale.data.epoch_shards import expand_shards
 from coca_scale.data.images import decode_image, eval_pixels, to_rgb
 from coca_scale.data.pack import PackOptions, pack
-from coca_scale.data.plan import expand_shards
 from coca_scale.data.rules import SampleRules
 from coca_scale.data.sample import BadSample, DataError
 from coca_scale.data.shards import read_shard

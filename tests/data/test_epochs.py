@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import torch
 
+from coca_scale.data.epoch_shards import EpochShards
 from coca_scale.data.loader import TrainDataset, TrainLoader, deal_lanes
 from coca_scale.data.manifest import MANIFEST, SIZES
-from coca_scale.data.plan import ShardPlan
 from coca_scale.data.sample import DataError, Position
 from coca_scale.data.sources import open_source, train_crop
 from coca_scale.data.tokens import make_tokenizer
@@ -133,7 +133,7 @@ def test_epochs_with_replacement_and_weights_are_exact_too(tmp_path):
     weights = np.array([0.5] * 20 + [2.0] * 12)
     for replacement in (False, True):
         found = read_epochs(tmp_path / f"log{replacement}", train, 3, data__replacement=replacement)
-        plan = ShardPlan(weights, None, 0, replacement)
+        plan = EpochShards(weights, None, 0, replacement)
         for epoch in range(3):
             # the keys of a and b are the same, which is how many of both a key must have
             drawn = Counter(names[i][1:] for i in plan.order(epoch))
@@ -143,7 +143,7 @@ def test_epochs_with_replacement_and_weights_are_exact_too(tmp_path):
 
 def test_weights_are_kept_over_epochs():
     weights = np.array([1.0] * 10 + [0.3] * 10 + [2.5] * 4)
-    plan = ShardPlan(weights, np.full(24, 7), seed=1, replacement=False)
+    plan = EpochShards(weights, np.full(24, 7), seed=1, replacement=False)
     drawn = Counter(int(i) for epoch in range(10) for i in plan.order(epoch))
     assert [drawn[i] for i in range(24)] == [10] * 10 + [3] * 10 + [25] * 4
     assert plan.samples() == 7 * (10 + 3 + 10)
@@ -151,17 +151,17 @@ def test_weights_are_kept_over_epochs():
     drawn = Counter(
         int(i)
         for epoch in range(2000)
-        for i in ShardPlan(weights, None, epoch, replacement=True).order(0)
+        for i in EpochShards(weights, None, epoch, replacement=True).order(0)
     )
     share = np.array([drawn[i] for i in range(24)]) / drawn.total()
     assert np.allclose(share, weights / weights.sum(), rtol=0.15)
     with pytest.raises(DataError, match="less than one shard"):
-        ShardPlan(np.array([0.4, 0.4]), None, 0, False)
+        EpochShards(np.array([0.4, 0.4]), None, 0, False)
 
 
 def test_known_sizes_give_lanes_of_equal_length():
     counts = np.random.default_rng(0).integers(0, 40, 50)
-    plan = ShardPlan(np.ones(50), counts, 0, False)
+    plan = EpochShards(np.ones(50), counts, 0, False)
     lanes = [plan.parts(lane, 16, epoch=2) for lane in range(16)]
     lengths = [sum(part.stop - part.first for part in parts) for parts in lanes]
     assert max(lengths) - min(lengths) <= 1

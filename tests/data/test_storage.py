@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from coca_scale.data import storage
-from coca_scale.data.plan import expand_shards
+from coca_scale.data.epoch_shards import expand_shards
 from coca_scale.data.rules import SampleRules
 from coca_scale.data.sample import DataError
 from coca_scale.data.shards import read_shard

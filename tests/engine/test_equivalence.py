@@ -36,7 +36,7 @@ def _curves(rank, ranks, layouts):
     from coca_scale.engine.launch import start_world
     from coca_scale.engine.train_engine import TrainEngine
     from coca_scale.model import CoCa, LogitScale, load_model_config
-    from coca_scale.recipe import BatchPlan
+    from coca_scale.recipe import BatchSplit
 
     world = start_world()
     pairs = tuple(f"node{number // 2}" for number in range(ranks))
@@ -45,7 +45,7 @@ def _curves(rank, ranks, layouts):
         recipe = tiny_recipe(**{"optim__lr": LOW, **layout})
         torch.manual_seed(0)
         model = CoCa(load_model_config("coca_tiny"))
-        plan = BatchPlan.from_recipe(recipe, ranks)
+        plan = BatchSplit.from_recipe(recipe, ranks)
         here = replace(world, hosts=pairs) if recipe.engine.secondary_shard else world
         engine = TrainEngine(model, LogitScale(), recipe, plan, here)
         copied: list[bool] = []

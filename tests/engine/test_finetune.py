@@ -254,7 +254,7 @@ def average_on_rank(rank, ranks, layouts, folder):
     from coca_scale.engine.launch import start_world
     from coca_scale.engine.train_engine import TrainEngine
     from coca_scale.model import LogitScale
-    from coca_scale.recipe import BatchPlan
+    from coca_scale.recipe import BatchSplit
     from tests.engine.test_equivalence import batch_of
 
     world = start_world()
@@ -273,7 +273,7 @@ def average_on_rank(rank, ranks, layouts, folder):
         torch.manual_seed(0)
         config = load_model_config("coca_tiny").resized(patch_dropout=0.5)
         with quiet():
-            plan = BatchPlan.from_recipe(recipe, ranks)
+            plan = BatchSplit.from_recipe(recipe, ranks)
             coca = CoCa(config)
             freeze(coca, recipe.model, recipe.loss)
             engine = TrainEngine(coca, LogitScale(), recipe, plan, world)

@@ -15,7 +15,7 @@ from coca_scale.errors import UserError
 from coca_scale.openclip.options import OPTIONS
 from coca_scale.openclip.translate import translate
 from coca_scale.recipe import load_recipe
-from coca_scale.recipe.batch import BatchPlan
+from coca_scale.recipe.batch import BatchSplit
 from coca_scale.train import main as train
 
 # OpenCLIP's guide and README
@@ -93,7 +93,7 @@ def test_the_recipe_has_the_hyper_parameters_of_the_command(name, tmp_path, capf
     assert recipe.train.epochs == args.epochs
     assert recipe.train.micro_batch == args.batch_size
     assert recipe.train.global_batch == args.batch_size * gpus * args.accum_freq
-    assert BatchPlan.from_recipe(recipe, gpus).accumulation == args.accum_freq
+    assert BatchSplit.from_recipe(recipe, gpus).accumulation == args.accum_freq
     assert recipe.loss.contrastive_weight == args.coca_contrastive_loss_weight
     assert recipe.loss.caption_weight == args.coca_caption_loss_weight
     assert recipe.data.train_samples == args.train_num_samples

@@ -20,7 +20,7 @@ from coca_scale.planning.costs import blocks_to_recompute, caption_quantiles, co
 from coca_scale.planning.gpus import GPUS, peak_flops
 from coca_scale.planning.memory import state_bytes
 from coca_scale.planning.plan import make_plan
-from coca_scale.recipe import BatchPlan
+from coca_scale.recipe import BatchSplit
 from tests.conftest import tiny_recipe
 from tests.ranks import on_ranks
 
@@ -34,7 +34,7 @@ def settings(model, micro, mode, ranks=1, **changes):
         train__micro_batch=micro,
         engine__activation_checkpointing=mode,
     )
-    return recipe, BatchPlan.from_recipe(recipe, ranks)
+    return recipe, BatchSplit.from_recipe(recipe, ranks)
 
 
 def resident_bytes():
@@ -95,7 +95,7 @@ def measured_state(_rank, ranks, recipe):
     from coca_scale.model import LogitScale
 
     world = start_world(60)
-    batch = BatchPlan.from_recipe(recipe, ranks)
+    batch = BatchSplit.from_recipe(recipe, ranks)
     config = ModelConfig.from_recipe(recipe.model)
     model = CoCa(config)
     count = sum(p.numel() for p in model.parameters())

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from coca_scale.planning.costs import model_flops
-from coca_scale.recipe import BatchPlan
+from coca_scale.recipe import BatchSplit
 from tests.conftest import tiny_recipe
 from tests.ranks import on_ranks
 
@@ -34,7 +34,7 @@ def test_a_known_device_has_its_utilization_in_the_metrics(tmp_path):
     on_ranks(train, 1, tmp_path / "run")
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     recipe = recipe_of(tmp_path)
-    flops = model_flops(recipe, BatchPlan.from_recipe(recipe, 1))
+    flops = model_flops(recipe, BatchSplit.from_recipe(recipe, 1))
     for line in map(json.loads, lines):
         assert line["mfu"] == pytest.approx(line["samples_per_second_per_rank"] * flops / PEAK)
 
@@ -43,5 +43,5 @@ def test_what_is_computed_twice_does_not_count(tmp_path):
     found = []
     for mode in ("none", "selective", "full"):
         recipe = recipe_of(tmp_path, engine__activation_checkpointing=mode)
-        found.append(model_flops(recipe, BatchPlan.from_recipe(recipe, 1)))
+        found.append(model_flops(recipe, BatchSplit.from_recipe(recipe, 1)))
     assert found[0] == found[1] == found[2] > 1e6

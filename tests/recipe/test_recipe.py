@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from coca_scale.errors import UserError
-from coca_scale.recipe import BatchPlan, RecipeError, dump_recipe, load_recipe, recipe_from_dict
+from coca_scale.recipe import BatchSplit, RecipeError, dump_recipe, load_recipe, recipe_from_dict
 from coca_scale.recipe.load import parse_yaml
 from tests.conftest import tiny_recipe
 
@@ -76,7 +76,7 @@ def test_stage_0_needs_fp32():
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
 def test_batch_plan_divides_exactly(ranks):
-    plan = BatchPlan.from_recipe(tiny_recipe(train__micro_batch=2), ranks)
+    plan = BatchSplit.from_recipe(tiny_recipe(train__micro_batch=2), ranks)
     assert plan.ranks * plan.accumulation * plan.micro_batch == 16
     assert plan.lanes * plan.samples_per_lane == 16
     assert plan.lanes_per_rank * ranks == plan.lanes
@@ -85,13 +85,13 @@ def test_batch_plan_divides_exactly(ranks):
 @pytest.mark.parametrize("ranks", [64, 384, 4096])
 def test_large_recipe_fits_the_planned_clusters(ranks):
     recipe = load_recipe("recipes/large.yaml", ["train.micro_batch=8"])
-    assert BatchPlan.from_recipe(recipe, ranks).samples_per_rank == 98304 // ranks
+    assert BatchSplit.from_recipe(recipe, ranks).samples_per_rank == 98304 // ranks
 
 
 def test_batch_that_does_not_divide_says_what_would():
     with pytest.raises(UserError, match="does not divide over 3 ranks"):
-        BatchPlan.from_recipe(tiny_recipe(), 3)
+        BatchSplit.from_recipe(tiny_recipe(), 3)
     with pytest.raises(UserError, match=r"train\.micro_batch=4 would"):
-        BatchPlan.from_recipe(tiny_recipe(train__micro_batch=6), 2)
+        BatchSplit.from_recipe(tiny_recipe(train__micro_batch=6), 2)
     with pytest.raises(UserError, match=r"data\.lanes=5"):
-        BatchPlan.from_recipe(tiny_recipe(data__lanes=5), 1)
+        BatchSplit.from_recipe(tiny_recipe(data__lanes=5), 1)

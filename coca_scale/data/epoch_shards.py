@@ -74,7 +74,7 @@ def expand_shards(pattern: str, storage: StorageOptions) -> Iterator[str]:
         yield from found
 
 
-class Part(NamedTuple):
+class ShardRange(NamedTuple):
     """Samples first, first + stride, … before stop of a shard; stop None reads to its end."""
 
     shard: int
@@ -83,7 +83,7 @@ class Part(NamedTuple):
     stride: int
 
 
-class ShardPlan:
+class EpochShards:
     """The shards of every epoch.
 
     Without replacement an epoch has every shard `weight` times (for a fraction, seeded shards take
@@ -135,7 +135,7 @@ class ShardPlan:
             copies[np.argmax(self._weights)] = 1
         return rng.permutation(np.repeat(np.arange(count), copies))
 
-    def parts(self, lane: int, lanes: int, epoch: int) -> list[Part]:
+    def parts(self, lane: int, lanes: int, epoch: int) -> list[ShardRange]:
         """What a lane reads in an epoch, in order.
 
         Where the sizes are known the epoch is cut into equal ranges of samples. Where not, whole
@@ -148,12 +148,14 @@ class ShardPlan:
         if self._counts is not None:
             return self._ranges(order, _ends(self, epoch), lane, lanes)
         if len(order) >= lanes:
-            return [Part(int(shard), 0, None, 1) for shard in order[lane::lanes]]
+            return [ShardRange(int(shard), 0, None, 1) for shard in order[lane::lanes]]
         place = lane % len(order)
         sharing = len(range(place, lanes, len(order)))
-        return [Part(int(order[place]), lane // len(order), None, sharing)]
+        return [ShardRange(int(order[place]), lane // len(order), None, sharing)]
 
-    def _ranges(self, order: np.ndarray, ends: np.ndarray, lane: int, lanes: int) -> list[Part]:
+    def _ranges(
+        self, order: np.ndarray, ends: np.ndarray, lane: int, lanes: int
+    ) -> list[ShardRange]:
         assert self._counts is not None
         total = int(ends[-1])
         if total < lanes:
@@ -171,16 +173,16 @@ class ShardPlan:
             begin = int(ends[place]) - count
             first, stop = max(low - begin, 0), min(high - begin, count)
             if first < stop:
-                parts.append(Part(shard, first, stop, 1))
+                parts.append(ShardRange(shard, first, stop, 1))
         return parts
 
 
 @lru_cache(maxsize=4)
-def _order(plan: ShardPlan, epoch: int) -> np.ndarray:
+def _order(plan: EpochShards, epoch: int) -> np.ndarray:
     return plan._draw(epoch)
 
 
 @lru_cache(maxsize=4)
-def _ends(plan: ShardPlan, epoch: int) -> np.ndarray:
+def _ends(plan: EpochShards, epoch: int) -> np.ndarray:
     assert plan._counts is not None
     return np.cumsum(plan._counts[plan.order(epoch)])
