@@ -26,7 +26,7 @@ from torch import Tensor
 
 from coca_scale.inference.beam import BeamSearch
 from coca_scale.inference.generate import generate
-from coca_scale.inference.options import GenerationOptions
+from coca_scale.inference.generation_options import GenerationOptions
 from coca_scale.inference.prompts import make_prompts
 from coca_scale.model import CoCa, load_model_config
 from coca_scale.planning.counting import LiveBytes

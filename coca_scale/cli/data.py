@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from coca_scale.cli.options import (
+from coca_scale.cli.arguments import (
     CORES,
     CaptionColumn,
     ImageColumn,

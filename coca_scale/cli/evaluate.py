@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from coca_scale.cli.loading import data_section, load, open_inputs
-from coca_scale.cli.options import (
+from coca_scale.cli.arguments import (
     METHODS,
     BatchSize,
     CaptionColumn,
@@ -32,6 +31,7 @@ from coca_scale.cli.options import (
     progress_bar,
     skipped,
 )
+from coca_scale.cli.inputs import data_section, load, open_inputs
 
 if TYPE_CHECKING:
     from coca_scale.evaluation.tasks import Result
@@ -128,7 +128,7 @@ def eval_captioning(
     """
     from coca_scale.evaluation.captioning import Captioner
     from coca_scale.evaluation.tasks import Evaluation
-    from coca_scale.inference.options import GenerationOptions
+    from coca_scale.inference.generation_options import GenerationOptions
 
     options = GenerationOptions(METHODS[method], max_length, min_length, num_beams)
     parts = open_inputs(data, image_column, caption_column, images, split, captions_needed=True)

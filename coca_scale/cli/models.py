@@ -8,8 +8,7 @@ from typing import Annotated
 
 import typer
 
-from coca_scale.cli.loading import load, open_inputs, ranks
-from coca_scale.cli.options import (
+from coca_scale.cli.arguments import (
     METHODS,
     BatchSize,
     CaptionColumn,
@@ -29,6 +28,7 @@ from coca_scale.cli.options import (
     progress_bar,
     skipped,
 )
+from coca_scale.cli.inputs import load, open_inputs, ranks
 from coca_scale.errors import UserError
 from coca_scale.version import __version__
 
@@ -155,7 +155,7 @@ def caption_command(
     """
     from coca_scale.evaluation import captioning
     from coca_scale.evaluation.caption_job import CaptionJob
-    from coca_scale.inference.options import GenerationOptions
+    from coca_scale.inference.generation_options import GenerationOptions
 
     options = GenerationOptions(
         generation_type=METHODS[method],
@@ -211,7 +211,7 @@ def demo_command(
     import uvicorn
 
     from coca_scale.inference.demo import LOOPBACK, Describer, Limits, listen, make_app
-    from coca_scale.inference.options import GenerationOptions
+    from coca_scale.inference.generation_options import GenerationOptions
 
     options = GenerationOptions(
         seq_len=max_length, min_seq_len=min_length, num_beams=num_beams, samples=min(3, num_beams)

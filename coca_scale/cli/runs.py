@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from coca_scale.cli.options import Overrides, RecipeArgument
+from coca_scale.cli.arguments import Overrides, RecipeArgument
 from coca_scale.errors import UserError
 
 
@@ -49,7 +49,7 @@ def plan_command(
     """
     from coca_scale.planning.costs import plan_run
     from coca_scale.planning.gpus import GPUS
-    from coca_scale.planning.page import plan_page
+    from coca_scale.planning.plan_text import plan_page
     from coca_scale.recipe import load_recipe
 
     if gpu not in GPUS:

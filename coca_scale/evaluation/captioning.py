@@ -14,8 +14,8 @@ from PIL import Image, ImageDraw
 from coca_scale.data.tokens import prompt_ids
 from coca_scale.evaluation.pictures import Picture
 from coca_scale.inference.generate import generate
+from coca_scale.inference.generation_options import GenerationOptions
 from coca_scale.inference.load import LoadedModel
-from coca_scale.inference.options import GenerationOptions
 from coca_scale.inference.prompts import make_prompts
 from coca_scale.model.image import normalize_pixels
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from coca_scale.inference.options import GenerationOptions
+from coca_scale.inference.generation_options import GenerationOptions
 from coca_scale.inference.prompts import Prompts
 from coca_scale.inference.scores import ruled
 

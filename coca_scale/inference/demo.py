@@ -23,8 +23,8 @@ from coca_scale.data.images import decode_image
 from coca_scale.data.sample import BadSample
 from coca_scale.errors import UserError
 from coca_scale.inference.generate import generate
+from coca_scale.inference.generation_options import GenerationOptions
 from coca_scale.inference.load import LoadedModel
-from coca_scale.inference.options import GenerationOptions
 
 LOOPBACK = ("127.0.0.1", "localhost")
 MOST_LABELS = 100

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from coca_scale.inference.beam import BeamSearch
-from coca_scale.inference.options import GenerationOptions
+from coca_scale.inference.generation_options import GenerationOptions
 from coca_scale.inference.prompts import make_prompts
 from coca_scale.inference.sampling import Sampling
 from coca_scale.model import CoCa

@@ -16,15 +16,15 @@ from coca_scale.data.sample import BadSample
 from coca_scale.data.tokens import Tokenizer, make_tokenizer, prompt_ids
 from coca_scale.errors import UserError
 from coca_scale.inference.generate import generate
-from coca_scale.inference.options import GenerationOptions
+from coca_scale.inference.generation_options import GenerationOptions
 from coca_scale.model import ModelConfig, load_model_config
 from coca_scale.model.config import available_models, parse_model_config
 from coca_scale.model.image import normalize_pixels
 from coca_scale.model.weights import Model, build_model
-from coca_scale.openclip.files import WEIGHT_SUFFIXES, read_weight_file
 from coca_scale.openclip.folder import is_model_folder, read_folder
 from coca_scale.openclip.hub import HUB_PREFIX, hub_folder, registry_file
 from coca_scale.openclip.state_dict import from_openclip
+from coca_scale.openclip.weight_files import WEIGHT_SUFFIXES, read_weight_file
 from coca_scale.recipe.run_folder import CHECKPOINTS
 from coca_scale.recipe.schema import ModelSection
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from coca_scale.inference.options import GenerationOptions
+from coca_scale.inference.generation_options import GenerationOptions
 from coca_scale.inference.prompts import Prompts
 from coca_scale.inference.scores import draw, probabilities, ruled
 

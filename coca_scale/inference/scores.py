@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from coca_scale.inference.options import GenerationOptions
+from coca_scale.inference.generation_options import GenerationOptions
 
 
 def ruled(scores_RV: Tensor, tokens_RT: Tensor, options: GenerationOptions, end_id: int) -> Tensor:

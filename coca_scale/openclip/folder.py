@@ -19,8 +19,8 @@ from coca_scale.model import ModelConfig, load_model_config
 from coca_scale.model.image import IMAGE_MEAN, IMAGE_STD
 from coca_scale.model.timm_tower import takes_image_size
 from coca_scale.model.weights import Model
-from coca_scale.openclip.files import read_weight_file
 from coca_scale.openclip.state_dict import from_openclip, to_openclip
+from coca_scale.openclip.weight_files import read_weight_file
 
 CONFIG_FILE = "open_clip_config.json"
 SAFETENSORS_FILE = "open_clip_model.safetensors"

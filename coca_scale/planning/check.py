@@ -82,8 +82,8 @@ def _batch(recipe: Recipe, ranks: int, report: Report) -> BatchSplit | None:
         report.faults.append(f"batch: {error}")
         return None
     report.fine.append(
-        f"batch: {batch.global_batch:,} = {batch.ranks} ranks × {batch.accumulation} accumulation × "
-        f"{batch.micro_batch} micro-batch; {batch.lanes} lanes, {batch.lanes_per_rank} per rank"
+        f"batch: {batch.global_batch:,} = {batch.ranks} ranks × {batch.accumulation} accumulation "
+        f"× {batch.micro_batch} micro-batch; {batch.lanes} lanes, {batch.lanes_per_rank} per rank"
     )
     if recipe.data.workers > batch.lanes_per_rank:
         report.notes.append(
@@ -212,8 +212,8 @@ def _shards(label: str, source: ShardSource, batch: BatchSplit | None, report: R
     if label == "data.train" and batch is not None and not source.epochs.counted:
         if len(urls) < batch.lanes:
             report.notes.append(
-                f"{label}: {len(urls)} shards for {batch.lanes} lanes: lanes share shards, and each "
-                "reads all of its shard; a manifest (data inspect --write-manifest) cuts them"
+                f"{label}: {len(urls)} shards for {batch.lanes} lanes: lanes share shards, and "
+                "each reads all of its shard; a manifest (data inspect --write-manifest) cuts them"
             )
         elif len(urls) % batch.lanes:
             report.notes.append(

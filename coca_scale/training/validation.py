@@ -24,7 +24,7 @@ from coca_scale.evaluation.pictures import Picture, first_pictures, read_picture
 from coca_scale.evaluation.retrieval import recall, same_caption_ids
 from coca_scale.evaluation.zeroshot import Labelled, accuracy, classifier
 from coca_scale.inference.generate import generate
-from coca_scale.inference.options import GenerationOptions
+from coca_scale.inference.generation_options import GenerationOptions
 from coca_scale.recipe.schema import EvalSection
 
 BATCH = 64

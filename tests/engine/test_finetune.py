@@ -368,7 +368,7 @@ def test_importing_maps_the_file_instead_of_copying_it(tmp_path):
 
 def test_training_does_not_write_into_the_file_it_starts_from(tmp_path):
     from coca_scale.model.weights import build_model
-    from coca_scale.openclip.files import read_weight_file
+    from coca_scale.openclip.weight_files import read_weight_file
 
     config = load_model_config("coca_tiny")
     torch.manual_seed(0)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from coca_scale.inference.generate import generate
-from coca_scale.inference.options import GenerationOptions
+from coca_scale.inference.generation_options import GenerationOptions
 from coca_scale.model import load_model_config
 from coca_scale.model.weights import build_model
 from coca_scale.openclip.state_dict import from_openclip

@@ -18,7 +18,7 @@ from transformers.generation import (
 
 from coca_scale.errors import UserError
 from coca_scale.inference.generate import generate
-from coca_scale.inference.options import GenerationOptions
+from coca_scale.inference.generation_options import GenerationOptions
 from coca_scale.inference.scores import draw, probabilities
 
 END = 7

@@ -9,7 +9,7 @@ import torch
 
 from coca_scale.errors import UserError
 from coca_scale.inference.generate import generate
-from coca_scale.inference.options import GenerationOptions
+from coca_scale.inference.generation_options import GenerationOptions
 from coca_scale.model import CoCa, load_model_config
 from coca_scale.model.config import parse_model_config
 from coca_scale.model.weights import LOGIT_SCALE, build_model, fit_weights

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModel, RobertaConfig, RobertaForCausalL
 
 from coca_scale.errors import UserError
 from coca_scale.inference.generate import generate
-from coca_scale.inference.options import GenerationOptions
+from coca_scale.inference.generation_options import GenerationOptions
 from coca_scale.model import CoCa
 from coca_scale.model.config import parse_model_config
 from coca_scale.model.hf_config import CAUSAL_TYPES

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from coca_scale.cli.options import Precision
+from coca_scale.cli.arguments import Precision
 
 if TYPE_CHECKING:
     from coca_scale.engine.world import World

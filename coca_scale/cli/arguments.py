@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from coca_scale.inference.options import GenerationType
+    from coca_scale.inference.generation_options import GenerationType
 
 
 class Method(str, Enum):
