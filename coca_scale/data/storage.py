@@ -48,7 +48,7 @@ class NoRangesError(StorageError):
 
 @dataclass(frozen=True)
 class StorageOptions:
-    """How stubborn to be, and where to keep copies.
+    """How often to try again, and where to keep copies.
 
     Attributes:
         retries: further attempts per read.
@@ -122,15 +122,15 @@ class ShardFile:
         else:
             if waiting is not None:
                 waiting[1].cancel()
-            chunk = self._read_stubbornly(begin)
+            chunk = self._read_with_retries(begin)
         self._next = None
         if self._ahead and len(chunk) == CHUNK_BYTES:
             behind = begin + len(chunk)
-            self._next = (behind, _pool(os.getpid()).submit(self._read_stubbornly, behind))
+            self._next = (behind, _pool(os.getpid()).submit(self._read_with_retries, behind))
         return chunk
 
-    def _read_stubbornly(self, position: int) -> bytes:
-        return stubbornly(
+    def _read_with_retries(self, position: int) -> bytes:
+        return with_retries(
             lambda: self._reader.read_at(position, CHUNK_BYTES),
             self._url,
             self._options.retries,
@@ -138,7 +138,7 @@ class ShardFile:
         )
 
 
-def stubbornly(
+def with_retries(
     action: Callable[[], T], url: str, retries: int, reset: Callable[[], None] = lambda: None
 ) -> T:
     """The result of `action`, tried again with growing pauses while its fault may pass.
@@ -207,7 +207,7 @@ def list_remote(pattern: str, options: StorageOptions) -> list[str]:
         system, path = file_system(pattern, options.timeout_seconds)
         return sorted(system.unstrip_protocol(name) for name in system.glob(path))
 
-    return stubbornly(listing, pattern, options.retries)
+    return with_retries(listing, pattern, options.retries)
 
 
 def is_local(url: str) -> bool:
@@ -386,7 +386,7 @@ def _download(url: str, target: Path, options: StorageOptions) -> None:
             while piece := file.read(CHUNK_BYTES):
                 copy.write(piece)
     except NoRangesError:
-        stubbornly(
+        with_retries(
             lambda: _download_whole(url, target, options.timeout_seconds), url, options.retries
         )
 

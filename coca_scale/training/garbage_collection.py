@@ -9,7 +9,7 @@ import gc
 from types import TracebackType
 
 
-class Collection:
+class GarbageCollection:
     """Inside the block garbage is collected in `after_step` alone.
 
     Args:
@@ -19,7 +19,7 @@ class Collection:
     def __init__(self, every: int | None) -> None:
         self._every = every
 
-    def __enter__(self) -> Collection:
+    def __enter__(self) -> GarbageCollection:
         if self._every is not None:
             gc.collect()
             gc.freeze()  # modules, model, optimizer: never garbage, and most of what is looked at

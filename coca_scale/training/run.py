@@ -46,26 +46,26 @@ def train(recipe: Recipe) -> int:
         if planned_rank() == 0 or str(error).startswith("rank "):
             print(f"coca-scale: {error}", file=sys.stderr, flush=True)
         return CRASHED
-    watch = Watchdog(world, recipe.run.folder)
+    watchdog = Watchdog(world, recipe.run.folder)
     try:
-        code = _with_rollbacks(recipe, world, watch)
+        code = _with_rollbacks(recipe, world, watchdog)
     except AgreedError as error:
         if world.rank == 0:
             print(f"coca-scale: {error}", file=sys.stderr, flush=True)
         code = 1
     except Exception as error:  # noqa: BLE001 - every rank must end, and the first say why
-        watch.fail(error)
+        watchdog.fail(error)
     world.barrier()  # the launcher ends everyone as soon as one rank is gone
-    watch.stop()
+    watchdog.stop()
     end_world()
     return code
 
 
-def _with_rollbacks(recipe: Recipe, world: World, watch: Watchdog | NoWatchdog) -> int:
+def _with_rollbacks(recipe: Recipe, world: World, watchdog: Watchdog | NoWatchdog) -> int:
     """Train, and after a bad stretch again from the last checkpoint, with the data behind it."""
     left, lanes = recipe.health.rollbacks, None
     while True:
-        trainer = Trainer(recipe, world, watch, left, lanes)
+        trainer = Trainer(recipe, world, watchdog, left, lanes)
         try:
             return trainer.run()
         except Rollback as bad:

@@ -25,14 +25,14 @@ class Saver:
         section: CheckpointSection,
         progress: Callable[[], dict[str, Any]],
         log: RunLog,
-        watch: Watchdog | NoWatchdog,
+        watchdog: Watchdog | NoWatchdog,
         timeout_seconds: float,
     ) -> None:
         self._writer = writer
         self._section = section
         self._progress = progress
         self._log = log
-        self._watch = watch
+        self._watchdog = watchdog
         self._timeout = timeout_seconds
         self._newest: int | None = None
 
@@ -87,7 +87,7 @@ class Saver:
             )
 
     def _phase(self) -> Any:
-        return self._watch.phase("saving", self._timeout)
+        return self._watchdog.phase("saving", self._timeout)
 
     def _tell(self, report: SaveReport) -> None:
         if report.error is not None:

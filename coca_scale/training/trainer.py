@@ -52,7 +52,7 @@ from coca_scale.recipe import BatchSplit, Recipe, dump_recipe, run_folder
 from coca_scale.recipe.exits import REQUEUE
 from coca_scale.recipe.total_steps import total_steps
 from coca_scale.training.bad_steps import BadSteps, Rollback
-from coca_scale.training.garbage_collection import Collection
+from coca_scale.training.garbage_collection import GarbageCollection
 from coca_scale.training.initial import initial_model
 from coca_scale.training.log import RunLog, peak_memory_bytes
 from coca_scale.training.meter import Meter
@@ -72,7 +72,7 @@ class Trainer:
         self,
         recipe: Recipe,
         world: World,
-        watch: Watchdog | NoWatchdog | None = None,
+        watchdog: Watchdog | NoWatchdog | None = None,
         rollbacks: int = 0,
         lanes: LaneStates | None = None,
     ) -> None:
@@ -81,7 +81,7 @@ class Trainer:
         Args:
             recipe: what to do.
             world: the ranks.
-            watch: limits the time of every phase; None limits nothing.
+            watchdog: limits the time of every phase; None limits nothing.
             rollbacks: how often a stretch of bad steps may raise `Rollback` from `run`.
             lanes: where this rank's data goes on, and not where the checkpoint says.
 
@@ -91,7 +91,7 @@ class Trainer:
         """
         self.recipe = recipe
         self.world = world
-        self.watch = watch or NoWatchdog()
+        self.watchdog = watchdog or NoWatchdog()
         self.step = 0
         self.folder = recipe.run.folder
         self.skips = SkipLog(world, self.folder, recipe.data.max_bad_fraction)
@@ -102,7 +102,7 @@ class Trainer:
         self._samples_at_peak: float | None = None
         self._step_seconds = engine.step_timeout_minutes * 60
         self._slow_seconds = engine.save_timeout_minutes * 60
-        with self.watch.phase("starting", engine.start_timeout_minutes * 60):
+        with self.watchdog.phase("starting", engine.start_timeout_minutes * 60):
             world.agree(self._prepare)
             preflight(world, self.folder, self._sources())
             self.resumed = self._agreed_checkpoint()
@@ -113,7 +113,7 @@ class Trainer:
             recomputed = self._agreed_blocks()
             self.engine = TrainEngine(*model, recipe, self.batch_split, world, recomputed)
             world.set_timeout(max(self._step_seconds, self._slow_seconds) + 120)
-        with self.watch.phase("loading the checkpoint", self._slow_seconds):
+        with self.watchdog.phase("loading the checkpoint", self._slow_seconds):
             world.agree(self._load)
         if lanes is not None:
             self.lanes = lanes
@@ -177,7 +177,7 @@ class Trainer:
         return 0
 
     def _finish(self, log: RunLog) -> None:
-        with self.watch.phase("exporting", self._slow_seconds):
+        with self.watchdog.phase("exporting", self._slow_seconds):
             obstacle = self.world.on_first(self._export)
             if obstacle is not None:
                 log.say(f"{self.folder / 'export'} is for coca-scale alone: {obstacle}")
@@ -201,12 +201,12 @@ class Trainer:
         span = recipe.log.profile_steps if self.world.rank == 0 else None
         with (
             closing(loader) as batches,
-            Collection(recipe.engine.gc_every_steps) as garbage,
+            GarbageCollection(recipe.engine.gc_every_steps) as garbage,
             StepProfiler(span, self.folder / run_folder.PROFILE, log.say) as profiler,
         ):
             while self.step < self.steps:
                 number = self.step + 1
-                with self.watch.phase(f"step {number}", limit), profiler.step(number):
+                with self.watchdog.phase(f"step {number}", limit), profiler.step(number):
                     batch, asked = self._next_batch(batches, meter, saver, requests)
                     if asked.leave or asked.stop:
                         return asked
@@ -241,7 +241,7 @@ class Trainer:
 
     def _validate(self, log: RunLog) -> None:
         if self.validation is not None:
-            with self.watch.phase("validating", self._slow_seconds):
+            with self.watchdog.phase("validating", self._slow_seconds):
                 log.validation(self.step, self.validation.run(self.engine))
 
     def _next_batch(
@@ -397,7 +397,7 @@ class Trainer:
         section = self.recipe.checkpoint
         parent = self.folder / run_folder.CHECKPOINTS
         writer = CheckpointWriter(self.engine, parent, section.keep, section.keep_every_steps)
-        return Saver(writer, section, self._progress, log, self.watch, self._slow_seconds)
+        return Saver(writer, section, self._progress, log, self.watchdog, self._slow_seconds)
 
     def _progress(self) -> dict[str, Any]:
         """What a checkpoint keeps of the loop. A collective."""

@@ -120,10 +120,10 @@ from pathlib import Path
 from coca_scale.engine.launch import start_world
 from coca_scale.engine.watchdog import Watchdog
 world = start_world(60)
-watch = Watchdog(world, Path(sys.argv[1]))
+watchdog = Watchdog(world, Path(sys.argv[1]))
 print("ready", flush=True)
 try:
-    with watch.phase("step 7", float(sys.argv[3])):
+    with watchdog.phase("step 7", float(sys.argv[3])):
         for _ in range(10000):
             if world.rank == 1 and sys.argv[2] == "hang":
                 time.sleep(1000)
@@ -132,7 +132,7 @@ try:
             world.barrier()
             time.sleep(0.05)
 except Exception as error:
-    watch.fail(error)
+    watchdog.fail(error)
 """
 
 

@@ -10,7 +10,7 @@ import torch
 
 from coca_scale.losses import FeatureGather, contrastive_loss
 from coca_scale.model import CoCa, load_model_config
-from coca_scale.training.garbage_collection import Collection
+from coca_scale.training.garbage_collection import GarbageCollection
 
 
 class Cycle:
@@ -19,14 +19,14 @@ class Cycle:
 
 
 def test_garbage_is_collected_after_some_steps_and_not_between():
-    with Collection(2) as garbage:
+    with GarbageCollection(2) as garbage:
         cycle = weakref.ref(Cycle())
         garbage.after_step(1)
         assert not gc.isenabled() and cycle() is not None
         garbage.after_step(2)
         assert cycle() is None
     assert gc.isenabled() and gc.get_freeze_count() == 0
-    with Collection(None) as garbage:
+    with GarbageCollection(None) as garbage:
         garbage.after_step(2)
         assert gc.isenabled()
 
