@@ -234,8 +234,8 @@ def memory_picture(bars: Mapping[str, Planned]) -> str:
             sizes = {kind: row.parts()[part] / 1e9 for kind, row in bars.items()}
             axes.barh(list(bars), list(sizes.values()), left=list(left.values()), label=part)
             left = {kind: left[kind] + sizes[kind] for kind in bars}
-        for place, (_, total) in enumerate(left.items()):
-            axes.text(total + 0.6, place, f"{total:.1f} GB", va="center")
+        for row, (_, total) in enumerate(left.items()):
+            axes.text(total + 0.6, row, f"{total:.1f} GB", va="center")
         axes.axvline(79.1, color="black", linewidth=1)
         axes.set(xlim=(0, 88), xlabel="GB of an H100's 79.1", ylabel="recomputation")
         axes.invert_yaxis()

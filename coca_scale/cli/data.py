@@ -60,8 +60,8 @@ def data_pack(
         else:
             parts = pack_split(source, out, options, hold_out, workers, progress)
             results = {out / name: result for name, result in parts.items()}
-    for place, done in results.items():
-        typer.echo(f"{done.samples} samples in {done.shards} shards in {place}{skipped(done.bad)}")
+    for folder, done in results.items():
+        typer.echo(f"{done.samples} samples in {done.shards} shards in {folder}{skipped(done.bad)}")
 
 
 @app.command("inspect")

@@ -149,9 +149,9 @@ class EpochShards:
             return self._ranges(order, _ends(self, epoch), lane, lanes)
         if len(order) >= lanes:
             return [ShardRange(int(shard), 0, None, 1) for shard in order[lane::lanes]]
-        place = lane % len(order)
-        sharing = len(range(place, lanes, len(order)))
-        return [ShardRange(int(order[place]), lane // len(order), None, sharing)]
+        index = lane % len(order)
+        sharing = len(range(index, lanes, len(order)))
+        return [ShardRange(int(order[index]), lane // len(order), None, sharing)]
 
     def _ranges(
         self, order: np.ndarray, ends: np.ndarray, lane: int, lanes: int
@@ -164,13 +164,13 @@ class EpochShards:
             )
         low, high = lane * total // lanes, (lane + 1) * total // lanes
         parts = []
-        for place in range(
+        for index in range(
             int(np.searchsorted(ends, low, side="right")),
             int(np.searchsorted(ends, high, side="left")) + 1,
         ):
-            shard = int(order[place])
+            shard = int(order[index])
             count = int(self._counts[shard])
-            begin = int(ends[place]) - count
+            begin = int(ends[index]) - count
             first, stop = max(low - begin, 0), min(high - begin, count)
             if first < stop:
                 parts.append(ShardRange(shard, first, stop, 1))

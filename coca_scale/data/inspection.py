@@ -127,8 +127,8 @@ class Inspection:
         figure, axes = pyplot.subplots(figsize=(7, 3.5), layout="constrained")
         axes.bar(list(bins), list(bins.values()), width=BIN_TOKENS * 0.9, align="edge")
         axes.axvline(77, color="0.4", linestyle="--", linewidth=1)
-        place = {"transform": axes.get_xaxis_transform(), "ha": "right", "va": "top"}
-        axes.text(76, 1, "77: CLIP's context", color="0.4", **place)
+        style = {"transform": axes.get_xaxis_transform(), "ha": "right", "va": "top"}
+        axes.text(76, 1, "77: CLIP's context", color="0.4", **style)
         axes.set(xlabel="tokens per caption", ylabel="samples", xlim=(0, None))
         axes.set_title(f"{self.lengths.total():,} captions in {len(self.shards):,} shards")
         axes.spines[["top", "right"]].set_visible(False)

@@ -44,7 +44,7 @@ class StepBatch:
         images: uint8 [n, 3, H, W], channels last in memory.
         tokens: int64 [n, T].
         keys: sample names.
-        places: int64 [n], place of each sample in this share before it was arranged.
+        share_indices: int64 [n], index of each sample in this share before it was arranged.
         lanes: where each of this rank's lanes stands once this batch has been used.
         skipped: samples left out on the way here, by fault or by filter.
     """
@@ -52,7 +52,7 @@ class StepBatch:
     images: Tensor
     tokens: Tensor
     keys: list[str]
-    places: Tensor
+    share_indices: Tensor
     lanes: LaneStates
     skipped: list[Skipped]
 
@@ -177,7 +177,7 @@ class TrainDataset(IterableDataset):
             images=torch.stack([t.pixels.permute(1, 2, 0) for t in taken]).permute(0, 3, 1, 2),
             tokens=torch.stack([t.tokens for t in taken]),
             keys=[t.key for t in taken],
-            places=torch.arange(len(taken)),
+            share_indices=torch.arange(len(taken)),
             lanes={lane: reader.position for lane, reader in readers.items()},
             skipped=skipped,
         )
@@ -247,7 +247,7 @@ def _join(pieces: Sequence[StepBatch]) -> StepBatch:
         images=torch.cat([p.images for p in pieces]),
         tokens=torch.cat([p.tokens for p in pieces]),
         keys=[key for p in pieces for key in p.keys],
-        places=torch.arange(sum(len(p.keys) for p in pieces)),
+        share_indices=torch.arange(sum(len(p.keys) for p in pieces)),
         lanes={lane: position for p in pieces for lane, position in p.lanes.items()},
         skipped=[bad for p in pieces for bad in p.skipped],
     )
@@ -260,7 +260,7 @@ def _arranged(batch: StepBatch, order: Tensor) -> StepBatch:
         images=batch.images.permute(0, 2, 3, 1)[order].permute(0, 3, 1, 2),
         tokens=batch.tokens[order],
         keys=[batch.keys[i] for i in order.tolist()],
-        places=batch.places[order],
+        share_indices=batch.share_indices[order],
     )
 
 

@@ -96,7 +96,7 @@ def pack_split(
     """
     pictures = list_pictures(source, options)
     held = pictures[::hold_out]
-    rest = [picture for place, picture in enumerate(pictures) if place % hold_out]
+    rest = [picture for index, picture in enumerate(pictures) if index % hold_out]
     if not rest:
         raise DataError(f"{source}: has one picture, so none can be held out")
     if (out / "val" / MANIFEST).exists() and not (out / "train" / MANIFEST).exists():
@@ -193,10 +193,10 @@ def _write_shard(
     bad: list[tuple[str, str]] = []
     count = 0
     with temporary.open("wb") as file, TarWriter(file, mtime=0) as writer:
-        for place, picture in enumerate(pictures):
+        for index, picture in enumerate(pictures):
             try:
                 writer.write(
-                    {"__key__": f"{first + place:09d}", **_files_of(picture, options, several)}
+                    {"__key__": f"{first + index:09d}", **_files_of(picture, options, several)}
                 )
                 count += 1
             except BadSample as error:

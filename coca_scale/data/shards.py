@@ -120,10 +120,10 @@ class ShardSource:
                 return
             seed = [self._options.seed, epoch, lane, at.part, at.number]
             order = np.random.default_rng(seed).permutation(len(window))
-            for place in range(used, len(window)):
-                last = place + 1 == len(window)
-                after = Position(epoch, *end) if last else Position(epoch, *at, used=place + 1)
-                yield after, window[order[place]]
+            for index in range(used, len(window)):
+                last = index + 1 == len(window)
+                after = Position(epoch, *end) if last else Position(epoch, *at, used=index + 1)
+                yield after, window[order[index]]
             at, used = end, 0
 
     def ordered(self, index: int, stride: int) -> Iterator[RawSample | BadSample]:

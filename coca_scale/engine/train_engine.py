@@ -134,7 +134,7 @@ class TrainEngine:
         tokens: Tensor,
         lr: float,
         samples_seen: int = 0,
-        places: Tensor | None = None,
+        share_indices: Tensor | None = None,
     ) -> StepResult:
         """One optimizer step.
 
@@ -143,8 +143,8 @@ class TrainEngine:
             tokens: int64 [n, T].
             lr: learning rate of this step.
             samples_seen: by all ranks before this step; which patches are dropped follows from it.
-            places: int64 [n], where each sample stood in this rank's share before it was arranged;
-                None if they stand there still.
+            share_indices: int64 [n], of each sample in this rank's share of the step before it was
+                arranged; None if none was moved.
         """
         self._engine.train()
         images = images.to(self.world.device, non_blocking=True)
@@ -154,8 +154,8 @@ class TrainEngine:
         caption_factor = self._recipe.loss.caption_weight / max(total_tokens, 1.0)
         self._set_lr(lr)
         first = samples_seen + self.world.rank * len(tokens)
-        places = torch.arange(len(tokens)) if places is None else places
-        sample_ids = first + places.to(self.world.device)
+        share_indices = torch.arange(len(tokens)) if share_indices is None else share_indices
+        sample_ids = first + share_indices.to(self.world.device)
         sample_ids += (self._recipe.run.seed % 2**23) << 40  # no run has 2^40 samples
         pieces = list(zip(images.split(micro), captions, sample_ids.split(micro), strict=True))
         assert len(pieces) == self._batch_split.accumulation, "a batch of another size than planned"

@@ -161,23 +161,23 @@ class Watchdog:
         with (self._folder / f"rank_{rank:05d}.txt").open("w") as file:
             print(f"{self._world.name_of(rank)}, {phase}, {time.ctime()}", file=file, flush=True)
             faulthandler.dump_traceback(file)
-        self._store.set(f"stuck/{rank}", json.dumps([phase, self._place()]))
+        self._store.set(f"stuck/{rank}", json.dumps([phase, self._whereabouts()]))
         time.sleep(STUCK_ANSWERS_SECONDS)
-        places: dict[str, list[int]] = {}
+        whereabouts: dict[str, list[int]] = {}
         for r in range(self._world.size):
-            place = "does not answer"
+            found = "does not answer"
             if self._store.check([f"stuck/{r}"]):
                 at, where = json.loads(self._store.get(f"stuck/{r}"))
-                place = f"{where} during {at}"
-            places.setdefault(place, []).append(r)
+                found = f"{where} during {at}"
+            whereabouts.setdefault(found, []).append(r)
         lines = [f"no progress for {seconds:.0f} s in {phase}; stacks are in {self._folder}"]
-        for place, ranks in sorted(places.items(), key=lambda item: len(item[1])):
+        for found, ranks in sorted(whereabouts.items(), key=lambda item: len(item[1])):
             named = ", ".join(self._world.name_of(r) for r in ranks[:8])
-            lines.append(f"  {named}{', …' if len(ranks) > 8 else ''}: {place}")
+            lines.append(f"  {named}{', …' if len(ranks) > 8 else ''}: {found}")
         text = "\n".join(lines)
         self._end(text if self._publish(text) else None)
 
-    def _place(self) -> str:
+    def _whereabouts(self) -> str:
         """The collective that the main thread waits in, or its innermost line, and our code."""
         assert self._main is not None
         frame = sys._current_frames().get(self._main)

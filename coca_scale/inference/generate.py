@@ -63,7 +63,7 @@ def generate(
         special: ids of the special tokens.
         options: how.
         prompts: tokens that each caption begins with, the start token first; by default that alone.
-        seeds: one per image, for drawing; by default its place in the batch.
+        seeds: one per image, for drawing; by default its index in the batch.
         same_steps: run the model as often as for the longest caption, whatever it writes. Needed
             under ZeRO-3, where every rank must run it the same number of times.
 

@@ -18,7 +18,7 @@ class Sampling:
     def __init__(
         self, prompts: Prompts, options: GenerationOptions, seeds: Sequence[int] | None
     ) -> None:
-        """`seeds`: one per image, by default its place in the batch."""
+        """`seeds`: one per image, by default its index in the batch."""
         batch, length = prompts.tokens_BL.shape
         device = prompts.tokens_BL.device
         self._prompts = prompts

@@ -120,7 +120,7 @@ def _split(text: str) -> tuple[list[str], list[str]]:
             if _ENTRY.search(line):
                 raise UserError(f"not a shell command: {error}") from error
             continue
-        entries = [place for place, word in enumerate(words) if _ENTRY.search(word)]
+        entries = [index for index, word in enumerate(words) if _ENTRY.search(word)]
         if entries:
             rest = words[entries[0] + 1 :]
             end = next((n for n, word in enumerate(rest) if set(word) <= _OPERATORS), len(rest))
@@ -221,10 +221,10 @@ def _count_gpus(launcher: list[str], command: str) -> int | None:
 
 def _number(words: Sequence[str], options: Iterable[str]) -> int | None:
     """The number behind one of these options."""
-    for place, word in enumerate(words):
+    for index, word in enumerate(words):
         for option in options:
-            if word == option and place + 1 < len(words) and words[place + 1].isdecimal():
-                return int(words[place + 1])
+            if word == option and index + 1 < len(words) and words[index + 1].isdecimal():
+                return int(words[index + 1])
             if word.startswith(f"{option}=") and word.partition("=")[2].isdecimal():
                 return int(word.partition("=")[2])
     return None

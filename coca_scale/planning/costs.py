@@ -185,8 +185,8 @@ def caption_quantiles(captions: int, mean_tokens: float, context: int, pad_id: i
     """
     generator = torch.Generator().manual_seed(0)
     words = torch.poisson(torch.full((8192,), max(mean_tokens - 2, 0.0)), generator).sort().values
-    places = ((torch.arange(captions) + 0.5) / captions * len(words)).long()
-    lengths = (words[places].long() + 2).clamp(max=context)
+    quantiles = ((torch.arange(captions) + 0.5) / captions * len(words)).long()
+    lengths = (words[quantiles].long() + 2).clamp(max=context)
     inside = torch.arange(context) < lengths[:, None]
     return torch.where(inside, pad_id + 1, pad_id)
 

@@ -225,7 +225,7 @@ class Trainer:
     def _train_step(self, batch: StepBatch, meter: Meter, log: RunLog) -> None:
         lr = learning_rate(self.step, self.steps, self.recipe.optim.lr, self.recipe.schedule)
         seen = self.step * self.batch_split.global_batch
-        result = self.engine.step(batch.images, batch.tokens, lr, seen, batch.places)
+        result = self.engine.step(batch.images, batch.tokens, lr, seen, batch.share_indices)
         self.step += 1
         self.lanes = batch.lanes
         meter.steps += 1

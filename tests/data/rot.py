@@ -61,8 +61,8 @@ def write_rotten_shards(folder, shards=40, samples=60):
         with tarfile.open(folder / name, "w") as tar:
             chosen = rng.permutation(samples)  # which samples rot
             for i in range(samples):
-                place = int(chosen[i])
-                kind = kinds[place // (samples // EVERY)] if place < len(kinds) * 3 else None
+                number = int(chosen[i])
+                kind = kinds[number // (samples // EVERY)] if number < len(kinds) * 3 else None
                 key = f"{shard}_{i}"
                 if kind == "unsafe_name":
                     key = TRICKS[i % 3].format(key)

@@ -31,7 +31,7 @@ def test_an_arranged_batch_is_the_batch_in_another_order():
     plain = loader(train, 0, 1, workers=2)
     arranged = TrainLoader(plain._loader.dataset, 2, partial(balanced_order, micro_batch=4))
     for expected, found in islice(zip(plain, arranged, strict=False), 3):
-        order = found.places
+        order = found.share_indices
         assert order.tolist() != list(range(len(order)))
         assert torch.equal(found.images, expected.images[order])
         assert torch.equal(found.tokens, expected.tokens[order])

@@ -26,11 +26,11 @@ def test_each_token_sees_what_it_sees_in_a_whole_caption(kind, tmp_path):
     found = [coca.next_logits(tokens[::2, :2], cache, image_tokens)]
     cache.repeat(2)
     tokens[1, :2], tokens[3, :2] = tokens[0, :2], tokens[2, :2]
-    for place in range(2, 10):
+    for column in range(2, 10):
         # the two captions of each image change positions, as beams do
         cache.take(torch.tensor([1, 0, 3, 2]))
-        tokens[:, :place] = tokens[[1, 0, 3, 2], :place]
-        found.append(coca.next_logits(tokens[:, place : place + 1], cache))
+        tokens[:, :column] = tokens[[1, 0, 3, 2], :column]
+        found.append(coca.next_logits(tokens[:, column : column + 1], cache))
     expected = coca.caption_logits(image_tokens.repeat_interleave(2, 0), tokens)
     assert torch.allclose(found[0], expected[::2, 1], rtol=0, atol=1e-12)
     assert torch.allclose(found[-1], expected[:, 9], rtol=0, atol=1e-12)

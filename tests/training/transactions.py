@@ -17,17 +17,17 @@ FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 def records(path: Path) -> Iterator[Record]:
     """All records of a .wandb file."""
     content = path.read_bytes()
-    place, parts = FILE_HEADER, b""
-    while place + CHUNK_HEADER.size <= len(content):
-        left = BLOCK - place % BLOCK
+    offset, parts = FILE_HEADER, b""
+    while offset + CHUNK_HEADER.size <= len(content):
+        left = BLOCK - offset % BLOCK
         if left < CHUNK_HEADER.size:  # padding at the end of a block
-            place += left
+            offset += left
             continue
-        _, size, kind = CHUNK_HEADER.unpack_from(content, place)
-        place += CHUNK_HEADER.size
+        _, size, kind = CHUNK_HEADER.unpack_from(content, offset)
+        offset += CHUNK_HEADER.size
         assert kind in (FULL, FIRST, MIDDLE, LAST), kind
-        parts += content[place : place + size]
-        place += size
+        parts += content[offset : offset + size]
+        offset += size
         if kind in (FULL, LAST):
             record = Record()
             record.ParseFromString(parts)
