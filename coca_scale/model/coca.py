@@ -16,7 +16,7 @@ from coca_scale.model.hf_text import HuggingFaceTextTower
 from coca_scale.model.image import ImageTower
 from coca_scale.model.kv_cache import KVCache
 from coca_scale.model.packing import PackedCaptions, next_tokens, pick
-from coca_scale.model.recompute import Recomputable, Thrifty
+from coca_scale.model.recompute import Recomputable, SelectiveRecompute
 from coca_scale.model.text import TextTower
 from coca_scale.model.timm_tower import TimmClipTower, TimmTower
 
@@ -56,14 +56,14 @@ class CoCa(nn.Module):
             whole: names of blocks that are recomputed as a whole anyway.
         """
         for module in self.modules():
-            if isinstance(module, Thrifty):
-                module.thrifty = mode == "selective"
+            if isinstance(module, SelectiveRecompute):
+                module.selective = mode == "selective"
         for name, block in self.blocks().items():
             block.recompute = mode == "full" or name in whole
             if block.recompute:
                 for part in block.modules():
-                    if isinstance(part, Thrifty):
-                        part.thrifty = False
+                    if isinstance(part, SelectiveRecompute):
+                        part.selective = False
 
     def encode_image(self, images: Tensor, normalize: bool = True) -> Tensor:
         """Normalised images [B, 3, H, W] → features [B, embed_dim], of unit length by default."""

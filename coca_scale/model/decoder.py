@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from coca_scale.losses.caption import Kernel, chunked_cross_entropy
 from coca_scale.model.config import DecoderConfig
 from coca_scale.model.kv_cache import KVCache
-from coca_scale.model.layers import Block, CrossBlock, normal_parameter
+from coca_scale.model.layers import Block, BlockShape, CrossBlock, Stack, normal_parameter
 from coca_scale.model.packing import Packing
-from coca_scale.model.stack import run_block
+from coca_scale.model.recompute import run_block
 
 
 class MultimodalDecoder(nn.Module):
@@ -18,9 +18,10 @@ class MultimodalDecoder(nn.Module):
 
     def __init__(self, config: DecoderConfig, quick_gelu: bool) -> None:
         super().__init__()
-        shape = (config.width, config.heads, float(config.mlp_ratio), config.layers, quick_gelu)
-        self.blocks = nn.ModuleList(Block(*shape) for _ in range(config.layers))
-        self.cross_blocks = nn.ModuleList(CrossBlock(*shape) for _ in range(config.layers))
+        layers = config.layers
+        shape = BlockShape(config.width, config.heads, config.mlp_ratio, layers, quick_gelu)
+        self.blocks = Stack[Block](Block(shape) for _ in range(layers))
+        self.cross_blocks = Stack[CrossBlock](CrossBlock(shape) for _ in range(layers))
         self.norm_final = nn.LayerNorm(config.width)
 
     def forward(
@@ -37,7 +38,6 @@ class MultimodalDecoder(nn.Module):
         mask = None if cache is None else cache.causal_mask()
         x = text_MD
         for number, (block, cross) in enumerate(zip(self.blocks, self.cross_blocks, strict=True)):
-            assert isinstance(block, Block) and isinstance(cross, CrossBlock)
             own = None if cache is None else cache.decoder[number]
             image = None if cache is None else cache.image[number]
             x = run_block(block, x, mask, mask is None, rows, own)

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from coca_scale.model.config import VisionConfig
-from coca_scale.model.layers import AttentionalPooler, Block, normal_parameter
+from coca_scale.model.layers import AttentionalPooler, Block, BlockShape, Stack, normal_parameter
 from coca_scale.model.patch_dropout import drop_patches
-from coca_scale.model.stack import run_blocks
+from coca_scale.model.recompute import run_block
 
 # mean and standard deviation per RGB channel of OpenAI's CLIP, which OpenCLIP's CoCa models use
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -74,10 +74,8 @@ class ImageTower(PooledTower):
         self.class_embedding = normal_parameter(width, std=width**-0.5)
         self.position_embedding = normal_parameter(config.grid**2 + 1, width, std=width**-0.5)
         self.norm_pre = nn.LayerNorm(width)
-        self.blocks = nn.ModuleList(
-            Block(width, config.heads, config.mlp_ratio, config.layers, quick_gelu)
-            for _ in range(config.layers)
-        )
+        shape = BlockShape(width, config.heads, config.mlp_ratio, config.layers, quick_gelu)
+        self.blocks = Stack[Block](Block(shape) for _ in range(config.layers))
 
     def forward(self, images: Tensor, sample_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Encode normalised images [B, 3, H, W].
@@ -97,7 +95,9 @@ class ImageTower(PooledTower):
             patches_BSD = drop_patches(patches_BSD, sample_ids, self.patch_dropout)
         cls_D = self.class_embedding + self.position_embedding[0]
         x = torch.cat([cls_D.expand(images.shape[0], 1, -1), patches_BSD], dim=1)
-        x = run_blocks(self.blocks, self.norm_pre(x))
+        x = self.norm_pre(x)
+        for block in self.blocks:
+            x = run_block(block, x)
         return self.pool(x)
 
     def layer_groups(self) -> list[list[nn.Parameter]]:

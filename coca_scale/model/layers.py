@@ -7,7 +7,9 @@ is ready to train whatever it was built from.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,12 +18,12 @@ from torch import Tensor, nn
 from coca_scale.model.kv_cache import LayerCache
 from coca_scale.model.packing import Packing
 from coca_scale.model.recompute import (
-    Again,
+    Activation,
+    ElementWise,
     LayerNorm,
+    Linear,
     NormScale,
     Recomputable,
-    Thrifty,
-    not_keeping,
 )
 
 
@@ -30,9 +32,9 @@ def normal_parameter(*shape: int, std: float) -> nn.Parameter:
     return nn.Parameter(torch.empty(*shape).normal_(std=std))
 
 
-def linear(inputs: int, outputs: int, std: float) -> nn.Linear:
+def linear(inputs: int, outputs: int, std: float) -> Linear:
     """A linear layer with weights from N(0, std²) and zero bias."""
-    layer = nn.Linear(inputs, outputs)
+    layer = Linear(inputs, outputs)
     nn.init.normal_(layer.weight, std=std)
     nn.init.zeros_(layer.bias)
     return layer
@@ -62,23 +64,18 @@ class _QuickGELU(torch.autograd.Function):
         return grads[0] * (gate + 1.702 * x * gate * (1 - gate))
 
 
-class MLP(Thrifty):
+class MLP(nn.Module):
     """Two linear layers with an activation between them, [*, D] → [*, D]."""
 
     def __init__(self, width: int, hidden: int, residual_std: float, quick_gelu: bool) -> None:
         super().__init__()
         self.fc = linear(width, hidden, (2 * width) ** -0.5)
-        self.act = QuickGELU() if quick_gelu else nn.GELU()
+        self.act = ElementWise(QuickGELU() if quick_gelu else nn.GELU())
         self.proj = linear(hidden, width, residual_std)
 
-    def forward(self, x: Tensor, again: Again | None = None) -> Tensor:
-        """`again` computes `x`, so that it need not be kept."""
-        with not_keeping(x, again):
-            hidden = self.fc(x)
-        kept = hidden.detach()
-        active = self.act(hidden)
-        with not_keeping(active, (lambda: self.act(kept)) if self.thrifty else None):
-            return self.proj(active)
+    def forward(self, x: Tensor | Activation) -> Tensor:
+        """[*, D] → [*, D]."""
+        return self.proj(self.act(self.fc(x)))
 
 
 class SelfAttention(nn.Module):
@@ -92,8 +89,7 @@ class SelfAttention(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
-        again: Again | None,
+        x: Tensor | Activation,
         mask: Tensor | None,
         causal: bool,
         rows: Packing | None,
@@ -103,7 +99,6 @@ class SelfAttention(nn.Module):
 
         Args:
             x: [B, T, D], or with `rows` [N, D].
-            again: computes `x`, so that it need not be kept.
             mask: boolean, True where a key may be seen, broadcastable to [B, H, T, T], with a cache
                 to [B, H, T, L].
             causal: no key after the query may be seen; not together with a mask.
@@ -113,8 +108,7 @@ class SelfAttention(nn.Module):
         Returns:
             As `x`.
         """
-        with not_keeping(x, again):
-            qkv = self.qkv(x)
+        qkv = self.qkv(x)
         if rows is not None:
             qkv = rows.pad(qkv)
         q, k, v = (split_heads(t, self.heads) for t in qkv.chunk(3, dim=-1))
@@ -136,10 +130,8 @@ class CrossAttention(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
-        again: Again | None,
-        context_BSC: Tensor | None,
-        context_again: Again | None,
+        x: Tensor | Activation,
+        context_BSC: Activation | None,
         rows: Packing | None = None,
         cache: LayerCache | None = None,
     ) -> Tensor:
@@ -148,9 +140,7 @@ class CrossAttention(nn.Module):
         Args:
             x: queries [B, T, D], or with `rows` [N, D]; with a cache, several sequences in a
                 row may have the same context.
-            again: computes `x`, so that it need not be kept.
             context_BSC: what is attended to; None if `cache` has its keys and values.
-            context_again: computes the context.
             rows: where the rows lie if `x` is ragged.
             cache: keeps keys and values of the context.
 
@@ -161,13 +151,10 @@ class CrossAttention(nn.Module):
             assert cache is not None and cache.pair is not None
             k, v = cache.pair
         else:
-            with not_keeping(context_BSC, context_again):
-                kv = self.kv(context_BSC)
-            k, v = (split_heads(t, self.heads) for t in kv.chunk(2, dim=-1))
+            k, v = (split_heads(t, self.heads) for t in self.kv(context_BSC).chunk(2, dim=-1))
             if cache is not None:
                 cache.pair = (k, v)
-        with not_keeping(x, again):
-            q = self.q(x)
+        q = self.q(x)
         if rows is not None:
             q = rows.pad(q)
         if cache is not None:
@@ -189,18 +176,36 @@ def attend(
     return x.transpose(1, 2).flatten(2)
 
 
-class Block(Recomputable):
-    """Pre-norm transformer block of a tower with `depth` layers."""
+@dataclass(frozen=True)
+class BlockShape:
+    """Sizes of the blocks of a tower with `depth` layers."""
 
-    def __init__(
-        self, width: int, heads: int, mlp_ratio: float, depth: int, quick_gelu: bool
-    ) -> None:
+    width: int
+    heads: int
+    mlp_ratio: float
+    depth: int
+    quick_gelu: bool
+
+    @property
+    def residual_std(self) -> float:
+        """Of weights that write into the residual stream; the deeper, the smaller."""
+        return float(self.width**-0.5 * (2 * self.depth) ** -0.5)
+
+    def mlp(self) -> MLP:
+        """A fresh MLP."""
+        hidden = int(self.width * self.mlp_ratio)
+        return MLP(self.width, hidden, self.residual_std, self.quick_gelu)
+
+
+class Block(Recomputable):
+    """Pre-norm transformer block."""
+
+    def __init__(self, shape: BlockShape) -> None:
         super().__init__()
-        residual_std = width**-0.5 * (2 * depth) ** -0.5
-        self.norm1 = LayerNorm(width)
-        self.attn = SelfAttention(width, heads, residual_std)
-        self.norm2 = LayerNorm(width)
-        self.mlp = MLP(width, int(width * mlp_ratio), residual_std, quick_gelu)
+        self.norm1 = LayerNorm(shape.width)
+        self.attn = SelfAttention(shape.width, shape.heads, shape.residual_std)
+        self.norm2 = LayerNorm(shape.width)
+        self.mlp = shape.mlp()
 
     def forward(
         self,
@@ -211,23 +216,20 @@ class Block(Recomputable):
         cache: LayerCache | None = None,
     ) -> Tensor:
         """[B, T, D], or with `rows` [N, D]; returns the same."""
-        x = x + self.attn(*self.norm1(x), mask, causal, rows, cache)
-        return x + self.mlp(*self.norm2(x))
+        x = x + self.attn(self.norm1(x), mask, causal, rows, cache)
+        return x + self.mlp(self.norm2(x))
 
 
 class CrossBlock(Recomputable):
     """Pre-norm block that attends to image tokens instead of the text itself."""
 
-    def __init__(
-        self, width: int, heads: int, mlp_ratio: float, depth: int, quick_gelu: bool
-    ) -> None:
+    def __init__(self, shape: BlockShape) -> None:
         super().__init__()
-        residual_std = width**-0.5 * (2 * depth) ** -0.5
-        self.norm1 = LayerNorm(width)
-        self.norm_kv = NormScale(width)
-        self.attn = CrossAttention(width, width, heads, residual_std)
-        self.norm2 = LayerNorm(width)
-        self.mlp = MLP(width, int(width * mlp_ratio), residual_std, quick_gelu)
+        self.norm1 = LayerNorm(shape.width)
+        self.norm_kv = NormScale(shape.width)
+        self.attn = CrossAttention(shape.width, shape.width, shape.heads, shape.residual_std)
+        self.norm2 = LayerNorm(shape.width)
+        self.mlp = shape.mlp()
 
     def forward(
         self,
@@ -240,9 +242,20 @@ class CrossBlock(Recomputable):
 
         Without image tokens, their keys and values are taken from `cache`.
         """
-        context = (None, None) if image_BSD is None else self.norm_kv(image_BSD)
-        x = x + self.attn(*self.norm1(x), *context, rows, cache)
-        return x + self.mlp(*self.norm2(x))
+        context = None if image_BSD is None else self.norm_kv(image_BSD)
+        x = x + self.attn(self.norm1(x), context, rows, cache)
+        return x + self.mlp(self.norm2(x))
+
+
+B = TypeVar("B", bound=Recomputable)
+
+
+class Stack(nn.ModuleList, Generic[B]):
+    """Blocks of one kind, from input to output."""
+
+    def __iter__(self) -> Iterator[B]:
+        """In order."""
+        return cast("Iterator[B]", super().__iter__())
 
 
 class AttentionalPooler(nn.Module):
@@ -258,4 +271,4 @@ class AttentionalPooler(nn.Module):
     def forward(self, x_BSC: Tensor) -> Tensor:
         """Returns [B, Q, D]."""
         query = self.norm_q(self.query).expand(x_BSC.shape[0], -1, -1)
-        return self.attn(query, None, *self.norm_kv(x_BSC))
+        return self.attn(query, self.norm_kv(x_BSC))

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from coca_scale.model.config import TextConfig
 from coca_scale.model.kv_cache import KVCache
-from coca_scale.model.layers import Block, normal_parameter
+from coca_scale.model.layers import Block, BlockShape, Stack, normal_parameter
 from coca_scale.model.packing import PackedCaptions, pack_captions, pick, real_lengths
-from coca_scale.model.stack import run_block
+from coca_scale.model.recompute import run_block
 
 
 class TextTower(nn.Module):
@@ -30,10 +30,8 @@ class TextTower(nn.Module):
         self.class_embedding = normal_parameter(width, std=0.01) if config.embed_cls else None
         positions = config.context_length + config.embed_cls
         self.position_embedding = normal_parameter(positions, width, std=0.01)
-        self.blocks = nn.ModuleList(
-            Block(width, config.heads, config.mlp_ratio, config.layers, quick_gelu)
-            for _ in range(config.layers)
-        )
+        shape = BlockShape(width, config.heads, config.mlp_ratio, config.layers, quick_gelu)
+        self.blocks = Stack[Block](Block(shape) for _ in range(config.layers))
         self.norm_final = nn.LayerNorm(width)
         self.projection = normal_parameter(width, embed_dim, std=width**-0.5)
 
@@ -74,7 +72,6 @@ class TextTower(nn.Module):
         x = x + F.embedding(captions.positions_N, self.position_embedding)
         mask = attention_mask(captions) if cache is None else self._cache_mask(cache)
         for number, block in enumerate(self.blocks):
-            assert isinstance(block, Block)
             kept = None if cache is None else cache.text[number]
             x = run_block(block, x, mask, mask is None, captions.text, kept)
         return self.norm_final(pick(x, captions.pooled_B)) @ self.projection, x

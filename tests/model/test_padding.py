@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from coca_scale.model import CoCa
 from coca_scale.model.layers import QuickGELU
-from coca_scale.model.recompute import Thrifty
+from coca_scale.model.recompute import SelectiveRecompute
 from tests.variants import CAPTIONERS, variant
 
 
@@ -95,10 +95,10 @@ def kept_bytes(coca, images, captions):
 
 
 def test_what_is_computed_again_is_not_kept(tmp_path):
-    """The hooks of `not_keeping` hide what is inside from those here, which is weights alone."""
+    """Its hooks hide what is inside from those here, which is weights alone."""
     config = variant("coca", tmp_path)
     coca = CoCa(config)
-    assert sum(isinstance(m, Thrifty) for m in coca.modules()) > 10
+    assert sum(isinstance(m, SelectiveRecompute) for m in coca.modules()) > 10
     images = torch.randn(4, 3, 48, 48)
     captions = coca.text.pack(uneven_captions(config)[:4])
     coca.set_activation_checkpointing("none")
