@@ -13,12 +13,13 @@ from coca_scale.errors import UserError
 from coca_scale.model.config import ModelConfig
 from coca_scale.model.decoder import CaptionHead, MultimodalDecoder
 from coca_scale.model.hf_text import HuggingFaceTextTower
-from coca_scale.model.image import ImageTower
+from coca_scale.model.image import VisionTransformer
 from coca_scale.model.kv_cache import KVCache
 from coca_scale.model.packing import PackedCaptions, next_tokens, pick
 from coca_scale.model.recompute import Recomputable, SelectiveRecompute
-from coca_scale.model.text import TextTower
+from coca_scale.model.text import TextTransformer
 from coca_scale.model.timm_tower import TimmClipTower, TimmTower
+from coca_scale.model.towers import Decoder, ImageTower, TextTower
 
 FeaturesReady = Callable[[Tensor], None]
 Checkpointing = Literal["none", "selective", "full"]
@@ -36,7 +37,7 @@ class CoCa(nn.Module):
         decoder = config.multimodal_cfg
         self.image = make_image_tower(config)
         self.text = make_text_tower(config)
-        self.decoder: MultimodalDecoder | None = None
+        self.decoder: Decoder | None = None
         self.caption_head: CaptionHead | None = None
         if decoder is not None:
             self.decoder = MultimodalDecoder(decoder, config.quick_gelu)
@@ -45,6 +46,11 @@ class CoCa(nn.Module):
     def blocks(self) -> dict[str, Recomputable]:
         """What can be recomputed as a whole, by name: blocks, and towers of other libraries."""
         return {n: m for n, m in self.named_modules() if isinstance(m, Recomputable)}
+
+    def caption_parameters(self) -> list[nn.Parameter]:
+        """Those that only the caption loss trains."""
+        parts = (self.decoder, self.caption_head)
+        return [p for part in parts if part is not None for p in part.parameters()]
 
     def set_activation_checkpointing(
         self, mode: Checkpointing, whole: Collection[str] = ()
@@ -101,8 +107,7 @@ class CoCa(nn.Module):
                 f"this model's captions have at most {self.config.context_length} tokens, "
                 f"{length} were asked for"
             )
-        own = self.text.blocks if isinstance(self.text, TextTower) else ()
-        return KVCache(length, len(own), len(self.decoder.blocks))
+        return KVCache(length, self.text.cached_layers, self.decoder.cached_layers)
 
     def next_logits(
         self, tokens_RT: Tensor, cache: KVCache, image_tokens_BSD: Tensor | None = None
@@ -147,8 +152,7 @@ class CoCa(nn.Module):
             Packed unit features [B, 2, embed_dim] (image, text), and the summed caption loss over
             the tokens that count, None with `features_only` or without a decoder.
         """
-        drops = sample_ids is not None and isinstance(self.image, ImageTower)
-        image_embedding, image_tokens = self.image(images, *((sample_ids,) if drops else ()))
+        image_embedding, image_tokens = self.image(images, sample_ids)
         text_embedding, text_ND = self.text(captions)
         features = torch.stack([unit(image_embedding), unit(text_embedding)], dim=1)
         if features_only:
@@ -163,21 +167,21 @@ class CoCa(nn.Module):
         return features, self.caption_head(hidden_MD, captions.labels_K)
 
 
-def make_image_tower(config: ModelConfig) -> ImageTower | TimmTower | TimmClipTower:
+def make_image_tower(config: ModelConfig) -> ImageTower:
     """The image tower that the config describes."""
     vision = config.vision_cfg
     if vision.timm_model_name is None:
-        return ImageTower(vision, config.embed_dim, config.quick_gelu)
+        return VisionTransformer(vision, config.embed_dim, config.quick_gelu)
     if vision.attentional_pool:
         return TimmTower(vision, config.embed_dim)
     return TimmClipTower(vision, config.embed_dim)
 
 
-def make_text_tower(config: ModelConfig) -> TextTower | HuggingFaceTextTower:
+def make_text_tower(config: ModelConfig) -> TextTower:
     """The text tower that the config describes; always causal where a decoder reads it."""
     text = config.text_cfg
     if text.hf_model_name is None:
-        return TextTower(text, config.embed_dim, config.quick_gelu)
+        return TextTransformer(text, config.embed_dim, config.quick_gelu)
     return HuggingFaceTextTower(text, config.embed_dim, causal=config.multimodal_cfg is not None)
 
 

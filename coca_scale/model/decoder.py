@@ -44,6 +44,11 @@ class MultimodalDecoder(nn.Module):
             x = run_block(cross, x, image_BSD, rows, image)
         return self.norm_final(x)
 
+    @property
+    def cached_layers(self) -> int:
+        """Every pair of blocks."""
+        return len(self.blocks)
+
     def layer_groups(self) -> list[list[nn.Parameter]]:
         """Pairs of blocks from input to output, the final norm with the last."""
         pairs = [

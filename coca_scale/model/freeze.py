@@ -6,6 +6,7 @@ from torch import nn
 
 from coca_scale.errors import UserError
 from coca_scale.model.coca import CoCa
+from coca_scale.model.towers import ModelPart
 from coca_scale.recipe.schema import LossSection, ModelSection
 
 
@@ -20,15 +21,14 @@ def freeze(coca: CoCa, model: ModelSection, loss: LossSection) -> None:
         UserError: more groups to unlock than there are, or nothing left to train.
     """
     if model.lock_image:
-        _lock(coca.image, model.image_unlocked_groups, "model.image_unlocked_groups")
+        _freeze_groups(coca.image, model.image_unlocked_groups, "model.image_unlocked_groups")
     if model.lock_text:
-        _lock(coca.text, model.text_unlocked_groups, "model.text_unlocked_groups")
+        _freeze_groups(coca.text, model.text_unlocked_groups, "model.text_unlocked_groups")
     idle: list[nn.Parameter] = []
     if loss.contrastive_weight == 0:
         idle += coca.image.contrastive_parameters() + coca.text.contrastive_parameters()
     if loss.caption_weight == 0:
-        parts = [part for part in (coca.decoder, coca.caption_head) if part is not None]
-        idle += [p for part in parts for p in part.parameters()]
+        idle += coca.caption_parameters()
     for parameter in idle:
         parameter.requires_grad_(False)
     learns = loss.contrastive_weight > 0 or (loss.caption_weight > 0 and coca.decoder is not None)
@@ -55,8 +55,8 @@ def layer_scales(coca: CoCa, layer_decay: float) -> dict[nn.Parameter, float]:
     }
 
 
-def _lock(tower: nn.Module, unlocked_groups: int, key: str) -> None:
-    groups = tower.layer_groups()  # type: ignore[operator]
+def _freeze_groups(tower: ModelPart, unlocked_groups: int, key: str) -> None:
+    groups = tower.layer_groups()
     if unlocked_groups > len(groups):
         raise UserError(f"{key}={unlocked_groups}: this tower has {len(groups)} groups")
     for group in groups[: len(groups) - unlocked_groups]:

@@ -51,6 +51,11 @@ class HuggingFaceTextTower(Recomputable):
         else:
             getattr(self.transformer, f"{kind}_checkpointing_disable")()
 
+    @property
+    def cached_layers(self) -> int:
+        """None: transformers has a cache of its own."""
+        return 0
+
     def pack(self, tokens_BT: Tensor, keep_padding: bool = False) -> PackedCaptions:
         """Lay out token ids [B, T] for `forward`, all as long as the longest one."""
         real_B = real_lengths(tokens_BT, self.pad_id)

@@ -62,7 +62,7 @@ class PooledTower(nn.Module):
         return [p for part in parts if part is not None for p in part.parameters()]
 
 
-class ImageTower(PooledTower):
+class VisionTransformer(PooledTower):
     """ViT (Dosovitskiy et al. 2020) that returns one pooled vector and a sequence of tokens."""
 
     def __init__(self, config: VisionConfig, embed_dim: int, quick_gelu: bool) -> None:

@@ -13,7 +13,7 @@ from coca_scale.model.packing import PackedCaptions, pack_captions, pick, real_l
 from coca_scale.model.recompute import run_block
 
 
-class TextTower(nn.Module):
+class TextTransformer(nn.Module):
     """Causal text encoder; its tokens feed the decoder, its CLS output the contrastive loss.
 
     Without `embed_cls`, as in a CLIP, the output at the end token takes the place of the CLS.
@@ -34,6 +34,11 @@ class TextTower(nn.Module):
         self.blocks = Stack[Block](Block(shape) for _ in range(config.layers))
         self.norm_final = nn.LayerNorm(width)
         self.projection = normal_parameter(width, embed_dim, std=width**-0.5)
+
+    @property
+    def cached_layers(self) -> int:
+        """Every block."""
+        return len(self.blocks)
 
     def pack(self, tokens_BT: Tensor, keep_padding: bool = False) -> PackedCaptions:
         """Lay out token ids [B, T], T up to the context length, for `forward`.

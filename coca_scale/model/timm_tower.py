@@ -118,8 +118,8 @@ class TimmTower(_Trunk, PooledTower):
             self.norm_map = nn.LayerNorm(int(trunk.num_features))
         self.train()
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """As of `ImageTower`."""
+    def forward(self, images: Tensor, _: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """As of `towers.ImageTower`; nothing is drawn at random."""
         x = self.trunk(images)
         if self.norm_map is not None:
             map_BHWC = x if self.channels_last else x.permute(0, 2, 3, 1)
@@ -149,7 +149,7 @@ class TimmClipTower(_Trunk):
         nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
         self.head = nn.ModuleDict({"proj": projection})
 
-    def forward(self, images: Tensor) -> tuple[Tensor, None]:
+    def forward(self, images: Tensor, _: Tensor | None = None) -> tuple[Tensor, None]:
         """Normalised images [B, 3, H, W] → embedding [B, embed_dim], and no tokens."""
         return self.head["proj"](self.trunk(images)), None
 

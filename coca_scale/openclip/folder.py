@@ -169,6 +169,7 @@ def verify_folder(folder: Path, model: Model, batch: int = 4, seed: int = 0) -> 
     if model.coca.decoder is None:
         return Differences(image, words, caption_logits=0.0)
     _, image_tokens = model.coca.image(images)
+    assert image_tokens is not None
     real = tokens[:, 1:] != config.pad_id
     ours = model.coca.caption_logits(image_tokens, tokens)[:, :-1]
     logits = theirs(images, tokens)["logits"]

@@ -52,7 +52,7 @@ def count_costs(recipe: Recipe, batch: BatchSplit) -> Costs:
     model = case.model
     recomputed = blocks_to_recompute(recipe, batch)
     apply_settings(model, recipe, recomputed)
-    kept, peak = case.bytes(_parts(model))
+    kept, peak = case.bytes(_named_parts(model))
     with case.fake:
         with torch.no_grad():
             tower_flops = flops(lambda: model(*case.inputs, features_only=True))
@@ -150,7 +150,7 @@ class _Case:
         surrogate = (features.float() * features.detach().float()).sum()
         return surrogate if caption_sum is None else surrogate + caption_sum
 
-    def bytes(self, named: Mapping[str, nn.Module | None]) -> tuple[dict[str, int], int]:
+    def bytes(self, named: Mapping[str, nn.Module]) -> tuple[dict[str, int], int]:
         """What the forward pass leaves, by part, and most alive beside weights and gradients."""
         with self.fake, LiveBytes() as live:
             live.ignore([*self.model.parameters(), *self.model.buffers()])
@@ -191,13 +191,8 @@ def caption_quantiles(captions: int, mean_tokens: float, context: int, pad_id: i
     return torch.where(inside, pad_id + 1, pad_id)
 
 
-def _parts(model: CoCa) -> dict[str, nn.Module | None]:
-    return {
-        "image": model.image,
-        "text": model.text,
-        "decoder": model.decoder,
-        "caption head": model.caption_head,
-    }
+def _named_parts(model: CoCa) -> dict[str, nn.Module]:
+    return {name.replace("_", " "): part for name, part in model.named_children()}
 
 
 @contextmanager

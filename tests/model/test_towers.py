@@ -20,7 +20,7 @@ from coca_scale.model.config import parse_model_config
 from coca_scale.model.hf_config import CAUSAL_TYPES
 from coca_scale.model.image import PooledTower
 from coca_scale.model.patch_dropout import drop_patches
-from coca_scale.model.text import TextTower
+from coca_scale.model.text import TextTransformer
 from coca_scale.model.timm_tower import has_batch_norm
 from coca_scale.model.weights import LOGIT_SCALE, build_model, fit_weights
 from coca_scale.openclip.state_dict import to_openclip
@@ -341,7 +341,7 @@ def test_a_clip_writes_no_captions(tmp_path):
 def test_captions_longer_than_a_hugging_face_model_are_refused(tmp_path):
     with pytest.raises(UserError, match="more than the 38 positions"):
         fresh(variant("roberta", tmp_path).resized(context_length=60))
-    assert isinstance(fresh(variant("coca", tmp_path)).text, TextTower)
+    assert isinstance(fresh(variant("coca", tmp_path)).text, TextTransformer)
 
 
 def test_hugging_face_weights_are_the_models_own(tmp_path):
