@@ -142,14 +142,14 @@ def contenders(model: str, batch: int, checkpointing: str) -> dict[str, Callable
 def _ours(name: str, coca: Any, log_scale: Tensor, images: Tensor, tokens: Tensor) -> Contender:
     def forward() -> tuple[Tensor, float]:
         batch = coca.text.pack(tokens).to(images.device)
-        features, caption_sum = coca(images, batch)
+        features, sums = coca(images, batch)
         gather = FeatureGather(features.detach(), None)
         result = contrastive_loss(gather, log_scale, None, chunk_rows=512)
         weighted = CONTRASTIVE_WEIGHT * result.grad_features
         surrogate = (features.to(weighted.dtype) * weighted).sum()
         loss = CONTRASTIVE_WEIGHT * float(result.loss)
-        if caption_sum is not None:
-            caption = CAPTION_WEIGHT * caption_sum / len(batch.labels_K)
+        if "caption" in sums:
+            caption = CAPTION_WEIGHT * sums["caption"] / len(batch.labels_K)
             surrogate, loss = surrogate + caption, loss + float(caption.detach())
         return surrogate, loss
 

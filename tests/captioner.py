@@ -45,13 +45,13 @@ def train_captioner(folder: Path) -> None:
     optimizer = torch.optim.AdamW(coca.parameters(), lr=2e-3)
     for step in range(60):
         batch = slice(step % 40 * 32, (step % 40 + 1) * 32)
-        features, caption_sum = coca(images[batch], coca.text.pack(captions[batch]))
+        features, sums = coca(images[batch], coca.text.pack(captions[batch]))
         similar = 14 * features[:, 0] @ features[:, 1].T
         contrastive = F.cross_entropy(similar, torch.arange(32)) + F.cross_entropy(
             similar.T, torch.arange(32)
         )
         optimizer.zero_grad()
-        (contrastive / 2 + 2 * caption_sum / 160).backward()
+        (contrastive / 2 + 2 * sums["caption"] / 160).backward()
         torch.nn.utils.clip_grad_norm_(coca.parameters(), 1.0)
         optimizer.step()
     weights = {name: tensor.detach() for name, tensor in coca.state_dict().items()}

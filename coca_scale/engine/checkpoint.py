@@ -8,7 +8,6 @@ does `latest` name it.
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import re
 import shutil
@@ -21,15 +20,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from safetensors.torch import load_file
 from torch import Tensor
 
-from coca_scale.engine.resharding import Layout, to_universal
-from coca_scale.engine.train_engine import CONSTANTS_FILE, SCALE_FILE, STATE_TAG, TrainEngine
+from coca_scale.engine.train_engine import CONSTANTS_FILE, SCALE_FILE, TrainEngine
 from coca_scale.engine.weight_average import AVERAGE_FOLDER
 from coca_scale.engine.world import World
 from coca_scale.engine.writing import Entries, sync_folder, write_hashed
+from coca_scale.engine.zero import (
+    STATE_TAG,
+    Layout,
+    full_weights,
+    replica_weights,
+    to_universal,
+)
 from coca_scale.errors import AgreedError, UserError
 from coca_scale.model.weights import LOGIT_SCALE
 from coca_scale.recipe.files import read_json, sha256_of
@@ -325,14 +329,9 @@ def read_weights(folder: Path, raw: bool = False) -> dict[str, Tensor]:
     state = torch.load(folder / SCALE_FILE, map_location="cpu", weights_only=True)
     averaged = (folder / AVERAGE_FOLDER).is_dir() and not raw
     if state["zero_stage"] == 0:
-        file = folder / STATE_TAG / "mp_rank_00_model_states.pt"
-        # DeepSpeed's own pickle of our own run; checkpoints are not an exchange format
-        weights = torch.load(file, map_location="cpu", weights_only=False)["module"]
+        weights = replica_weights(folder)
     else:
-        silence = io.StringIO()  # DeepSpeed prints its progress
-        source = folder / AVERAGE_FOLDER if averaged else folder
-        with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
-            weights = get_fp32_state_dict_from_zero_checkpoint(str(source), tag=STATE_TAG)
+        weights = full_weights(folder / AVERAGE_FOLDER if averaged else folder)
     return {**weights, **read_constants(folder), LOGIT_SCALE: state["model"]["log_scale"]}
 
 

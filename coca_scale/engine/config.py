@@ -1,14 +1,21 @@
-"""The DeepSpeed configuration of a recipe, with every key written that a run relies on."""
+"""What a recipe says of the engine: DeepSpeed's configuration, and settings inside the model.
+
+Of DeepSpeed every key is written that a run relies on.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
+from coca_scale.model import CoCa
 from coca_scale.recipe import BatchSplit, Recipe
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LARGEST_BUCKET = 100_000_000  # elements
 # elements of weights; what is used again before so many others is not gathered again. DeepSpeed's
 # own value: of a pass forward and back, the last half of it stays
@@ -87,6 +94,22 @@ def deepspeed_config(
         "wall_clock_breakdown": False,
     }
     return _merge(config, recipe.engine.deepspeed)
+
+
+def apply_settings(model: CoCa, recipe: Recipe, recomputed: Collection[str] = ()) -> None:
+    """Put what a recipe says about recomputing and about the caption loss into its model.
+
+    Args:
+        model: of the recipe.
+        recipe: of the run.
+        recomputed: names of blocks that are recomputed as a whole.
+    """
+    model.set_activation_checkpointing(recipe.engine.activation_checkpointing, recomputed)
+    if model.caption_head is not None:
+        model.caption_head.chunk_rows = recipe.loss.caption_chunk_rows
+        model.caption_head.label_smoothing = recipe.loss.label_smoothing
+        model.caption_head.z_loss = recipe.loss.z_loss
+        model.caption_head.kernel = recipe.loss.caption_kernel
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """One optimizer step of a sharded CoCa, exact for any number of ranks and micro-batches.
 
 With one micro-batch per rank a step is: towers → all-gather of features, in flight while the
-decoder and the caption loss run → contrastive loss with its gradients → backward of
+decoder and the caption loss run → losses of the features with their gradients → backward of
 
     ⟨features, dL/dfeatures⟩ + λ · caption_sum / tokens_of_the_global_batch
 
@@ -12,35 +12,31 @@ contrastive loss sees the global batch, and the second pass runs the line above 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
-import deepspeed
 import torch
-from deepspeed.checkpoint.constants import UNIVERSAL_CHECKPOINT_INFO
 from safetensors.torch import save
 from torch import Tensor
 
-from coca_scale.engine.config import deepspeed_config, transfers
+from coca_scale.engine.config import DTYPES, apply_settings, deepspeed_config, transfers
+from coca_scale.engine.objective import Counts, FeatureTerms, Objective, Tally
 from coca_scale.engine.optimizer import make_optimizer, make_scale_optimizer
-from coca_scale.engine.resharding import Layout, load_universal
-from coca_scale.engine.weight_average import AVERAGE_FOLDER, WeightAverage, master_weights
+from coca_scale.engine.weight_average import AVERAGE_FOLDER, WeightAverage
 from coca_scale.engine.world import World
 from coca_scale.engine.writing import Entries, FileWriter
-from coca_scale.losses import ContrastiveResult, FeatureGather, contrastive_loss
+from coca_scale.engine.zero import STATE_TAG, Layout, ZeroEngine
+from coca_scale.losses import FeatureGather
 from coca_scale.model import CoCa, LogitScale
 from coca_scale.model.image import normalize_pixels
 from coca_scale.model.packing import PackedCaptions
 from coca_scale.model.timm_tower import cast_statistics
 from coca_scale.recipe import BatchSplit, Recipe
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SCALE_FILE = "logit_scale.pt"
 CONSTANTS_FILE = "constants.safetensors"
-STATE_TAG = "state"
 
 
 @dataclass(frozen=True)
@@ -48,38 +44,29 @@ class StepResult:
     """What one step did; losses are of the global batch and the same on every rank.
 
     Attributes:
-        loss: weighted sum of the two losses.
-        contrastive_loss: nats.
-        caption_loss: nats per token that is not padding.
+        loss: weighted sum of the losses.
+        losses: each of them, by the names of `losses.LABELS`; nats, per token for captions.
         grad_norm: global norm before clipping, logit scale not included.
         logit_scale: s, after the step.
         applied: False where a loss or gradient was not finite and nothing was updated.
-        finite_here: whether this rank's own features and caption loss were finite.
+        finite_here: whether this rank's own features and summed losses were finite.
     """
 
     loss: float
-    contrastive_loss: float
-    caption_loss: float
+    losses: dict[str, float]
     grad_norm: float
     logit_scale: float
     applied: bool
     finite_here: bool
 
 
-def apply_settings(model: CoCa, recipe: Recipe, recomputed: Collection[str] = ()) -> None:
-    """Put what a recipe says about recomputing and about the caption loss into its model.
+@dataclass(frozen=True)
+class _MicroBatch:
+    """Samples that run together: images uint8 [b, 3, H, W], captions, names int64 [b]."""
 
-    Args:
-        model: of the recipe.
-        recipe: of the run.
-        recomputed: names of blocks that are recomputed as a whole.
-    """
-    model.set_activation_checkpointing(recipe.engine.activation_checkpointing, recomputed)
-    if model.caption_head is not None:
-        model.caption_head.chunk_rows = recipe.loss.caption_chunk_rows
-        model.caption_head.label_smoothing = recipe.loss.label_smoothing
-        model.caption_head.z_loss = recipe.loss.z_loss
-        model.caption_head.kernel = recipe.loss.caption_kernel
+    images: Tensor
+    captions: PackedCaptions
+    sample_ids: Tensor
 
 
 class TrainEngine:
@@ -103,30 +90,25 @@ class TrainEngine:
         self._constants = _constants(model) if world.rank == 0 else {}
         self.world = world
         self.dtype = DTYPES[recipe.engine.precision]
-        self._recipe = recipe
+        self.layout = Layout(world.size, recipe.engine.zero_stage)
         self._batch_split = batch_split
+        self._seed = recipe.run.seed
+        self._objective = Objective(recipe.loss, world)
         apply_settings(model, recipe, recomputed)
         self._logit_scale = logit_scale.to(world.device)
         self._scale_optimizer = make_scale_optimizer(self._logit_scale.log_scale, recipe.optim)
         optimizer, self._lr_scales = make_optimizer(model, recipe.optim)
         config = deepspeed_config(recipe, batch_split, transfers(model), world.ranks_per_node)
-        setattr(model, UNIVERSAL_CHECKPOINT_INFO, {})  # without it checkpoints cannot be resharded
-        self._engine, self._optimizer, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=config
-        )
-        self.module: CoCa = self._engine.module
-        self._writer = self._engine.checkpoint_engine = FileWriter()
-        # a file beside the writer: on a full disk rank 0 would fail and the others wait for it
-        self._engine._copy_recovery_script = lambda _: None
+        self._writer = FileWriter()
+        self._zero = ZeroEngine(model, optimizer, config, self._writer)
+        self.module: CoCa = self._zero.module
         cast_statistics(self.module, self.dtype)
-        self._average: WeightAverage | None = None
-        if recipe.optim.ema_decay is not None:
-            masters = master_weights(self._engine, recipe.engine.zero_stage)
-            self._average = WeightAverage(masters, recipe.optim.ema_decay)
+        decay = recipe.optim.ema_decay
+        self._average = None if decay is None else WeightAverage(self._zero, decay)
 
     def close(self) -> None:
         """Free what DeepSpeed holds."""
-        self._engine.destroy()
+        self._zero.close()
 
     def step(
         self,
@@ -146,141 +128,108 @@ class TrainEngine:
             share_indices: int64 [n], of each sample in this rank's share of the step before it was
                 arranged; None if none was moved.
         """
-        self._engine.train()
-        images = images.to(self.world.device, non_blocking=True)
-        micro = self._batch_split.micro_batch
-        captions = [self._arrange(piece) for piece in tokens.split(micro)]
-        (total_tokens,) = self.world.sum(sum(len(c.labels_K) for c in captions))
-        caption_factor = self._recipe.loss.caption_weight / max(total_tokens, 1.0)
-        self._set_lr(lr)
-        first = samples_seen + self.world.rank * len(tokens)
-        share_indices = torch.arange(len(tokens)) if share_indices is None else share_indices
-        sample_ids = first + share_indices.to(self.world.device)
-        sample_ids += (self._recipe.run.seed % 2**23) << 40  # no run has 2^40 samples
-        pieces = list(zip(images.split(micro), captions, sample_ids.split(micro), strict=True))
-        assert len(pieces) == self._batch_split.accumulation, "a batch of another size than planned"
-        gather: FeatureGather | None = None
-        if len(pieces) > 1:
-            gather = self._start_gather(self._all_features(pieces))
-            contrastive = self._contrastive(gather)
-
-        def on_features(features: Tensor) -> None:
-            nonlocal gather
-            gather = self._start_gather(features)
-
-        caption_sum = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        finite = torch.ones((), dtype=torch.bool, device=self.world.device)
-        for number, (piece_images, piece_captions, piece_ids) in enumerate(pieces):
-            callback = on_features if len(pieces) == 1 else None
-            features, piece_sum = self._engine(
-                self._prepare(piece_images), piece_captions, callback, sample_ids=piece_ids
-            )
-            if piece_sum is not None:
-                caption_sum += piece_sum.detach()
-            if len(pieces) == 1:
-                assert gather is not None
-                contrastive = self._contrastive(gather)
-            finite &= features.detach().isfinite().all()
-            grads = contrastive.grad_features[number * micro : (number + 1) * micro]
-            surrogate = self._surrogate(features, grads, piece_sum, caption_factor)
-            # DeepSpeed averages over ranks; the loss is of the global batch, so undo that
-            self._engine.backward(surrogate * self.world.size, scale_wrt_gas=False)
-            if number + 1 < len(pieces):
-                self._engine.step()
-        grad_norm, applied = self._update()
+        self._zero.train()
+        self._set_learning_rate(lr)
+        batches = self._micro_batches(images, tokens, samples_seen, share_indices)
+        counts = self._objective.counts([batch.captions for batch in batches])
+        tally = Tally(self.world.device)
+        if len(batches) == 1:
+            terms = self._pass_once(batches[0], counts, tally)
+        else:
+            terms = self._pass_twice(batches, counts, tally)
+        grad_norm, applied = self._zero.update()
         if applied:
-            self._update_scale(contrastive.grad_log_scale)
+            self._update_scale(terms.grad_log_scale)
             if self._average is not None:
                 self._average.update()
-        (caption_total,) = self.world.sum(float(caption_sum))
-        caption = caption_total / max(total_tokens, 1.0)
-        contrast = float(contrastive.loss)
-        weights = self._recipe.loss
+        losses = self._objective.values(terms, tally.sums, counts)
         return StepResult(
-            loss=weights.contrastive_weight * contrast + weights.caption_weight * caption,
-            contrastive_loss=contrast,
-            caption_loss=caption,
+            loss=self._objective.total(losses),
+            losses=losses,
             grad_norm=grad_norm,
             logit_scale=float(self._logit_scale().detach()),
             applied=applied,
-            finite_here=bool(finite) and math.isfinite(float(caption_sum)),
+            finite_here=tally.finite,
         )
 
-    def _surrogate(
-        self, features: Tensor, grads: Tensor, caption_sum: Tensor | None, caption_factor: float
-    ) -> Tensor:
-        """A scalar whose gradient is that of the loss; a part with weight 0 has no graph at all."""
-        parts = []
-        if self._recipe.loss.contrastive_weight:
-            weighted = self._recipe.loss.contrastive_weight * grads
-            parts.append((features.to(weighted.dtype) * weighted).sum())
-        if caption_sum is not None and caption_factor:
-            parts.append(caption_factor * caption_sum)
-        assert parts, "the recipe leaves nothing to train"
-        return sum(parts[1:], start=parts[0])
+    def _pass_once(self, batch: _MicroBatch, counts: Counts, tally: Tally) -> FeatureTerms:
+        """Forward and backward of a share that is one micro-batch."""
+        gathers: list[FeatureGather] = []  # begun when the towers are through
+        features, sums = self._zero(
+            self._prepare(batch.images),
+            batch.captions,
+            on_features=lambda found: gathers.append(self._objective.gather(found)),
+            sample_ids=batch.sample_ids,
+        )
+        tally.add(features, sums)
+        terms = self._feature_terms(gathers[0])
+        self._backward(self._objective.surrogate(features, terms.grad_features, sums, counts))
+        return terms
 
-    def _arrange(self, tokens: Tensor) -> PackedCaptions:
-        """Captions without padding; laid out on the host, which a GPU would have to wait for."""
-        return self.module.text.pack(tokens).to(self.world.device)
+    def _pass_twice(self, batches: list[_MicroBatch], counts: Counts, tally: Tally) -> FeatureTerms:
+        """The features of all micro-batches first, then forward and backward of each."""
+        terms = self._feature_terms(self._objective.gather(self._all_features(batches)))
+        for number, batch in enumerate(batches):
+            features, sums = self._zero(
+                self._prepare(batch.images), batch.captions, sample_ids=batch.sample_ids
+            )
+            tally.add(features, sums)
+            grads = terms.grad_features
+            if grads is not None:
+                grads = grads[number * len(features) : (number + 1) * len(features)]
+            self._backward(self._objective.surrogate(features, grads, sums, counts))
+            if number + 1 < len(batches):
+                self._zero.end_micro_batch()
+        return terms
+
+    @torch.no_grad()
+    def _all_features(self, batches: list[_MicroBatch]) -> Tensor:
+        """[n, 2, d]."""
+        found = [
+            self._zero(
+                self._prepare(batch.images),
+                batch.captions,
+                features_only=True,
+                sample_ids=batch.sample_ids,
+            )[0]
+            for batch in batches
+        ]
+        return torch.cat(found)
+
+    def _feature_terms(self, gather: FeatureGather) -> FeatureTerms:
+        return self._objective.of_features(gather, self._logit_scale.log_scale.detach())
+
+    def _backward(self, surrogate: Tensor) -> None:
+        # DeepSpeed averages over ranks; the loss is of the global batch, so undo that
+        self._zero.backward(surrogate * self.world.size)
+
+    def _micro_batches(
+        self, images: Tensor, tokens: Tensor, samples_seen: int, share_indices: Tensor | None
+    ) -> list[_MicroBatch]:
+        """This rank's share, cut up, on its device; arguments as of `step`."""
+        size, device = self._batch_split.micro_batch, self.world.device
+        images = images.to(device, non_blocking=True)
+        # laid out on the host, which a GPU would have to wait for
+        captions = [self.module.text.pack(part).to(device) for part in tokens.split(size)]
+        indices = torch.arange(len(tokens)) if share_indices is None else share_indices
+        ids = samples_seen + self.world.rank * len(tokens) + indices.to(device)
+        ids += (self._seed % 2**23) << 40  # no run has 2^40 samples
+        parts = zip(images.split(size), captions, ids.split(size), strict=True)
+        batches = [_MicroBatch(*part) for part in parts]
+        assert len(batches) == self._batch_split.accumulation, "not the batch that was split"
+        return batches
 
     def _prepare(self, images: Tensor) -> Tensor:
         return normalize_pixels(images, self.dtype)
 
-    @torch.no_grad()
-    def _all_features(self, pieces: list[tuple[Tensor, PackedCaptions, Tensor]]) -> Tensor:
-        """Features of all micro-batches, [n, 2, d]."""
-        return torch.cat(
-            [
-                self._engine(
-                    self._prepare(images), captions, None, features_only=True, sample_ids=sample_ids
-                )[0]
-                for images, captions, sample_ids in pieces
-            ]
-        )
-
-    def _set_lr(self, lr: float) -> None:
-        for group, scale in zip(self._optimizer.param_groups, self._lr_scales, strict=True):
-            group["lr"] = lr * scale
+    def _set_learning_rate(self, lr: float) -> None:
+        self._zero.set_learning_rates([lr * scale for scale in self._lr_scales])
         for group in self._scale_optimizer.param_groups:
             group["lr"] = lr
 
-    def _start_gather(self, features: Tensor) -> FeatureGather:
-        resident = self._recipe.loss.contrastive_resident
-        return FeatureGather(features, self.world.gather_group, resident)
-
-    def _contrastive(self, gather: FeatureGather) -> ContrastiveResult:
-        return contrastive_loss(
-            gather,
-            self._logit_scale.log_scale.detach(),
-            self.world.group,
-            self._recipe.loss.contrastive_chunk_rows,
-        )
-
-    def _update(self) -> tuple[float, bool]:
-        """The optimizer step, left out everywhere if a gradient of any rank is not finite.
-
-        Returns:
-            Global gradient norm before clipping, and whether the weights were updated.
-        """
-        if self._recipe.engine.zero_stage == 0:  # plain replicas: DeepSpeed does not look
-            trained = [p for p in self.module.parameters() if p.requires_grad]
-            grads = [p.grad for p in trained if p.grad is not None]
-            norm = float(torch.nn.utils.get_total_norm(grads))
-            applied = math.isfinite(norm)
-            if applied:
-                self._engine.step()
-            else:
-                self._engine.optimizer.zero_grad(set_to_none=True)
-                self._engine.micro_steps += 1
-            return norm, applied
-        self._engine.step()
-        norm = self._engine.get_global_grad_norm()
-        return (float(norm) if norm is not None else math.nan), self._engine.was_step_applied()
-
     def _update_scale(self, grad: Tensor) -> None:
         parameter = self._logit_scale.log_scale
-        weighted = self._recipe.loss.contrastive_weight * grad
-        parameter.grad = weighted.to(parameter.dtype).reshape_as(parameter)
+        parameter.grad = grad.to(parameter.dtype).reshape_as(parameter)
         self._scale_optimizer.step()
         self._logit_scale.clamp_()
 
@@ -292,19 +241,14 @@ class TrainEngine:
     @torch.no_grad()
     def encode_texts(self, tokens: Tensor) -> Tensor:
         """Unit features [n, d] in fp32 of token ids, without gradients."""
-        self._engine.eval()
+        self._zero.train(False)
         return self.module.encode_text(tokens.to(self.world.device)).float()
 
     @torch.no_grad()
     def eval_images(self, images: Tensor) -> Tensor:
         """uint8 images ready for the towers, with the model in evaluation mode."""
-        self._engine.eval()
+        self._zero.train(False)
         return self._prepare(images.to(self.world.device))
-
-    @property
-    def layout(self) -> Layout:
-        """How this run cuts its state."""
-        return Layout(self.world.size, self._recipe.engine.zero_stage)
 
     def add_file(self, path: Path, content: bytes) -> None:
         """Let the next `save_state` write one more file."""
@@ -316,13 +260,11 @@ class TrainEngine:
         Returns:
             `bytes` and `sha256` of this rank's files, by name. An OSError in it is the disk's.
         """
-        self._engine.save_checkpoint(str(folder), tag=STATE_TAG, save_latest=False)
+        self._zero.save(folder)
         average_folder = None
         if self._average is not None:
             average_folder = folder / AVERAGE_FOLDER / STATE_TAG
-            state = self._engine.optimizer.state_dict()
-            name = Path(self._engine._get_zero_ckpt_name(str(folder), STATE_TAG)).name
-            self._writer.save(self._average.state(state), average_folder / name)
+            self._writer.save(self._average.state(), average_folder / self._zero.shard_name())
         if self.world.rank == 0:
             if self._constants:
                 self.add_file(folder / CONSTANTS_FILE, save(self._constants))
@@ -349,14 +291,14 @@ class TrainEngine:
         self._logit_scale.load_state_dict(saved["model"])
         self._scale_optimizer.load_state_dict(saved["optimizer"])
         if universal is None:
-            self._engine.load_checkpoint(str(folder), tag=STATE_TAG)
+            self._zero.load(folder)
         else:
-            load_universal(self._engine, universal, self._optimizer_steps())
+            self._zero.load_universal(universal, self._optimizer_steps())
         if self._average is not None:
             if universal is None:
-                self._average.load(folder, STATE_TAG, self.world.rank)
+                self._average.load(folder, self.world.rank)
             else:
-                self._average.load_resharded(folder, STATE_TAG, self._engine)
+                self._average.load_resharded(folder)
 
     def _optimizer_steps(self) -> int:
         """Updates of the logit scale, which are those of all other weights."""

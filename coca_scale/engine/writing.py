@@ -11,40 +11,26 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 from torch.utils._pytree import tree_map
 
 Entries = dict[str, dict[str, Any]]
 MODEL_STATES = "model_states.pt"
 
 
-class FileWriter(CheckpointEngine):
-    """What DeepSpeed hands its files to: tensors are copied to the host, a thread does the rest.
+class FileWriter:
+    """Tensors are copied to the host at once, a thread does the rest.
 
     So a save costs the run a copy of each rank's shard; the disk's time passes while it trains.
     """
 
     def __init__(self) -> None:
-        super().__init__()
-        self.name = "coca-scale"
         self._waiting: list[tuple[Path, Callable[[Any], Any]]] = []
         self._pool = ThreadPoolExecutor(1, "checkpoint")
 
-    def create(self, _: Any) -> None:
-        """DeepSpeed begins a checkpoint."""
-
-    def commit(self, _: Any) -> bool:
-        """DeepSpeed has handed over everything; `checkpoint.py` decides what is complete."""
-        return True
-
-    def load(self, path: str, map_location: Any = None) -> Any:
-        """A file of an own run's checkpoint: DeepSpeed's pickle, not an exchange format."""
-        return torch.load(path, map_location=map_location, weights_only=False)
-
-    def save(self, state_dict: Any, path: str | Path) -> None:
-        """Copy `state_dict` now; `start` writes it."""
-        state = tree_map(_host_copy, state_dict, is_leaf=_is_size)
-        self.add(Path(path), lambda file: torch.save(state, file))
+    def save(self, state: Any, path: Path) -> None:
+        """Copy `state` now; `start` writes it."""
+        copied = tree_map(_host_copy, state, is_leaf=_is_size)
+        self.add(path, lambda file: torch.save(copied, file))
 
     def add(self, path: Path, write: Callable[[Any], Any]) -> None:
         """Let `write(file)` make one more file; it must not depend on what training changes."""

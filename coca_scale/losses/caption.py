@@ -16,6 +16,7 @@ from torch import Tensor
 
 from coca_scale.losses.matmul import wide_matmul
 
+LABEL = "caption loss (per token)"
 Kernel = Literal["torch", "triton"]
 
 

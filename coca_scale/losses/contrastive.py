@@ -23,6 +23,7 @@ from torch import Tensor
 
 from coca_scale.losses.matmul import wide_matmul
 
+LABEL = "contrastive loss"
 KEY_ROWS = 8192
 
 

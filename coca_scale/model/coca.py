@@ -137,7 +137,7 @@ class CoCa(nn.Module):
         on_features: FeaturesReady | None = None,
         features_only: bool = False,
         sample_ids: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """One training forward pass.
 
         Args:
@@ -149,22 +149,22 @@ class CoCa(nn.Module):
             sample_ids: int64 [B], for patch dropout; without them no patch is dropped.
 
         Returns:
-            Packed unit features [B, 2, embed_dim] (image, text), and the summed caption loss over
-            the tokens that count, None with `features_only` or without a decoder.
+            Packed unit features [B, 2, embed_dim] (image, text), and summed losses by name:
+            `caption`, over the tokens that count, unless there is no decoder or `features_only`.
         """
         image_embedding, image_tokens = self.image(images, sample_ids)
         text_embedding, text_ND = self.text(captions)
         features = torch.stack([unit(image_embedding), unit(text_embedding)], dim=1)
         if features_only:
-            return features, None
+            return features, {}
         if on_features is not None:
             on_features(features.detach())
         if self.decoder is None or self.caption_head is None:
-            return features, None
+            return features, {}
         hidden_MD = self.decoder(pick(text_ND, captions.read_M), captions.decoder, image_tokens)
         if captions.counted_K is not None:
             hidden_MD = pick(hidden_MD, captions.counted_K)
-        return features, self.caption_head(hidden_MD, captions.labels_K)
+        return features, {"caption": self.caption_head(hidden_MD, captions.labels_K)}
 
 
 def make_image_tower(config: ModelConfig) -> ImageTower:

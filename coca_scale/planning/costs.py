@@ -14,8 +14,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from coca_scale.engine.config import transfers
-from coca_scale.engine.train_engine import DTYPES, apply_settings
+from coca_scale.engine.config import DTYPES, apply_settings, transfers
 from coca_scale.errors import UserError
 from coca_scale.losses import FeatureGather, contrastive_loss
 from coca_scale.model import CoCa, ModelConfig
@@ -146,9 +145,9 @@ class _Case:
 
     def forward(self) -> Tensor:
         """What the engine calls backward on, without its factors."""
-        features, caption_sum = self.model(*self.inputs)
+        features, sums = self.model(*self.inputs)
         surrogate = (features.float() * features.detach().float()).sum()
-        return surrogate if caption_sum is None else surrogate + caption_sum
+        return sum(sums.values(), start=surrogate)
 
     def bytes(self, named: Mapping[str, nn.Module]) -> tuple[dict[str, int], int]:
         """What the forward pass leaves, by part, and most alive beside weights and gradients."""

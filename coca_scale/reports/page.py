@@ -17,6 +17,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from coca_scale.errors import UserError
+from coca_scale.losses import LABELS
 from coca_scale.recipe.files import json_lines, read_json
 from coca_scale.recipe.load import read_sections
 from coca_scale.recipe.run_folder import (
@@ -35,8 +36,7 @@ _TEMPLATE = "report.html"
 # file key → title, how values are shown
 _TRAINING = {
     "loss": "loss",
-    "contrastive_loss": "contrastive loss",
-    "caption_loss": "caption loss (per token)",
+    **{f"{name}_loss": label for name, label in LABELS.items()},
     "samples_per_second": "samples per second",
     "peak_memory_bytes": "peak memory per rank (GiB)",
     "mfu": "model FLOPs utilization",

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from coca_scale.data.tokens import TOKENIZER_CONFIG, TOKENIZER_FILE
 from coca_scale.errors import UserError
 from coca_scale.evaluation.tasks import score_label
+from coca_scale.losses import LABELS
 from coca_scale.model import ModelConfig, load_model_config
 from coca_scale.openclip.folder import (
     BIN_FILE,
@@ -305,8 +306,7 @@ def _training_facts(record: RunRecord) -> dict[str, str]:
         **({"starting from": str(start)} if start else {}),
         "samples seen": f"{last['samples_seen']:,} in {last['step']:,} steps of "
         f"{last['global_batch']:,}",
-        "loss": f"{recipe.get('loss.contrastive_weight')} × contrastive + "
-        f"{recipe.get('loss.caption_weight')} × captioning",
+        "loss": " + ".join(f"{recipe.get(f'loss.{name}_weight')} × {name}" for name in LABELS),
         "optimizer": f"AdamW, lr {recipe.get('optim.lr')}, weight decay "
         f"{recipe.get('optim.weight_decay')}, {recipe.get('schedule.name')} schedule, "
         f"{recipe.get('schedule.warmup_steps')} steps of warm-up",

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
 from coca_scale.evaluation.captioning import draw_grid
+from coca_scale.losses import LABELS
 from coca_scale.recipe import Recipe
 from coca_scale.recipe.run_folder import (
     BAD_SAMPLES,
@@ -96,21 +97,17 @@ class RunLog:
             return
         append(self._folder / METRICS, json.dumps(values) + "\n")
         self._scalars("train", values["step"], values)
-        loss, contrastive, caption = (
-            math.nan if values[name] is None else values[name]
-            for name in ("loss", "contrastive_loss", "caption_loss")
-        )
-        text = (
-            f"loss {loss:.3f} = contrastive {contrastive:.3f}, "
-            f"caption {caption:.3f}; {values['samples_per_second']:.0f} samples/s"
-        )
+        known = {k: math.nan if v is None else v for k, v in values.items() if "loss" in k}
+        losses = {name: known[f"{name}_loss"] for name in LABELS}
         if self._bar is not None:
-            short = (
-                f"loss {loss:.2f} (contrastive {contrastive:.2f} "
-                f"caption {caption:.2f}) {values['samples_per_second']:.0f}/s"
-            )
-            self._bar.update(self._task, completed=values["step"], description=short)
+            short = " ".join(f"{name} {value:.2f}" for name, value in losses.items())
+            text = f"loss {known['loss']:.2f} ({short}) {values['samples_per_second']:.0f}/s"
+            self._bar.update(self._task, completed=values["step"], description=text)
         else:
+            parts = ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
+            text = (
+                f"loss {known['loss']:.3f} = {parts}; {values['samples_per_second']:.0f} samples/s"
+            )
             rate = values["samples_per_second"] / max(1, values["global_batch"])
             left = timedelta(seconds=round((self._steps - values["step"]) / max(rate, 1e-9)))
             self.say(f"step {values['step']}/{self._steps}: {text}; {left} left")

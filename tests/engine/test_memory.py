@@ -39,10 +39,10 @@ def run_step(chunk_rows):
         return tensor
 
     with Sizes() as sizes, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        features, caption_sum = coca(images, coca.text.pack(tokens))
+        features, sums = coca(images, coca.text.pack(tokens))
         gather = FeatureGather(features.detach(), None)
         result = contrastive_loss(gather, torch.tensor([2.0]), None, chunk_rows)
-        ((features * result.grad_features).sum() + caption_sum).backward()
+        ((features * result.grad_features).sum() + sums["caption"]).backward()
     return config, sizes.shapes, saved
 
 

@@ -13,8 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 from coca_scale import cli
-from coca_scale.engine.config import LIVE
-from coca_scale.engine.train_engine import apply_settings
+from coca_scale.engine.config import LIVE, apply_settings
 from coca_scale.model import CoCa, ModelConfig
 from coca_scale.planning.costs import blocks_to_recompute, caption_quantiles, count_costs
 from coca_scale.planning.gpus import GPUS, peak_flops
@@ -59,8 +58,8 @@ def measured_step(_rank, _ranks, recipe, batch, recomputed):
     images = torch.randn(micro, 3, size, size)
 
     def forward():
-        features, caption_sum = model(images, captions)
-        return (features * features.detach()).sum() + caption_sum
+        features, sums = model(images, captions)
+        return (features * features.detach()).sum() + sums["caption"]
 
     with torch.no_grad():
         forward()  # libraries take their own memory at the first call
@@ -110,7 +109,7 @@ def measured_state(_rank, ranks, recipe):
     tokens = caption_quantiles(samples, 8.0, config.context_length, config.pad_id)
     for _ in range(3):  # the first records the order in which parameters are needed
         engine.step(torch.zeros(samples, 3, size, size, dtype=torch.uint8), tokens, 1e-4)
-    sharded = engine._engine.optimizer
+    sharded = engine._zero._engine.optimizer
     weights = sum(p.ds_tensor.nbytes for p in engine.module.parameters())
     gradients = sharded.grad_partitions_flat_buffer.nbytes
     moments = [t for s in sharded.optimizer.state.values() for t in s.values()]

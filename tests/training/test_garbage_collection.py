@@ -39,10 +39,10 @@ def test_no_activation_is_garbage(mode):
 
     def step():
         captions = coca.text.pack(torch.randint(1, 1024, (8, 16)))
-        features, caption_sum = coca(torch.randn(8, 3, 48, 48), captions)
+        features, sums = coca(torch.randn(8, 3, 48, 48), captions)
         gather = FeatureGather(features.detach(), None)
         result = contrastive_loss(gather, torch.tensor([2.0]), None, 8)
-        ((features * result.grad_features).sum() + caption_sum).backward()
+        ((features * result.grad_features).sum() + sums["caption"]).backward()
 
     step()
     gc.collect()

@@ -1,0 +1,140 @@
+"""What a step minimises: the weighted sum of the losses of the global batch, by name.
+
+There are two kinds. A loss of *features* sees those of the whole batch, once per step, and brings
+its own gradients (contrastive). A *summed* loss is a sum over samples or tokens that each
+micro-batch adds to, over their number in the global batch (caption). A new loss of features is
+computed in `Objective.of_features`, a new sum comes out of the model's forward pass with its count
+in `Objective.counts`; its name has a label in `losses.LABELS` and a weight `loss.NAME_weight`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from coca_scale.engine.world import World
+from coca_scale.losses import LABELS, FeatureGather, contrastive_loss
+from coca_scale.model.packing import PackedCaptions
+from coca_scale.recipe.schema import LossSection
+
+Counts = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class FeatureTerms:
+    """What the losses of features come to.
+
+    Attributes:
+        values: of each, by name; scalars, the same on every rank.
+        grad_features: [n, 2, d], gradient of their weighted sum for this rank's samples; None if
+            no weight is above 0.
+        grad_log_scale: of their weighted sum, the same on every rank.
+    """
+
+    values: dict[str, Tensor]
+    grad_features: Tensor | None
+    grad_log_scale: Tensor
+
+
+class Objective:
+    """The losses of a recipe."""
+
+    def __init__(self, section: LossSection, world: World) -> None:
+        self._section = section
+        self._world = world
+        self._weights = {name: float(getattr(section, f"{name}_weight")) for name in LABELS}
+
+    def counts(self, micro_batches: Sequence[PackedCaptions]) -> Counts:
+        """What summed losses are divided by: in all micro-batches of all ranks. A collective."""
+        (tokens,) = self._world.sum(sum(len(captions.labels_K) for captions in micro_batches))
+        return {"caption": max(tokens, 1.0)}
+
+    def gather(self, features: Tensor) -> FeatureGather:
+        """Begin to gather this rank's features [n, 2, d] of the step, detached."""
+        resident = self._section.contrastive_resident
+        return FeatureGather(features, self._world.gather_group, resident)
+
+    def of_features(self, gather: FeatureGather, log_scale: Tensor) -> FeatureTerms:
+        """The losses of features. A collective.
+
+        Args:
+            gather: begun for this step.
+            log_scale: ln of the logit scale, detached.
+        """
+        group, rows = self._world.group, self._section.contrastive_chunk_rows
+        found = contrastive_loss(gather, log_scale, group, rows)
+        weight = self._weights["contrastive"]
+        return FeatureTerms(
+            values={"contrastive": found.loss},
+            grad_features=weight * found.grad_features if weight else None,
+            grad_log_scale=weight * found.grad_log_scale,
+        )
+
+    def surrogate(
+        self,
+        features: Tensor,
+        grad_features: Tensor | None,
+        sums: Mapping[str, Tensor],
+        counts: Counts,
+    ) -> Tensor:
+        """A scalar whose gradient is that of the objective; a loss of weight 0 has no graph at all.
+
+        Args:
+            features: [b, 2, d] of a micro-batch, with a graph.
+            grad_features: of the same samples.
+            sums: summed losses of the micro-batch.
+            counts: of the step.
+        """
+        parts = []
+        if grad_features is not None:
+            parts.append((features.to(grad_features.dtype) * grad_features).sum())
+        for name, total in sums.items():
+            if self._weights[name]:
+                parts.append(self._weights[name] / counts[name] * total)
+        assert parts, "the recipe leaves nothing to train"
+        return sum(parts[1:], start=parts[0])
+
+    def values(
+        self, terms: FeatureTerms, sums: Mapping[str, Tensor], counts: Counts
+    ) -> dict[str, float]:
+        """Every loss of the global batch by name, 0 for one that the model has not. A collective.
+
+        Args:
+            terms: of the step.
+            sums: of all micro-batches of this rank.
+            counts: of the step.
+        """
+        totals = self._world.sum(*(float(sums.get(name, 0.0)) for name in counts))
+        summed = {name: total / counts[name] for name, total in zip(counts, totals, strict=True)}
+        of_features = {name: float(value) for name, value in terms.values.items()}
+        found = {**of_features, **summed}
+        return {name: found.get(name, 0.0) for name in LABELS}
+
+    def total(self, values: Mapping[str, float]) -> float:
+        """The weighted sum of the losses."""
+        return sum(self._weights[name] * value for name, value in values.items())
+
+
+class Tally:
+    """What a rank's micro-batches add up to, on its device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.sums: dict[str, Tensor] = {}
+        self._finite = torch.ones((), dtype=torch.bool, device=device)
+
+    def add(self, features: Tensor, sums: Mapping[str, Tensor]) -> None:
+        """Take in a micro-batch."""
+        self._finite &= features.detach().isfinite().all()
+        for name, total in sums.items():
+            if name not in self.sums:
+                self.sums[name] = torch.zeros((), dtype=torch.float64, device=self._device)
+            self.sums[name] += total.detach()
+
+    @property
+    def finite(self) -> bool:
+        """Whether features and summed losses of this rank were; waits for the device."""
+        return bool(self._finite) and all(bool(total.isfinite()) for total in self.sums.values())

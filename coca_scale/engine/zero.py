@@ -1,0 +1,312 @@
+"""All that touches DeepSpeed's inside: its engine, its ZeRO optimizers, its checkpoint formats.
+
+Read against 0.19. A checkpoint of one layout (ranks, ZeRO stage) is brought into a run of another
+by DeepSpeed's own converter, which takes the shards apart into its universal format: one folder per
+parameter with `fp32.pt`, `exp_avg.pt`, `exp_avg_sq.pt`. They are loaded here and not by DeepSpeed,
+whose loaders take no other stage's format, give every parameter group the hyper-parameters of the
+first, and let all groups share one step counter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import deepspeed
+import torch
+from deepspeed.checkpoint.constants import (
+    FP32_FLAT_GROUPS,
+    OPTIMIZER_STATE_DICT,
+    PARAM_ALIGNMENT_PADDINGS,
+    PARTITION_COUNT,
+    SINGLE_PARTITION_OF_FP32_GROUPS,
+    UNIVERSAL_CHECKPOINT_INFO,
+    ZERO_STAGE,
+)
+from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.utils import (
+    safe_get_local_fp32_param,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from torch import Tensor, nn
+
+from coca_scale.engine.writing import FileWriter
+from coca_scale.errors import UserError
+
+STATE_TAG = "state"  # of the one state that a checkpoint folder has
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Layout(NamedTuple):
+    """How optimizer state is cut."""
+
+    ranks: int
+    zero_stage: int
+
+    def __str__(self) -> str:
+        return f"{self.ranks} ranks at ZeRO stage {self.zero_stage}"
+
+
+class ZeroEngine:
+    """A model under DeepSpeed. What is not said to be local is a collective."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        config: dict[str, Any],
+        writer: FileWriter,
+    ) -> None:
+        """Shard `model`, which must hold the same weights on every rank.
+
+        Args:
+            model: its parameters become DeepSpeed's.
+            optimizer: over those that train.
+            config: of DeepSpeed.
+            writer: gets the files of `save`.
+        """
+        setattr(model, UNIVERSAL_CHECKPOINT_INFO, {})  # without it checkpoints cannot be resharded
+        self._stage = int(config["zero_optimization"]["stage"])
+        self._engine, self._optimizer, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=config
+        )
+        self._engine.checkpoint_engine = _Handover(writer)
+        # a file beside the writer: on a full disk rank 0 would fail and the others wait for it
+        self._engine._copy_recovery_script = lambda _: None
+
+    @property
+    def module(self) -> Any:
+        """The model; its parts may be called by themselves, by every rank."""
+        return self._engine.module
+
+    def close(self) -> None:
+        """Free what DeepSpeed holds. Local."""
+        self._engine.destroy()
+
+    def train(self, mode: bool = True) -> None:
+        """Training or evaluation mode. Local."""
+        self._engine.train(mode)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward pass."""
+        return self._engine(*args, **kwargs)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of `loss` on each rank, averaged over ranks and not divided further."""
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def end_micro_batch(self) -> None:
+        """What follows belongs to the same step."""
+        self._engine.step()
+
+    def set_learning_rates(self, rates: Sequence[float]) -> None:
+        """One per parameter group. Local."""
+        for group, rate in zip(self._optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+    def update(self) -> tuple[float, bool]:
+        """The optimizer step, left out everywhere if a gradient of any rank is not finite.
+
+        Returns:
+            Global gradient norm before clipping, and whether the weights were updated.
+        """
+        if self._stage > 0:
+            self._engine.step()
+            norm = self._engine.get_global_grad_norm()
+            return (float(norm) if norm is not None else math.nan), self._engine.was_step_applied()
+        grads = [p.grad for _, p in self._trained() if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(grads))
+        applied = math.isfinite(norm)
+        if applied:
+            self._engine.step()
+        else:  # plain replicas: DeepSpeed does not look
+            self._engine.optimizer.zero_grad(set_to_none=True)
+            self._engine.micro_steps += 1
+        return norm, applied
+
+    def masters(self) -> list[Tensor]:
+        """This rank's fp32 weights that the optimizer updates, in DeepSpeed's own order. Local."""
+        assert self._stage > 0, "plain replicas have no masters"
+        if self._stage == 3:
+            return list(self._engine.optimizer.fp32_partitioned_groups_flat)
+        return list(self._engine.optimizer.single_partition_of_fp32_groups)
+
+    def save(self, folder: Path) -> None:
+        """Hand weights and optimizer state to the writer."""
+        self._engine.save_checkpoint(str(folder), tag=STATE_TAG, save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """Read what a run of this layout saved."""
+        self._engine.load_checkpoint(str(folder), tag=STATE_TAG)
+
+    def load_universal(self, folder: Path, optimizer_steps: int) -> None:
+        """Fill weights and AdamW state of a new engine from the universal format."""
+        self._prepare_moments(optimizer_steps)
+        zero = folder / "zero"
+        for key in (None, *MOMENTS):
+            self.set_state(partial(_atom, zero, key or "fp32"), key)
+        self._round_masters()
+
+    def set_state(self, full: Callable[[str], Tensor], key: str | None = None) -> None:
+        """Fill this rank's part of the fp32 masters, or of the AdamW state `key`.
+
+        Args:
+            full: the values of a whole parameter, by its name.
+            key: one of MOMENTS.
+        """
+        for name, parameter in self._trained():
+            if isinstance(self._engine.optimizer, DeepSpeedZeroOptimizer_Stage3):
+                part = _own_part(parameter, full(name))
+                if key is None:
+                    safe_set_local_fp32_param(parameter, part)
+                else:
+                    safe_set_local_optimizer_state(parameter, part, key)
+            elif key is None:
+                safe_set_full_fp32_param(parameter, full(name))
+            else:
+                safe_set_full_optimizer_state(parameter, full(name), key)
+
+    def shard(self, values: list[Tensor]) -> dict[str, Any]:
+        """Values of the masters in the format of a shard of weights, for `full_weights`. Local."""
+        state = self._engine.optimizer.state_dict()  # which says how the shard is cut
+        names = (ZERO_STAGE, PARTITION_COUNT, PARAM_ALIGNMENT_PADDINGS)
+        kept: dict[str, Any] = {n: state[n] for n in names if n in state}
+        key = FP32_FLAT_GROUPS if FP32_FLAT_GROUPS in state else SINGLE_PARTITION_OF_FP32_GROUPS
+        assert [t.shape for t in state[key]] == [t.shape for t in values]
+        kept[key] = values
+        return {OPTIMIZER_STATE_DICT: kept}
+
+    def shard_name(self) -> str:
+        """Of this rank's file. Local."""
+        return Path(self._engine._get_zero_ckpt_name("", STATE_TAG)).name
+
+    def _trained(self) -> list[tuple[str, Any]]:
+        return [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
+
+    def _round_masters(self) -> None:
+        """Into the parameters that the forward pass sees."""
+        optimizer = self._engine.optimizer
+        if not isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+            optimizer.update_lp_params()
+            return
+        optimizer.checkpoint_event_prologue()  # cuts the small ones too, which are kept whole
+        for _, parameter in self._trained():
+            parameter.ds_tensor.data.copy_(safe_get_local_fp32_param(parameter))
+        optimizer.checkpoint_event_epilogue()
+
+    def _prepare_moments(self, steps: int) -> None:
+        """Give every flat master its AdamW state, which DeepSpeed makes with the first step."""
+        optimizer = self._engine.optimizer
+        for number, master in enumerate(self.masters()):
+            state = optimizer.optimizer.state[master]
+            for key in MOMENTS:
+                if key not in state:
+                    state[key] = torch.zeros_like(master)
+            state["step"] = torch.tensor(float(steps), device=master.device)  # AdamW is fused
+            if self._stage < 3:
+                _link_moments(optimizer, number, master, state)
+
+
+class _Handover(CheckpointEngine):
+    """Where DeepSpeed thinks that it writes its files."""
+
+    def __init__(self, writer: FileWriter) -> None:
+        super().__init__()
+        self.name = "coca-scale"
+        self._writer = writer
+
+    def create(self, _: Any) -> None:
+        """DeepSpeed begins a checkpoint."""
+
+    def commit(self, _: Any) -> bool:
+        """DeepSpeed has handed over everything; `checkpoint.py` decides what is complete."""
+        return True
+
+    def save(self, state_dict: Any, path: str) -> None:
+        """Copied now, and written when the writer starts."""
+        self._writer.save(state_dict, Path(path))
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        """A file of an own run's checkpoint: DeepSpeed's pickle, not an exchange format."""
+        return torch.load(path, map_location=map_location, weights_only=False)
+
+
+def full_weights(folder: Path, lazy: bool = False) -> Any:
+    """Whole fp32 parameters by name, put together from the shards of a ZeRO checkpoint.
+
+    Needs neither a process group nor a GPU. `lazy` leaves the putting together to `.contiguous()`.
+    """
+    silence = io.StringIO()  # DeepSpeed prints its progress
+    with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
+        return get_fp32_state_dict_from_zero_checkpoint(str(folder), STATE_TAG, lazy_mode=lazy)
+
+
+def replica_weights(folder: Path) -> dict[str, Tensor]:
+    """The parameters of a checkpoint of stage 0, by name."""
+    file = folder / STATE_TAG / "mp_rank_00_model_states.pt"
+    # DeepSpeed's own pickle of our own run; checkpoints are not an exchange format
+    weights: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=False)["module"]
+    return weights
+
+
+def read_shard(folder: Path, rank: int) -> tuple[list[Tensor], dict[str, Any]] | None:
+    """What `ZeroEngine.shard` gave for a rank, and what was written beside it; None if absent."""
+    pattern = f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+    file = next(iter((folder / STATE_TAG).glob(pattern)), None)
+    if file is None:
+        return None
+    state = torch.load(file, map_location="cpu", weights_only=False)
+    shards = state.pop(OPTIMIZER_STATE_DICT)
+    return shards.get(FP32_FLAT_GROUPS) or shards[SINGLE_PARTITION_OF_FP32_GROUPS], state
+
+
+def to_universal(state: Path, target: Path) -> None:
+    """Write the universal format of DeepSpeed's folder `state` into `target`.
+
+    Raises:
+        UserError: DeepSpeed's converter failed.
+    """
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
+    command += ["--input_folder", str(state), "--output_folder", str(target)]
+    command += ["--inject_missing_state"]  # ours has no parameter patterns of model parallelism
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or ["no message"]
+        raise UserError(f"{state} cannot be converted to another layout: {lines[-1]}")
+
+
+def _atom(zero: Path, key: str, name: str) -> Tensor:
+    saved = torch.load(zero / name / f"{key}.pt", map_location="cpu", weights_only=True)
+    tensor = saved["param"] if isinstance(saved, dict) else saved
+    assert isinstance(tensor, Tensor)
+    return tensor
+
+
+def _own_part(parameter: Any, full: Tensor) -> Tensor:
+    """This rank's part of a ZeRO-3 parameter's values `full`, flat, with zeros behind the end."""
+    size = parameter.ds_tensor.ds_numel
+    begin = parameter.ds_zero_partition_rank * size
+    part = full.flatten()[begin : begin + size]
+    return torch.nn.functional.pad(part, (0, size - part.numel()))
+
+
+def _link_moments(
+    optimizer: DeepSpeedZeroOptimizer, group: int, master: Tensor, state: dict[str, Any]
+) -> None:
+    for parameter in optimizer.bit16_groups[group]:
+        mapping = parameter._hp_mapping
+        if mapping is not None:
+            mapping.set_optim_state_fragment(master, state)
