@@ -66,7 +66,10 @@ def expand_shards(pattern: str, storage: StorageOptions) -> Iterator[str]:
         return
     for name in names:
         try:
-            found = sorted(glob.glob(name)) if local else list_remote(name, storage)
+            if local:
+                found = sorted(glob.glob(name))
+            else:
+                found = list_remote(name, storage.retries, storage.timeout_seconds)
         except (StorageError, FileNotFoundError) as error:
             raise DataError(str(error)) from error
         if not found:

@@ -78,7 +78,7 @@ class ShardFile:
         self._url = url
         self._reader = reader
         self._options = options
-        self._ahead = isinstance(reader, _RemoteReader)
+        self._ahead = isinstance(reader, RemoteReader)
         self._position = 0
         self._chunk, self._chunk_begin = b"", 0
         self._next: tuple[int, Future[bytes]] | None = None
@@ -141,7 +141,7 @@ class ShardFile:
 def with_retries(
     action: Callable[[], T], url: str, retries: int, reset: Callable[[], None] = lambda: None
 ) -> T:
-    """The result of `action`, tried again with growing pauses while its fault may pass.
+    """The result of `action`, tried again with growing pauses after an OSError, which may pass.
 
     Raises:
         FileNotFoundError: there is no such object; it is not asked for again.
@@ -153,12 +153,12 @@ def with_retries(
         except (FileNotFoundError, StorageError):
             raise
         except PermissionError as error:
-            raise StorageError(f"{url}: access denied: {_first_line(error)}") from error
-        except _transient() as error:
+            raise StorageError(f"{url}: access denied: {first_line(error)}") from error
+        except (OSError, subprocess.TimeoutExpired) as error:
             reset()
             if attempt == retries:
                 raise StorageError(
-                    f"{url}: failed {retries + 1} times, last with {_first_line(error)}"
+                    f"{url}: failed {retries + 1} times, last with {first_line(error)}"
                 ) from error
         pause = min(LONGEST_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2**attempt)
         time.sleep(pause * random.uniform(0.5, 1.0))  # ranks must not come back in step
@@ -196,18 +196,31 @@ def read_whole(url: str, options: StorageOptions) -> bytes:
     return b"".join(pieces)
 
 
-def list_remote(pattern: str, options: StorageOptions) -> list[str]:
+@contextmanager
+def _client_faults() -> Iterator[None]:
+    """What the clients raise inside becomes an OSError; what is one passes as it is."""
+    try:
+        yield
+    except OSError:
+        raise
+    except _client_errors() as error:
+        raise OSError(first_line(error)) from error
+
+
+def list_remote(pattern: str, retries: int, timeout_seconds: float) -> list[str]:
     """Urls of a bucket that match a glob pattern, sorted.
 
     Raises:
+        FileNotFoundError: there is no such bucket.
         StorageError: the bucket cannot be listed.
     """
 
+    @_client_faults()
     def listing() -> list[str]:
-        system, path = file_system(pattern, options.timeout_seconds)
+        system, path = _file_system(pattern, timeout_seconds)
         return sorted(system.unstrip_protocol(name) for name in system.glob(path))
 
-    return with_retries(listing, pattern, options.retries)
+    return with_retries(listing, pattern, retries)
 
 
 def is_local(url: str) -> bool:
@@ -215,8 +228,8 @@ def is_local(url: str) -> bool:
     return "://" not in url and not url.startswith(PIPE)
 
 
-def _remote_reader(url: str, options: StorageOptions) -> _PipeReader | _RemoteReader:
-    kind = _PipeReader if url.startswith(PIPE) else _RemoteReader
+def _remote_reader(url: str, options: StorageOptions) -> _PipeReader | RemoteReader:
+    kind = _PipeReader if url.startswith(PIPE) else RemoteReader
     return kind(url, options.timeout_seconds)
 
 
@@ -237,16 +250,26 @@ class _LocalReader:
             self._file = None
 
 
-class _RemoteReader:
+class RemoteReader:
     """Ranges of an object; knows its size, so that a short answer is noticed."""
 
     def __init__(self, url: str, timeout_seconds: float) -> None:
-        self.url = url
+        self._url = url
         self._timeout = timeout_seconds
         self._size: int | None = None
 
+    @_client_faults()
     def read_at(self, position: int, size: int) -> bytes:
-        system, path = file_system(self.url, self._timeout)
+        """Bytes from `position` on, fewer than `size` only at the end of the object.
+
+        Raises:
+            FileNotFoundError: there is no such object.
+            PermissionError: access is denied.
+            OSError: the answer is late, short or a fault of the server, which may pass.
+            NoRangesError: the server sends whole files only.
+            StorageError: a kind of url that is not known, or whose package is not installed.
+        """
+        system, path = _file_system(self._url, self._timeout)
         if self._size is None:
             self._size = _size_of(system, path)
         end = min(position + size, self._size)
@@ -255,7 +278,7 @@ class _RemoteReader:
         limit = {"timeout": self._timeout} if system.async_impl else {}
         data = system.cat_file(path, start=position, end=end, **limit)
         if len(data) > end - position:
-            raise NoRangesError(f"{self.url}: the server gives no parts; set data.cache_dir")
+            raise NoRangesError(f"{self._url}: the server gives no parts; set data.cache_dir")
         if len(data) < end - position:
             raise OSError(f"{len(data)} bytes came where {end - position} were asked for")
         return bytes(data)
@@ -279,14 +302,14 @@ def _size_of(system: Any, path: str) -> int:
                 raise PermissionError(f"status {cause.status}") from error
             raise OSError(f"status {cause.status}") from error
         if isinstance(cause, aiohttp.ClientError | TimeoutError | asyncio.TimeoutError):
-            raise OSError(_first_line(cause)) from error
+            raise OSError(first_line(cause)) from error
         raise
     if info.get("size") is None:
         raise OSError("the server does not tell the size")
     return int(info["size"])
 
 
-def file_system(url: str, timeout_seconds: float) -> tuple[Any, str]:
+def _file_system(url: str, timeout_seconds: float) -> tuple[Any, str]:
     """The fsspec file system of a url, and the path in it.
 
     Raises:
@@ -303,7 +326,7 @@ def file_system(url: str, timeout_seconds: float) -> tuple[Any, str]:
     try:
         system, path = fsspec.core.url_to_fs(url, use_listings_cache=False, **options)
     except (ValueError, ImportError) as error:
-        raise StorageError(f"{url}: {_first_line(error)}") from error
+        raise StorageError(f"{url}: {first_line(error)}") from error
     if scheme == "s3":
         system.retries = 1  # attempts are counted here, not in three places
     return system, path
@@ -387,12 +410,21 @@ def _download(url: str, target: Path, options: StorageOptions) -> None:
                 copy.write(piece)
     except NoRangesError:
         with_retries(
-            lambda: _download_whole(url, target, options.timeout_seconds), url, options.retries
+            lambda: download_whole(url, target, options.timeout_seconds), url, options.retries
         )
 
 
-def _download_whole(url: str, target: Path, timeout_seconds: float) -> None:
-    system, path = file_system(url, timeout_seconds)
+@_client_faults()
+def download_whole(url: str, target: Path, timeout_seconds: float) -> None:
+    """Copy an object in one piece, as servers without ranges send it.
+
+    Raises:
+        FileNotFoundError: there is no such object.
+        PermissionError: access is denied.
+        OSError: the answer is late, short or a fault of the server, which may pass.
+        StorageError: a kind of url that is not known, or whose package is not installed.
+    """
+    system, path = _file_system(url, timeout_seconds)
     system.get_file(path, str(target))
     came, size = target.stat().st_size, _size_of(system, path)
     if came != size:
@@ -406,15 +438,9 @@ def _pool(process: int) -> ThreadPoolExecutor:
 
 
 @lru_cache(maxsize=1)
-def _transient() -> tuple[type[Exception], ...]:
-    """Exceptions that may not come again, of whatever clients are installed."""
-    kinds: list[type[Exception]] = [
-        OSError,
-        TimeoutError,
-        asyncio.TimeoutError,
-        subprocess.TimeoutExpired,
-        aiohttp.ClientError,
-    ]
+def _client_errors() -> tuple[type[Exception], ...]:
+    """Faults that may pass and are no OSErrors, of whatever clients are installed."""
+    kinds: list[type[Exception]] = [asyncio.TimeoutError, aiohttp.ClientError]
     try:
         from botocore.exceptions import BotoCoreError, ClientError
 
@@ -430,6 +456,7 @@ def _transient() -> tuple[type[Exception], ...]:
     return tuple(kinds)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an exception says, or its name if it says nothing."""
     text = str(error).strip().splitlines()
     return text[0] if text else type(error).__name__
