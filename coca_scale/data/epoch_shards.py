@@ -14,14 +14,10 @@ from typing import NamedTuple
 import braceexpand
 import numpy as np
 
+from coca_scale.data.remote import list_remote
+from coca_scale.data.retries import StorageError
 from coca_scale.data.sample import DataError
-from coca_scale.data.storage import (
-    PIPE,
-    StorageError,
-    StorageOptions,
-    is_local,
-    list_remote,
-)
+from coca_scale.data.storage import PIPE, StorageOptions, is_local
 
 UNLISTED = (PIPE, "http://", "https://")
 

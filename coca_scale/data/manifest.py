@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from coca_scale.data.retries import StorageError
 from coca_scale.data.sample import DataError
-from coca_scale.data.storage import PIPE, StorageError, StorageOptions, is_local, read_whole
+from coca_scale.data.storage import PIPE, StorageOptions, is_local, read_whole
 from coca_scale.errors import UserError
 
 MANIFEST = "manifest.json"

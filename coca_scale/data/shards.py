@@ -14,9 +14,10 @@ import numpy as np
 
 from coca_scale.data.epoch_shards import EpochShards, ShardList, ShardRange, expand_shards
 from coca_scale.data.manifest import shard_counts
+from coca_scale.data.retries import StorageError
 from coca_scale.data.rules import LIMITS, SampleRules
 from coca_scale.data.sample import BadSample, DataError, Position, RawSample
-from coca_scale.data.storage import PIPE, StorageError, StorageOptions, is_local, open_shard
+from coca_scale.data.storage import PIPE, StorageOptions, is_local, open_shard
 from coca_scale.data.tar import Run, TarFault, read_runs
 
 LAST_NUMBER = re.compile(r"(.*?)(\d+)(\D*)")

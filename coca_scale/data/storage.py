@@ -1,49 +1,30 @@
 """Bytes of shards from local files, fsspec urls and `pipe:` commands, read on after every fault.
 
 Remote objects are read in ranges: a range that is late, short or refused is asked for again, so a
-connection that breaks in the middle of a shard costs that range and nothing else. Credentials come
-from the environment, as boto3 and google-auth find them.
+connection that breaks in the middle of a shard costs that range and nothing else.
 """
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import os
 import random
 import select
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, TypeVar
+from typing import BinaryIO, Protocol
 
-import aiohttp
-import fsspec
-
-from coca_scale.errors import UserError
-
-T = TypeVar("T")
+from coca_scale.data.remote import NoRangesError, RemoteReader, download_whole
+from coca_scale.data.retries import with_retries
 
 CHUNK_BYTES = 2**22
 READ_AHEAD_THREADS = 32
-FIRST_WAIT_SECONDS = 0.2
-LONGEST_WAIT_SECONDS = 30.0
 PIPE = "pipe:"
-GONE = (404, 410)
-DENIED = (401, 403)
-
-
-class StorageError(UserError, OSError):
-    """A shard that cannot be read, after all retries."""
-
-
-class NoRangesError(StorageError):
-    """A server that sends whole files only."""
 
 
 @dataclass(frozen=True)
@@ -138,33 +119,6 @@ class ShardFile:
         )
 
 
-def with_retries(
-    action: Callable[[], T], url: str, retries: int, reset: Callable[[], None] = lambda: None
-) -> T:
-    """The result of `action`, tried again with growing pauses after an OSError, which may pass.
-
-    Raises:
-        FileNotFoundError: there is no such object; it is not asked for again.
-        StorageError: access is denied, or the last attempt failed too.
-    """
-    for attempt in range(retries + 1):
-        try:
-            return action()
-        except (FileNotFoundError, StorageError):
-            raise
-        except PermissionError as error:
-            raise StorageError(f"{url}: access denied: {first_line(error)}") from error
-        except (OSError, subprocess.TimeoutExpired) as error:
-            reset()
-            if attempt == retries:
-                raise StorageError(
-                    f"{url}: failed {retries + 1} times, last with {first_line(error)}"
-                ) from error
-        pause = min(LONGEST_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2**attempt)
-        time.sleep(pause * random.uniform(0.5, 1.0))  # ranks must not come back in step
-    raise AssertionError("unreachable")
-
-
 @contextmanager
 def open_shard(url: str, options: StorageOptions) -> Iterator[ShardFile]:
     """A shard, closed at the end of the block; nothing is read yet.
@@ -196,33 +150,6 @@ def read_whole(url: str, options: StorageOptions) -> bytes:
     return b"".join(pieces)
 
 
-@contextmanager
-def _client_faults() -> Iterator[None]:
-    """What the clients raise inside becomes an OSError; what is one passes as it is."""
-    try:
-        yield
-    except OSError:
-        raise
-    except _client_errors() as error:
-        raise OSError(first_line(error)) from error
-
-
-def list_remote(pattern: str, retries: int, timeout_seconds: float) -> list[str]:
-    """Urls of a bucket that match a glob pattern, sorted.
-
-    Raises:
-        FileNotFoundError: there is no such bucket.
-        StorageError: the bucket cannot be listed.
-    """
-
-    @_client_faults()
-    def listing() -> list[str]:
-        system, path = _file_system(pattern, timeout_seconds)
-        return sorted(system.unstrip_protocol(name) for name in system.glob(path))
-
-    return with_retries(listing, pattern, retries)
-
-
 def is_local(url: str) -> bool:
     """Whether a shard is a plain file."""
     return "://" not in url and not url.startswith(PIPE)
@@ -248,88 +175,6 @@ class _LocalReader:
         if self._file is not None:
             self._file.close()
             self._file = None
-
-
-class RemoteReader:
-    """Ranges of an object; knows its size, so that a short answer is noticed."""
-
-    def __init__(self, url: str, timeout_seconds: float) -> None:
-        self._url = url
-        self._timeout = timeout_seconds
-        self._size: int | None = None
-
-    @_client_faults()
-    def read_at(self, position: int, size: int) -> bytes:
-        """Bytes from `position` on, fewer than `size` only at the end of the object.
-
-        Raises:
-            FileNotFoundError: there is no such object.
-            PermissionError: access is denied.
-            OSError: the answer is late, short or a fault of the server, which may pass.
-            NoRangesError: the server sends whole files only.
-            StorageError: a kind of url that is not known, or whose package is not installed.
-        """
-        system, path = _file_system(self._url, self._timeout)
-        if self._size is None:
-            self._size = _size_of(system, path)
-        end = min(position + size, self._size)
-        if position >= end:
-            return b""
-        limit = {"timeout": self._timeout} if system.async_impl else {}
-        data = system.cat_file(path, start=position, end=end, **limit)
-        if len(data) > end - position:
-            raise NoRangesError(f"{self._url}: the server gives no parts; set data.cache_dir")
-        if len(data) < end - position:
-            raise OSError(f"{len(data)} bytes came where {end - position} were asked for")
-        return bytes(data)
-
-    def reset(self) -> None:
-        """Each range is a request of its own."""
-
-
-def _size_of(system: Any, path: str) -> int:
-    """Size of an object.
-
-    Raises:
-        FileNotFoundError: only where the server says so; fsspec says it for any fault.
-    """
-    try:
-        info = system.info(path)
-    except FileNotFoundError as error:
-        cause = error.__cause__
-        if isinstance(cause, aiohttp.ClientResponseError) and cause.status not in GONE:
-            if cause.status in DENIED:
-                raise PermissionError(f"status {cause.status}") from error
-            raise OSError(f"status {cause.status}") from error
-        if isinstance(cause, aiohttp.ClientError | TimeoutError | asyncio.TimeoutError):
-            raise OSError(first_line(cause)) from error
-        raise
-    if info.get("size") is None:
-        raise OSError("the server does not tell the size")
-    return int(info["size"])
-
-
-def _file_system(url: str, timeout_seconds: float) -> tuple[Any, str]:
-    """The fsspec file system of a url, and the path in it.
-
-    Raises:
-        StorageError: a kind of url that is not known, or whose package is not installed.
-    """
-    scheme = url.partition("://")[0]
-    options: dict[str, Any] = {}
-    if scheme in ("http", "https"):
-        limit = aiohttp.ClientTimeout(sock_connect=timeout_seconds, sock_read=timeout_seconds)
-        options = {"client_kwargs": {"timeout": limit}}
-    elif scheme == "s3":
-        limits = {"connect_timeout": timeout_seconds, "read_timeout": timeout_seconds}
-        options = {"config_kwargs": {**limits, "retries": {"max_attempts": 0}}}
-    try:
-        system, path = fsspec.core.url_to_fs(url, use_listings_cache=False, **options)
-    except (ValueError, ImportError) as error:
-        raise StorageError(f"{url}: {first_line(error)}") from error
-    if scheme == "s3":
-        system.retries = 1  # attempts are counted here, not in three places
-    return system, path
 
 
 class _PipeReader:
@@ -414,49 +259,7 @@ def _download(url: str, target: Path, options: StorageOptions) -> None:
         )
 
 
-@_client_faults()
-def download_whole(url: str, target: Path, timeout_seconds: float) -> None:
-    """Copy an object in one piece, as servers without ranges send it.
-
-    Raises:
-        FileNotFoundError: there is no such object.
-        PermissionError: access is denied.
-        OSError: the answer is late, short or a fault of the server, which may pass.
-        StorageError: a kind of url that is not known, or whose package is not installed.
-    """
-    system, path = _file_system(url, timeout_seconds)
-    system.get_file(path, str(target))
-    came, size = target.stat().st_size, _size_of(system, path)
-    if came != size:
-        raise OSError(f"{came} bytes came where {size} were asked for")
-
-
 @lru_cache(maxsize=1)
 def _pool(process: int) -> ThreadPoolExecutor:
     """Threads of this process; those of a parent do not survive a fork."""
     return ThreadPoolExecutor(READ_AHEAD_THREADS, f"read-ahead-{process}")
-
-
-@lru_cache(maxsize=1)
-def _client_errors() -> tuple[type[Exception], ...]:
-    """Faults that may pass and are no OSErrors, of whatever clients are installed."""
-    kinds: list[type[Exception]] = [asyncio.TimeoutError, aiohttp.ClientError]
-    try:
-        from botocore.exceptions import BotoCoreError, ClientError
-
-        kinds += [BotoCoreError, ClientError]
-    except ImportError:
-        pass
-    try:
-        from gcsfs.retry import HttpError
-
-        kinds.append(HttpError)
-    except ImportError:
-        pass
-    return tuple(kinds)
-
-
-def first_line(error: BaseException) -> str:
-    """What an exception says, or its name if it says nothing."""
-    text = str(error).strip().splitlines()
-    return text[0] if text else type(error).__name__

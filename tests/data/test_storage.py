@@ -13,13 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from coca_scale.data import storage
+from coca_scale.data import retries, storage
 from coca_scale.data.epoch_shards import expand_shards
+from coca_scale.data.retries import StorageError
 from coca_scale.data.rules import SampleRules
 from coca_scale.data.sample import DataError
 from coca_scale.data.shards import read_shard
 from coca_scale.data.sources import open_source
-from coca_scale.data.storage import StorageError, StorageOptions, open_shard, read_whole
+from coca_scale.data.storage import StorageOptions, open_shard, read_whole
 from tests.conftest import tiny_recipe
 from tests.data.faulty_server import FAULTS, FaultyProxy
 from tests.data.test_lanes import steps, write_shards
@@ -40,7 +41,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr(storage, "CHUNK_BYTES", 2**16)  # several per shard
-    monkeypatch.setattr(storage, "FIRST_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(retries, "FIRST_WAIT_SECONDS", 0.01)
 
 
 @pytest.fixture(scope="module")
