@@ -49,6 +49,7 @@ app.command("report")(runs.report_command)
 def main() -> None:
     """Console entry: a user's mistake is one line and exit code 1."""
     logging.disable(logging.WARNING)  # libraries' notes about themselves
+    sys.argv = [word for word in sys.argv if not word.startswith("--local_rank=")]  # deepspeed's
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # a log is no place for bars
     try:

@@ -1,10 +1,16 @@
-"""`coca-scale eval`: zeroshot, retrieval, captioning."""
+"""`coca-scale eval`: a verb for every kind of evaluation.
+
+A verb names its own arguments and returns an evaluator; what all verbs share (the model, how it is
+fed, where scores go) is added by `_verb`.
+"""
 
 from __future__ import annotations
 
+import inspect
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -31,112 +37,75 @@ from coca_scale.cli.arguments import (
     progress_bar,
     skipped,
 )
-from coca_scale.cli.inputs import data_section, load, open_inputs
+from coca_scale.cli.inputs import data_section, load, open_inputs, ranks
 
 if TYPE_CHECKING:
-    from coca_scale.evaluation.tasks import Result
+    from coca_scale.evaluation.results import Evaluator, Result
+else:
+    Evaluator = Any  # read at run time with the verbs' other annotations; its module is slow
 
 app = typer.Typer(help="Measure what a model can do.", no_args_is_help=True)
 
 
-@app.command("zeroshot")
-def eval_zeroshot(
-    model: ModelArgument,
-    data: Annotated[str, typer.Argument(help="Folder of class folders, or shards with .cls.")],
-    classnames: Annotated[
-        str | None, typer.Option(help="imagenet, or a file; default: names of the folders.")
-    ] = None,
-    templates: Annotated[
-        str, typer.Option(help="openai (80 sentences), simple (7), or a file of lines with {}.")
-    ] = "openai",
-    out: OutJson = None,
-    limit: Limit = None,
-    batch_size: BatchSize = 64,
-    precision: PrecisionOption = Precision.FP32,
-    config: ConfigOption = None,
-    raw_weights: RawWeights = False,
-) -> None:
-    """Zero-shot classification: accuracy among the best and the best five classes.
-
-    Example: coca-scale eval zeroshot runs/large imagenet/val --out zeroshot.json
-    """
-    from coca_scale.evaluation.tasks import Evaluation
-    from coca_scale.evaluation.zeroshot import open_labelled
-
-    labelled = open_labelled(data, data_section([data]), classnames, templates)
-    loaded = load(model, config, raw_weights, precision)
-    with progress_bar("pictures") as progress:
-        task = Evaluation(loaded, batch_size, limit, progress)
-        result = task.zeroshot(labelled)
-    _report(result, model, [data], out)
-
-
-@app.command("retrieval")
-def eval_retrieval(
+def _shared(
     model: ModelArgument,
     data: DataArgument,
-    equal_captions: Annotated[
-        bool, typer.Option("--equal-captions", help="Any picture with the same caption is right.")
-    ] = False,
     out: OutJson = None,
     limit: Limit = None,
     batch_size: BatchSize = 64,
     precision: PrecisionOption = Precision.FP32,
-    image_column: ImageColumn = "filepath",
-    caption_column: CaptionColumn = "title",
-    images: ImagesOption = None,
-    split: SplitOption = None,
     config: ConfigOption = None,
     raw_weights: RawWeights = False,
 ) -> None:
-    """Recall at 1, 5 and 10, image to text and text to image.
-
-    Example: coca-scale eval retrieval runs/large dataset_coco.json --images coco/ --split test
-    """
-    from coca_scale.evaluation.tasks import Evaluation
-
-    parts = open_inputs(data, image_column, caption_column, images, split, captions_needed=True)
-    loaded = load(model, config, raw_weights, precision)
-    with progress_bar("pictures") as progress:
-        task = Evaluation(loaded, batch_size, limit, progress)
-        result = task.retrieval(parts, equal_captions)
-    _report(result, model, data, out)
+    """Arguments of every verb."""
 
 
-@app.command("captioning")
-def eval_captioning(
-    model: ModelArgument,
-    data: DataArgument,
-    method: MethodOption = Method.BEAM,
-    num_beams: NumBeams = 6,
-    max_length: MaxLength = None,
-    min_length: MinLength = 5,
-    out: OutJson = None,
-    limit: Limit = None,
-    batch_size: BatchSize = 64,
-    precision: PrecisionOption = Precision.FP32,
-    image_column: ImageColumn = "filepath",
-    caption_column: CaptionColumn = "title",
-    images: ImagesOption = None,
-    split: SplitOption = None,
-    config: ConfigOption = None,
-    raw_weights: RawWeights = False,
+def _verb(name: str) -> Callable[[Callable[..., Evaluator]], Callable[..., Evaluator]]:
+    """Register what makes an evaluator from `data` and its own arguments as `eval NAME`."""
+
+    def register(make: Callable[..., Evaluator]) -> Callable[..., Evaluator]:
+        shared = inspect.signature(_shared, eval_str=True).parameters
+        own = inspect.signature(make, eval_str=True).parameters
+        merged = {**shared, **own}  # a verb may say more of `data`
+
+        def command(**arguments: Any) -> None:
+            given = {key: arguments[key] for key in own}
+            common = {key: arguments[key] for key in shared}
+            _run(lambda: make(**given), **common)
+
+        command.__doc__ = make.__doc__
+        command.__annotations__ = {key: p.annotation for key, p in merged.items()}
+        command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            sorted(merged.values(), key=lambda p: p.default is not p.empty)
+        )
+        app.command(name)(command)
+        return make
+
+    return register
+
+
+def _run(
+    make: Callable[[], Evaluator],
+    model: str,
+    data: list[str],
+    out: Path | None,
+    limit: int | None,
+    batch_size: int,
+    precision: Precision,
+    config: str | None,
+    raw_weights: bool,
 ) -> None:
-    """BLEU, METEOR, ROUGE-L, CIDEr and SPICE of generated captions, by COCO's own code.
+    """Evaluate, on as many ranks as a launcher has started."""
+    from coca_scale.evaluation.encoder import Feeding, LoadedEncoder
 
-    Example: coca-scale eval captioning runs/large dataset_coco.json --images coco/ --split test
-    """
-    from coca_scale.evaluation.captioning import Captioner
-    from coca_scale.evaluation.tasks import Evaluation
-    from coca_scale.inference.generation_options import GenerationOptions
-
-    options = GenerationOptions(METHODS[method], max_length, min_length, num_beams)
-    parts = open_inputs(data, image_column, caption_column, images, split, captions_needed=True)
-    loaded = load(model, config, raw_weights, precision)
-    with progress_bar("pictures") as progress:
-        task = Evaluation(loaded, batch_size, limit, progress)
-        result = task.captioning(parts, Captioner(loaded, options, batch_size=batch_size))
-    _report(result, model, data, out)
+    with ranks() as world:
+        evaluator = world.agree(make)
+        loaded = load(model, config, raw_weights, precision, world)
+        with progress_bar("pictures", world.rank == 0) as progress:
+            feeding = Feeding(batch_size, limit, progress)
+            result = evaluator.run(LoadedEncoder(loaded, world), feeding)
+        if world.rank == 0:
+            _report(result, model, data, out)
 
 
 def _report(result: Result, model: str, data: list[str], out: Path | None) -> None:
@@ -150,3 +119,72 @@ def _report(result: Result, model: str, data: list[str], out: Path | None) -> No
         content = {"model": model, "data": data, **result.json()}
         out.write_text(json.dumps(content, indent=1) + "\n")
         typer.echo(f"scores: {out}")
+
+
+@_verb("zeroshot")
+def eval_zeroshot(
+    data: Annotated[
+        list[str],
+        typer.Argument(metavar="DATA", help="Folder of class folders, or shards with .cls."),
+    ],
+    classnames: Annotated[
+        str | None, typer.Option(help="imagenet, or a file; default: names of the folders.")
+    ] = None,
+    templates: Annotated[
+        str, typer.Option(help="openai (80 sentences), simple (7), or a file of lines with {}.")
+    ] = "openai",
+) -> Evaluator:
+    """Zero-shot classification: accuracy among the best and the best five classes.
+
+    Example: coca-scale eval zeroshot runs/large imagenet/val --out zeroshot.json
+    """
+    from coca_scale.evaluation.zeroshot import ZeroShot, open_labelled
+
+    return ZeroShot(open_labelled(data, data_section(data), classnames, templates))
+
+
+@_verb("retrieval")
+def eval_retrieval(
+    data: DataArgument,
+    equal_captions: Annotated[
+        bool, typer.Option("--equal-captions", help="Any picture with the same caption is right.")
+    ] = False,
+    image_column: ImageColumn = "filepath",
+    caption_column: CaptionColumn = "title",
+    images: ImagesOption = None,
+    split: SplitOption = None,
+) -> Evaluator:
+    """Recall at 1, 5 and 10, image to text and text to image.
+
+    Example: coca-scale eval retrieval runs/large dataset_coco.json --images coco/ --split test
+    """
+    from coca_scale.evaluation.pictures import InputPictures
+    from coca_scale.evaluation.retrieval import Retrieval
+
+    parts = open_inputs(data, image_column, caption_column, images, split, captions_needed=True)
+    return Retrieval(InputPictures(parts), equal_captions)
+
+
+@_verb("captioning")
+def eval_captioning(
+    data: DataArgument,
+    method: MethodOption = Method.BEAM,
+    num_beams: NumBeams = 6,
+    max_length: MaxLength = None,
+    min_length: MinLength = 5,
+    image_column: ImageColumn = "filepath",
+    caption_column: CaptionColumn = "title",
+    images: ImagesOption = None,
+    split: SplitOption = None,
+) -> Evaluator:
+    """BLEU, METEOR, ROUGE-L, CIDEr and SPICE of generated captions, by COCO's own code.
+
+    Example: coca-scale eval captioning runs/large dataset_coco.json --images coco/ --split test
+    """
+    from coca_scale.evaluation.captioning_scores import Captioning
+    from coca_scale.evaluation.pictures import InputPictures
+    from coca_scale.inference.generation_options import GenerationOptions
+
+    options = GenerationOptions(METHODS[method], max_length, min_length, num_beams)
+    parts = open_inputs(data, image_column, caption_column, images, split, captions_needed=True)
+    return Captioning(InputPictures(parts), options)

@@ -155,6 +155,7 @@ def caption_command(
     """
     from coca_scale.evaluation import captioning
     from coca_scale.evaluation.caption_job import CaptionJob
+    from coca_scale.evaluation.encoder import LoadedEncoder
     from coca_scale.inference.generation_options import GenerationOptions
 
     options = GenerationOptions(
@@ -172,10 +173,13 @@ def caption_command(
         samples=samples,
         seed=seed,
     )
-    parts = open_inputs(inputs, image_column, caption_column, images, split, captions_needed=False)
     with ranks() as world:
-        loaded = load(model, config, raw_weights, precision, world)
-        captioner = captioning.Captioner(loaded, options, prompt, batch_size)
+        columns = (image_column, caption_column)
+        parts = world.agree(
+            lambda: open_inputs(inputs, *columns, images, split, captions_needed=False)
+        )
+        encoder = LoadedEncoder(load(model, config, raw_weights, precision, world), world)
+        captioner = world.agree(lambda: captioning.Captioner(encoder, options, prompt, batch_size))
         settings = {"model": model, "raw_weights": raw_weights, "inputs": inputs, "prompt": prompt}
         settings |= {"precision": precision.value, "split": split, **asdict(options)}
         with progress_bar("pictures", world.rank == 0) as progress:

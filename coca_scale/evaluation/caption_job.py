@@ -13,10 +13,10 @@ from typing import Any
 from coca_scale.engine.world import World
 from coca_scale.evaluation.caption_files import CaptionFile, SideCars
 from coca_scale.evaluation.captioning import Captioned, Captioner
+from coca_scale.evaluation.encoder import Progress
 from coca_scale.evaluation.pictures import (
     Part,
     Picture,
-    Progress,
     count_pictures,
     read_pictures,
 )
@@ -105,7 +105,7 @@ class CaptionJob:
     def _batches(
         self, parts: Sequence[Part], rank: int, ranks: int, done: frozenset[Any] = frozenset()
     ) -> Iterator[list[Captioned]]:
-        summary, size = self._summary, self._captioner.loaded.config.vision_cfg.image_size
+        summary, size = self._summary, self._captioner.encoder.config.vision_cfg.image_size
         pictures: Iterator[Picture] = read_pictures(
             parts, size, summary.bad, rank=rank, ranks=ranks, done=done
         )

@@ -5,19 +5,18 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw
 
 from coca_scale.data.tokens import prompt_ids
+from coca_scale.evaluation.encoder import Encoder, stack_pixels
 from coca_scale.evaluation.pictures import Picture
-from coca_scale.inference.generate import generate
 from coca_scale.inference.generation_options import GenerationOptions
-from coca_scale.inference.load import LoadedModel
 from coca_scale.inference.prompts import make_prompts
-from coca_scale.model.image import normalize_pixels
+from coca_scale.model.coca import check_length
 
 _TILE = 144
 _TEXT_HEIGHT = 34
@@ -37,6 +36,11 @@ class Captioned:
     captions: tuple[str, ...]
     scores: tuple[float, ...]
 
+    def without_pixels(self) -> Captioned:
+        """The same, small enough for a million of them."""
+        picture = replace(self.picture, pixels=self.picture.pixels[:0])
+        return replace(self, picture=picture)
+
     @property
     def right(self) -> bool:
         """Whether the first caption equals one that came with the picture."""
@@ -53,46 +57,41 @@ class Captioner:
     """A model that writes, and how.
 
     Attributes:
-        loaded: the model.
+        encoder: the model.
         options: how captions are written.
         prompt: words that every caption begins with.
         batch_size: pictures at a time.
     """
 
-    loaded: LoadedModel
+    encoder: Encoder
     options: GenerationOptions
     prompt: str = ""
     batch_size: int = 64
 
     def __post_init__(self) -> None:
         """Raises UserError for what `generate` would refuse, before anything is written."""
-        coca, tokenizer = self.loaded.model.coca, self.loaded.tokenizer
-        length = self.options.length(coca.config.context_length)
-        coca.new_cache(length)
+        config, tokenizer = self.encoder.config, self.encoder.tokenizer
+        length = self.options.length(config.context_length)
+        check_length(config, length)
         start = prompt_ids(tokenizer, self.prompt)
-        make_prompts([start], length, tokenizer.end_id, tokenizer.pad_id, self.loaded.device)
+        make_prompts([start], length, tokenizer.end_id, tokenizer.pad_id, torch.device("cpu"))
 
     def write(self, pictures: Iterator[Picture]) -> Iterator[list[Captioned]]:
         """Captions in order, a batch at a time."""
         while batch := list(itertools.islice(pictures, self.batch_size)):
-            yield self._batch(batch)
+            yield self.batch(batch)
 
-    def _batch(self, batch: Sequence[Picture]) -> list[Captioned]:
-        model = self.loaded
-        pixels = torch.stack([picture.pixels for picture in batch]).to(model.device)
-        start = prompt_ids(model.tokenizer, self.prompt)
-        written = generate(
-            model.model.coca,
-            normalize_pixels(pixels, model.dtype),
-            model.tokenizer,
-            self.options,
-            prompts=[start] * len(batch),
-            seeds=[_seed(picture.key) for picture in batch],
-        )
-        rows = zip(batch, written.tokens_BNL.tolist(), written.scores_BN.tolist(), strict=True)
+    def batch(self, batch: Sequence[Picture]) -> list[Captioned]:
+        """Captions of a batch; of an empty one the model runs all the same."""
+        tokenizer, size = self.encoder.tokenizer, self.encoder.config.vision_cfg.image_size
+        pixels = stack_pixels([picture.pixels for picture in batch], size)
+        prompts = [prompt_ids(tokenizer, self.prompt)] * len(pixels)
+        seeds = [_seed(picture.key) for picture in batch] or [0]
+        written = self.encoder.write(pixels, self.options, prompts, seeds)
+        tokens, scores = written.tokens_BNL.tolist(), written.scores_BN.tolist()
         return [
-            Captioned(picture, tuple(model.tokenizer.decode(t) for t in tokens), tuple(scores))
-            for picture, tokens, scores in rows
+            Captioned(picture, tuple(tokenizer.decode(t) for t in tokens[n]), tuple(scores[n]))
+            for n, picture in enumerate(batch)
         ]
 
 

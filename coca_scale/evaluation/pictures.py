@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -34,7 +34,6 @@ from coca_scale.recipe.schema import DataSection
 THREADS = min(8, len(os.sched_getaffinity(0)))
 Entry = RawSample | BadSample
 Read = Callable[[int, int], Iterator[Entry]]
-Progress = Callable[[int, int | None], None]  # pictures done, and in all where that is known
 
 
 class Place(NamedTuple):
@@ -76,6 +75,72 @@ class Picture:
     key: str
     pixels: Tensor
     captions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class BadPicture:
+    """One that cannot be used, or the unreadable rest of a shard.
+
+    Attributes:
+        place: in the inputs.
+        cause: why, as counted.
+        lost: pictures that this costs.
+    """
+
+    place: Place
+    cause: str
+    lost: int
+
+
+class PictureSource(Protocol):
+    """Pictures of an evaluation.
+
+    Attributes:
+        name: as messages call them.
+        count: how many there are, unusable ones included; None if nobody knows.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def count(self) -> int | None: ...
+
+    def entries(
+        self, image_size: int, rank: int, ranks: int, strided: bool
+    ) -> Iterator[Picture | BadPicture]:
+        """A rank's share, in the order of places.
+
+        Args:
+            image_size: pixels per side.
+            rank: whose share.
+            ranks: how many share them.
+            strided: deal pictures in turn, so that ranks are equally far.
+
+        Raises:
+            DataError: inputs that cannot be read.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class InputPictures:
+    """Pictures with captions, as `open_pictures` found them."""
+
+    parts: Sequence[Part]
+    name: str = "the data"
+
+    @property
+    def count(self) -> int | None:
+        """How many there are, None if nobody knows."""
+        return count_pictures(self.parts)
+
+    def entries(
+        self, image_size: int, rank: int, ranks: int, strided: bool
+    ) -> Iterator[Picture | BadPicture]:
+        """As of `PictureSource`."""
+        shares = _entries(self.parts, rank, ranks, frozenset(), strided)
+        return _decoded(shares, image_size, captions_needed=True)
 
 
 def open_pictures(
@@ -122,39 +187,56 @@ def read_pictures(
     rank: int = 0,
     ranks: int = 1,
     done: frozenset[Place] = frozenset(),
-    captions_needed: bool = False,
 ) -> Iterator[Picture]:
     """A rank's pictures in order, decoded by threads; unusable ones are counted in `bad`.
 
     With at least as many parts as ranks each rank reads parts of its own, so that no shard is read
-    twice. `done` are left out, and so are pictures without captions where these are needed.
+    twice. `done` are left out.
     """
-    entries = _entries(parts, rank, ranks, done)
-    with ThreadPoolExecutor(THREADS) as pool:
-        pending: deque[Future[Picture | BadSample]] = deque()
-        for place, raw in entries:
-            pending.append(pool.submit(_decode, place, raw, image_size, captions_needed))
-            if len(pending) > 8 * THREADS:
-                yield from _usable(pending.popleft().result(), bad)
-        while pending:
-            yield from _usable(pending.popleft().result(), bad)
+    for entry in _decoded(_entries(parts, rank, ranks, done), image_size, captions_needed=False):
+        if isinstance(entry, Picture):
+            yield entry
+        else:
+            bad[entry.cause] += entry.lost
 
 
 def first_pictures(
     source: Source, image_size: int, most: int, rank: int, ranks: int
-) -> tuple[list[Picture], Counter[str]]:
-    """A rank's share of the first `most` samples of a source, and the unusable ones by cause."""
+) -> list[Picture | BadPicture]:
+    """A rank's share of the first `most` samples of a source.
+
+    Raises:
+        DataError: it cannot be read.
+    """
     share = len(range(rank, most, ranks))
-    entries = itertools.islice(source.ordered(rank, ranks), share)
-    bad: Counter[str] = Counter()
-    found = [_decode(Place(0, n), raw, image_size, True) for n, raw in enumerate(entries)]
-    return [picture for entry in found for picture in _usable(entry, bad)], bad
+    raws = itertools.islice(source.ordered(rank, ranks), share)
+    places = (Place(0, number) for number in itertools.count(rank, ranks))
+    shares = zip(places, raws, strict=False)
+    return [_decode(place, raw, image_size, captions_needed=True) for place, raw in shares]
+
+
+def _decoded(
+    shares: Iterator[tuple[Place, Entry]], image_size: int, captions_needed: bool
+) -> Iterator[Picture | BadPicture]:
+    """In order, by threads that decode a little ahead."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        pending: deque[Future[Picture | BadPicture]] = deque()
+        for place, raw in shares:
+            pending.append(pool.submit(_decode, place, raw, image_size, captions_needed))
+            if len(pending) > 8 * THREADS:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
 
 
 def _entries(
-    parts: Sequence[Part], rank: int, ranks: int, done: frozenset[Place]
+    parts: Sequence[Part],
+    rank: int,
+    ranks: int,
+    done: frozenset[Place],
+    strided: bool = False,
 ) -> Iterator[tuple[Place, Entry]]:
-    whole = len(parts) >= ranks
+    whole = len(parts) >= ranks and not strided
     first, stride = (0, 1) if whole else (rank, ranks)
     for number, part in enumerate(parts):
         if whole and number % ranks != rank:
@@ -167,23 +249,16 @@ def _entries(
 
 def _decode(
     place: Place, raw: Entry, image_size: int, captions_needed: bool
-) -> Picture | BadSample:
-    if isinstance(raw, BadSample):
-        return raw
-    if captions_needed and not raw.captions:
-        return BadSample("missing_caption", raw.key, raw.shard)
+) -> Picture | BadPicture:
     try:
+        if isinstance(raw, BadSample):
+            raise raw
+        if captions_needed and not raw.captions:
+            raise BadSample("missing_caption", raw.key, raw.shard)
         pixels = eval_pixels(decode_image(raw.image, raw.key), image_size)
     except BadSample as bad:
-        return bad
+        return BadPicture(place, bad.cause, bad.skipped.lost)
     return Picture(place, raw.key, pixels, tuple(caption for caption, _ in raw.captions))
-
-
-def _usable(found: Picture | BadSample, bad: Counter[str]) -> Iterator[Picture]:
-    if isinstance(found, Picture):
-        yield found
-    else:
-        bad[found.cause] += found.skipped.lost
 
 
 def _is_file(name: str) -> bool:

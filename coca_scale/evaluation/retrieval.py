@@ -9,9 +9,66 @@ import torch
 from torch import Tensor
 
 from coca_scale.evaluation.captioning import letters
+from coca_scale.evaluation.encoder import Encoder, Feeding, stack_pixels
+from coca_scale.evaluation.pictures import PictureSource
+from coca_scale.evaluation.results import Kind, Result, Score
+from coca_scale.evaluation.rounds import PictureRounds, encode_texts
 
 CUTS = (1, 5, 10)
+KIND = Kind(
+    "retrieval",
+    "image-text-retrieval",
+    {
+        f"{direction}_r{k}": Score(f"{label}, R@{k}", headline=k == 1, charted=k < 10)
+        for direction, label in (
+            ("image_to_text", "image to text"),
+            ("text_to_image", "text to image"),
+        )
+        for k in CUTS
+    },
+)
 _QUERIES, _KEYS = 1024, 65_536
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """Captions of pictures are found, and pictures of captions.
+
+    Attributes:
+        pictures: with captions.
+        equal_captions: any picture with the same first caption is right, for data in which captions
+            repeat; otherwise a caption is right for its own picture alone.
+    """
+
+    pictures: PictureSource
+    equal_captions: bool = False
+
+    def run(self, encoder: Encoder, feeding: Feeding) -> Result:
+        """As of `Evaluator`."""
+        size = encoder.config.vision_cfg.image_size
+        rounds = PictureRounds(self.pictures, encoder, feeding)
+        rows, captions_here = [], []
+        for batch in rounds:
+            pixels = stack_pixels([picture.pixels for picture in batch], size)
+            rows.append(encoder.encode_images(pixels)[: len(batch)])
+            captions_here += [picture.captions for picture in batch]
+        images, captions = rounds.collect_rows(rows), rounds.collect(captions_here)
+        if self.equal_captions:
+            texts = [of_picture[0] for of_picture in captions]
+            image_ids = text_ids = same_caption_ids(texts)
+        else:
+            texts = [caption for of_picture in captions for caption in of_picture]
+            owners = [i for i, of_picture in enumerate(captions) for _ in of_picture]
+            image_ids, text_ids = torch.arange(len(captions)), torch.tensor(owners)
+        features = encode_texts(encoder, texts, feeding)
+
+        def score() -> Result:
+            device = encoder.world.device
+            found = recall(*(x.to(device) for x in (images, features, image_ids, text_ids)))
+            counts = {"pictures": found.images, "captions": found.texts}
+            return Result(KIND, found.scores(), counts, bad=rounds.bad)
+
+        return encoder.world.on_first(score)
 
 
 @dataclass(frozen=True)

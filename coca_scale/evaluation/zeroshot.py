@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,13 +17,17 @@ from torch import Tensor
 from coca_scale.data.listing import ListedPicture, ListOptions, is_picture
 from coca_scale.data.rules import CLASS
 from coca_scale.data.sample import DataError
+from coca_scale.evaluation.encoder import Encoder, Feeding, stack_pixels
 from coca_scale.evaluation.pictures import (
+    InputPictures,
     Part,
     Picture,
     is_picture_folder,
     listed_part,
     open_pictures,
 )
+from coca_scale.evaluation.results import Kind, Result, Score
+from coca_scale.evaluation.rounds import PictureRounds, encode_texts
 from coca_scale.model.coca import unit
 from coca_scale.openclip.alone import open_clip_module
 from coca_scale.recipe.files import read_text
@@ -36,6 +41,51 @@ TEMPLATES: dict[str, Sequence[Callable[[str], str]]] = {
     "simple": _openclip.SIMPLE_IMAGENET_TEMPLATES,
 }
 _IMAGENET_FOLDER = re.compile(r"n\d{8}")
+
+
+KIND = Kind(
+    "zeroshot",
+    "zero-shot-image-classification",
+    {
+        "top_1": Score("zero-shot top-1", headline=True, charted=True),
+        "top_5": Score("zero-shot top-5"),
+        "mean_per_class": Score("zero-shot mean top-1 of classes"),
+    },
+    prefix="zeroshot_",
+)
+
+
+@dataclass(frozen=True)
+class ZeroShot:
+    """Pictures are told apart into classes by sentences about these.
+
+    Attributes:
+        labelled: the pictures and the classes.
+    """
+
+    labelled: Labelled
+
+    def run(self, encoder: Encoder, feeding: Feeding) -> Result:
+        """As of `Evaluator`."""
+        labelled, world = self.labelled, encoder.world
+        size = encoder.config.vision_cfg.image_size
+        rounds = PictureRounds(InputPictures(labelled.parts), encoder, feeding)
+        rows: list[Tensor] = []
+        labels_here: list[int] = []
+        for batch in rounds:
+            labels_here += world.agree(partial(labelled.labels, batch))
+            pixels = stack_pixels([picture.pixels for picture in batch], size)
+            rows.append(encoder.encode_images(pixels)[: len(batch)])
+        images, labels = rounds.collect_rows(rows), torch.tensor(rounds.collect(labels_here))
+        texts = encode_texts(encoder, labelled.classes.prompts(), feeding)
+
+        def score() -> Result:
+            weights = classifier(texts.to(world.device), labelled.classes)
+            scores = accuracy(images.to(world.device), weights, labels.to(world.device))
+            counts = {"pictures": len(labels), "classes": len(labelled.classes.names)}
+            return Result(KIND, scores, counts, bad=rounds.bad)
+
+        return world.on_first(score)
 
 
 @dataclass(frozen=True)
@@ -67,6 +117,10 @@ class Labelled:
     parts: Sequence[Part]
     classes: Classes
 
+    def labels(self, pictures: Sequence[Picture]) -> list[int]:
+        """Their classes; raises DataError for one that there is not."""
+        return [self.label(picture) for picture in pictures]
+
     def label(self, picture: Picture) -> int:
         """Its class; raises DataError for one that there is not."""
         label = picture.captions[0].strip() if picture.captions else ""
@@ -77,12 +131,12 @@ class Labelled:
 
 
 def open_labelled(
-    data: str, section: DataSection, classnames: str | None, templates: str
+    data: Sequence[str], section: DataSection, classnames: str | None, templates: str
 ) -> Labelled:
     """Pictures in a folder of class folders, or of shards with .cls files.
 
     Args:
-        data: the folder or shards.
+        data: one folder, or shards.
         section: how remote shards are read.
         classnames: as of `make_classes`.
         templates: as of `make_classes`.
@@ -90,12 +144,12 @@ def open_labelled(
     Raises:
         DataError: neither of these, or class names that do not fit.
     """
-    folder = Path(data)
-    if is_picture_folder(folder):
-        folders, pictures = class_folders(folder)
-        return Labelled([listed_part(pictures, data)], make_classes(classnames, templates, folders))
+    if len(data) == 1 and is_picture_folder(Path(data[0])):
+        folders, pictures = class_folders(Path(data[0]))
+        parts = [listed_part(pictures, data[0])]
+        return Labelled(parts, make_classes(classnames, templates, folders))
     by_class = section.model_copy(update={"captions": {CLASS: 1.0}})
-    parts = open_pictures([data], by_class, ListOptions(), captions_needed=True)
+    parts = open_pictures(data, by_class, ListOptions(), captions_needed=True)
     return Labelled(parts, make_classes(classnames, templates, None))
 
 

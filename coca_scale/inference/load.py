@@ -63,7 +63,11 @@ class LoadedModel:
             [3, H, W] on the model's device, in its dtype.
         """
         pixels = eval_pixels(to_rgb(image), self.config.vision_cfg.image_size)
-        return normalize_pixels(pixels[None].to(self.device), self.dtype)[0]
+        return self.normalize(pixels[None])[0]
+
+    def normalize(self, pixels: Tensor) -> Tensor:
+        """uint8 pixels [B, 3, H, W] of the model's size → images as the image tower takes them."""
+        return normalize_pixels(pixels.to(self.device), self.dtype)
 
     @property
     def device(self) -> torch.device:
@@ -87,10 +91,6 @@ class LoadedModel:
     def encode_image(self, images: Tensor, normalize: bool = True) -> Tensor:
         """Preprocessed images [B, 3, H, W] → features [B, embed_dim]."""
         return self.model.coca.encode_image(images, normalize)
-
-    def encode_pixels(self, pixels: Tensor) -> Tensor:
-        """uint8 pixels [B, 3, H, W] of the model's size → unit features [B, embed_dim]."""
-        return self.encode_image(normalize_pixels(pixels.to(self.device), self.dtype))
 
     @torch.no_grad()
     def encode_text(self, tokens: Tensor, normalize: bool = True) -> Tensor:

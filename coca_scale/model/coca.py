@@ -98,15 +98,10 @@ class CoCa(nn.Module):
         """An empty cache of captions of up to `length` tokens.
 
         Raises:
-            UserError: the model has no decoder, or no place for that many tokens.
+            UserError: as `check_length`.
         """
-        if self.decoder is None:
-            raise UserError("this model is a CLIP: it has no decoder and writes no captions")
-        if length > self.config.context_length:
-            raise UserError(
-                f"this model's captions have at most {self.config.context_length} tokens, "
-                f"{length} were asked for"
-            )
+        check_length(self.config, length)
+        assert self.decoder is not None
         return KVCache(length, self.text.cached_layers, self.decoder.cached_layers)
 
     def next_logits(
@@ -165,6 +160,21 @@ class CoCa(nn.Module):
         if captions.counted_K is not None:
             hidden_MD = pick(hidden_MD, captions.counted_K)
         return features, {"caption": self.caption_head(hidden_MD, captions.labels_K)}
+
+
+def check_length(config: ModelConfig, length: int) -> None:
+    """See that a model can write captions of `length` tokens.
+
+    Raises:
+        UserError: it has no decoder, or no room for that many tokens.
+    """
+    if config.multimodal_cfg is None:
+        raise UserError("this model is a CLIP: it has no decoder and writes no captions")
+    if length > config.context_length:
+        raise UserError(
+            f"this model's captions have at most {config.context_length} tokens, "
+            f"{length} were asked for"
+        )
 
 
 def make_image_tower(config: ModelConfig) -> ImageTower:

@@ -188,7 +188,7 @@ def _zeroshot(recipe: Recipe, report: Report) -> None:
         return
     names = (settings.classnames, settings.templates)
     try:
-        labelled = open_labelled(settings.zeroshot, recipe.data, *names)
+        labelled = open_labelled([settings.zeroshot], recipe.data, *names)
     except UserError as error:
         report.faults.append(f"eval.zeroshot: {error}")
         return

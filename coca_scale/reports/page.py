@@ -17,6 +17,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from coca_scale.errors import UserError
+from coca_scale.evaluation.kinds import flat_scores
 from coca_scale.losses import LABELS
 from coca_scale.recipe.files import json_lines, read_json
 from coca_scale.recipe.load import read_sections
@@ -47,13 +48,7 @@ _TRAINING = {
     "skipped_steps": "skipped steps",
 }
 _VALIDATION = {
-    "image_to_text_r1": "validation: image to text, R@1",
-    "text_to_image_r1": "validation: text to image, R@1",
-    "image_to_text_r5": "validation: image to text, R@5",
-    "text_to_image_r5": "validation: text to image, R@5",
-    "cider": "validation: CIDEr",
-    "bleu_4": "validation: BLEU-4",
-    "zeroshot_top_1": "validation: zero-shot top-1",
+    name: f"validation: {score.label}" for name, _, score in flat_scores() if score.charted
 }
 
 
@@ -156,12 +151,10 @@ def _facts(run: RunRecord) -> dict[str, str]:
     }
     if run.validation:
         final = run.validation[-1]
-        facts["R@1, image to text"] = f"{final['image_to_text_r1']:.1%} of {final['samples']:,}"
-        facts["R@1, text to image"] = f"{final['text_to_image_r1']:.1%}"
-        if "cider" in final:
-            facts["CIDEr, BLEU-4"] = f"{100 * final['cider']:.1f}, {100 * final['bleu_4']:.1f}"
-        if "zeroshot_top_1" in final:
-            facts["zero-shot top-1"] = f"{final['zeroshot_top_1']:.1%}"
+        facts["validation pairs"] = f"{final['samples']:,}"
+        for name, _, score in flat_scores():
+            if score.headline and final.get(name) is not None:
+                facts[score.label] = f"{100 * final[name]:.1f} %"
     versions = run.about.get("versions", {})
     facts["versions"] = ", ".join(f"{name} {number}" for name, number in versions.items())
     facts["commit"] = (run.about.get("git_commit") or "unknown")[:12]

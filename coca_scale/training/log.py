@@ -133,12 +133,8 @@ class RunLog:
         if not self._active:
             return
         scores = result.scores
-        others = {k: v for k, v in scores.items() if k in ("cider", "bleu_4", "zeroshot_top_1")}
-        self.say(
-            f"validation at step {step}: R@1 image→text {scores['image_to_text_r1']:.3f}, "
-            f"text→image {scores['text_to_image_r1']:.3f} over {result.samples} pairs"
-            + "".join(f", {name} {value:.3f}" for name, value in others.items())
-        )
+        told = "; ".join(found.headline() for found in result.results if found.scores)
+        self.say(f"validation at step {step}, {result.samples} pairs: {told}")
         for item in result.captioned[:3]:
             self.say(f"  «{item.picture.captions[0].strip()}» captioned as «{item.captions[0]}»")
         line = {"step": step, "samples": result.samples, **scores}

@@ -320,11 +320,11 @@ class Trainer:
         if data.val is None:
             return None
         self._val_source = open_source(data.val, data, self.recipe.run.seed)
-        size = self.config.vision_cfg.image_size
         labelled = None
         if ev.zeroshot is not None:
-            labelled = open_labelled(ev.zeroshot, data, ev.classnames, ev.templates)
-        return Validation(self._val_source, self.tokenizer, size, ev, labelled)
+            labelled = open_labelled([ev.zeroshot], data, ev.classnames, ev.templates)
+        captions = self.config.multimodal_cfg is not None
+        return Validation(self._val_source, self.tokenizer, ev, labelled, captions)
 
     def _sources(self) -> list[Source]:
         return [self.source] if self.validation is None else [self.source, self._val_source]
