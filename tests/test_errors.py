@@ -128,9 +128,9 @@ def test_a_run_tells_the_two_apart(tmp_path):
 
 def strict_zip():
     """A fault of our own in what every rank prepares."""
-    from coca_scale.training import trainer
+    from coca_scale.training import setup
 
     def broken(*_):
         return list(zip([1], [], strict=True))
 
-    trainer.make_tokenizer = broken
+    setup.make_tokenizer = broken

@@ -11,10 +11,7 @@ import contextlib
 import json
 import re
 import shutil
-import time
 from collections.abc import Iterator
-from concurrent.futures import Future
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from coca_scale.engine.train_engine import CONSTANTS_FILE, SCALE_FILE, TrainEngine
+from coca_scale.engine.train_engine import CONSTANTS_FILE, SCALE_FILE
 from coca_scale.engine.weight_average import AVERAGE_FOLDER
 from coca_scale.engine.world import World
 from coca_scale.engine.writing import Entries, sync_folder, write_hashed
@@ -47,145 +44,44 @@ _REPLACED = ".replaced"  # put back, or swept away once its successor is in plac
 _DAMAGED = ".damaged"  # kept for a person to look at
 
 
-@dataclass(frozen=True)
-class SaveReport:
-    """How a save went.
+def begin_folder(final: Path) -> Path:
+    """An empty folder to write the checkpoint `final` into.
 
-    Attributes:
-        path: the checkpoint.
-        error: why there is none, None if it is complete.
-        blocked_seconds: that training stood still for it.
-        seconds: from its beginning to its end.
-        bytes: on disk.
+    Raises:
+        OSError: of the disk.
     """
-
-    path: Path
-    error: str | None
-    blocked_seconds: float
-    seconds: float
-    bytes: int
-
-    def __str__(self) -> str:
-        if self.error is not None:
-            return f"{self.path.name} could not be saved: {self.error}"
-        return (
-            f"saved {self.path.name}: {self.bytes / 1e6:.1f} MB in {self.seconds:.1f} s, of which "
-            f"training waited {self.blocked_seconds:.1f} s"
-        )
+    temporary = final.with_name(final.name + _TEMPORARY)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    return temporary
 
 
-@dataclass
-class _Pending:
-    final: Path
-    temporary: Path
-    files: Future[Entries]
-    started: float
-    blocked_seconds: float
+def complete_folder(temporary: Path, final: Path, files: Entries) -> None:
+    """Make a checkpoint of a folder that has all its files, and let `latest` name it.
+
+    Raises:
+        OSError: of the disk; whatever was there before is there still.
+    """
+    content = json.dumps({"files": dict(sorted(files.items()))}, indent=1).encode()
+    write_hashed(temporary / MANIFEST, lambda file: file.write(content))
+    sync_folder(temporary)
+    replaced = final.with_name(final.name + _REPLACED)
+    if final.exists():  # left by a run that a resume went back behind
+        final.rename(replaced)
+    temporary.rename(final)
+    sync_folder(final.parent)
+    _write_latest(final.parent, final.name)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
-class CheckpointWriter:
-    """Saves of one run, one at a time. `begin` and `finish` are collectives."""
-
-    def __init__(
-        self, engine: TrainEngine, parent: Path, keep: int | None, keep_every: int | None
-    ) -> None:
-        """Write into `parent`; keep the newest `keep`, and those of every `keep_every` steps."""
-        self._engine = engine
-        self._parent = parent
-        self._keep = keep
-        self._keep_every = keep_every
-        self._pending: _Pending | None = None
-
-    @property
-    def pending(self) -> bool:
-        """Whether a save has begun that has not been finished."""
-        return self._pending is not None
-
-    @property
-    def written_here(self) -> bool:
-        """Whether this rank's files of the pending save are on the disk, or failed to get there."""
-        return self._pending is not None and self._pending.files.done()
-
-    def begin(self, progress: dict[str, Any]) -> SaveReport | None:
-        """Copy everything; writing goes on by itself.
-
-        Args:
-            progress: JSON data of the training loop; `progress["step"]` names the checkpoint.
-
-        Returns:
-            A report if it failed at once.
-        """
-        assert self._pending is None, "one save at a time"
-        started = time.perf_counter()
-        world = self._engine.world
-        final = self._parent / f"step_{progress['step']:08d}"
-        temporary = final.with_name(final.name + _TEMPORARY)
-        try:
-            world.on_first(lambda: _make_empty(temporary))
-        except AgreedError as error:
-            return SaveReport(final, str(error), 0.0, time.perf_counter() - started, 0)
-        content = json.dumps(progress).encode()
-        if world.rank == 0:
-            self._engine.add_file(temporary / PROGRESS, content)
-        files = self._engine.save_state(temporary)
-        blocked = time.perf_counter() - started
-        self._pending = _Pending(final, temporary, files, started, blocked)
-        return None
-
-    def finish(self) -> SaveReport:
-        """Wait for the pending save, and make it a checkpoint if all of it is on the disk."""
-        assert self._pending is not None
-        started = time.perf_counter()
-        pending, self._pending = self._pending, None
-        world = self._engine.world
-        files: Entries = {}
-        failure = None
-        try:
-            mine = world.agree(lambda: _written(pending, world.rank))
-            files = {name: entry for part in world.gather(mine) for name, entry in part.items()}
-            world.on_first(lambda: self._complete(pending, files))
-        except AgreedError as error:
-            failure = str(error)
-            if world.rank == 0:
-                shutil.rmtree(pending.temporary, ignore_errors=True)
-        blocked = pending.blocked_seconds + time.perf_counter() - started
-        seconds = time.perf_counter() - pending.started
-        size = sum(entry["bytes"] for entry in files.values())
-        return SaveReport(pending.final, failure, blocked, seconds, size)
-
-    def _complete(self, pending: _Pending, files: Entries) -> None:
-        content = json.dumps({"files": dict(sorted(files.items()))}, indent=1).encode()
-        write_hashed(pending.temporary / MANIFEST, lambda file: file.write(content))
-        sync_folder(pending.temporary)
-        replaced = pending.final.with_name(pending.final.name + _REPLACED)
-        if pending.final.exists():  # left by a run that a resume went back behind
-            pending.final.rename(replaced)
-        pending.temporary.rename(pending.final)
-        sync_folder(self._parent)
-        _write_latest(self._parent, pending.final.name)
-        shutil.rmtree(replaced, ignore_errors=True)
-        self._drop_old()
-
-    def _drop_old(self) -> None:
-        complete = sorted(p for p in self._parent.iterdir() if _NAME.fullmatch(p.name))
-        for folder in complete[: -self._keep] if self._keep is not None else []:
-            if self._keep_every and int(folder.name[-8:]) % self._keep_every == 0:
-                continue
-            (folder / MANIFEST).unlink(missing_ok=True)  # first: it is no checkpoint any more
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _written(pending: _Pending, rank: int) -> Entries:
-    """This rank's files, once they are on the disk."""
-    try:
-        return pending.files.result()
-    except OSError as error:
-        raise UserError(f"rank {rank}: {error}") from error
-
-
-def _make_empty(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+def drop_old(parent: Path, keep: int | None, keep_every: int | None) -> None:
+    """Remove all but the newest `keep` checkpoints and those of every `keep_every` steps."""
+    complete = sorted(p for p in parent.iterdir() if _NAME.fullmatch(p.name))
+    for folder in complete[:-keep] if keep is not None else []:
+        if keep_every and int(folder.name[-8:]) % keep_every == 0:
+            continue
+        (folder / MANIFEST).unlink(missing_ok=True)  # first: it is no checkpoint any more
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _write_latest(parent: Path, name: str) -> None:

@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import time
 from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-from coca_scale.engine.checkpoint import CheckpointWriter, SaveReport
+from coca_scale.engine.checkpoint import PROGRESS, begin_folder, complete_folder, drop_old
+from coca_scale.engine.train_engine import TrainEngine
 from coca_scale.engine.watchdog import NoWatchdog, Watchdog
-from coca_scale.errors import AgreedError
+from coca_scale.engine.writing import Entries
+from coca_scale.errors import AgreedError, UserError
 from coca_scale.recipe.schema import CheckpointSection
 from coca_scale.training.log import RunLog
 
 
+@dataclass
+class _Pending:
+    """A save under way: where it will be, where it is, when it is written, what it has cost."""
+
+    final: Path
+    temporary: Path
+    files: Future[Entries]
+    started: float
+    blocked_seconds: float
+
+
 class Saver:
-    """Saves of a run. All methods are collectives.
+    """Saves of a run, one at a time. All methods are collectives.
 
     A save that fails, as on a full disk, is a warning: the run goes on and older checkpoints stay.
     Only the one a run ends with must succeed.
@@ -21,53 +41,76 @@ class Saver:
 
     def __init__(
         self,
-        writer: CheckpointWriter,
+        engine: TrainEngine,
+        parent: Path,
         section: CheckpointSection,
         progress: Callable[[], dict[str, Any]],
         log: RunLog,
         watchdog: Watchdog | NoWatchdog,
         timeout_seconds: float,
     ) -> None:
-        self._writer = writer
+        """Save into `parent`.
+
+        Args:
+            engine: what is saved.
+            parent: folder of checkpoints.
+            section: when, and what to keep.
+            progress: JSON data of the training loop; its "step" names the checkpoint.
+            log: is told of every save.
+            watchdog: limits the time of every save.
+            timeout_seconds: the limit.
+        """
+        self._engine = engine
+        self._parent = parent
         self._section = section
         self._progress = progress
         self._log = log
         self._watchdog = watchdog
         self._timeout = timeout_seconds
+        self._pending: _Pending | None = None
         self._newest: int | None = None
 
     @property
     def written_here(self) -> bool:
-        """Whether this rank has nothing more to do for the save under way."""
-        return self._writer.written_here
+        """Whether this rank has nothing more to do for the save under way. Local."""
+        return self._pending is not None and self._pending.files.done()
 
     def due(self, step: int) -> bool:
-        """Whether the recipe saves after this step."""
+        """Whether the recipe saves after this step. Local."""
         every = self._section.every_steps
         return every is not None and step % every == 0
 
     def save(self) -> None:
         """Save now; with `checkpoint.background` the disk is not waited for."""
-        with self._phase():
-            if self._writer.pending:
-                self._tell(self._writer.finish())
+        self.finish()
+        with self._watchdog.phase("saving", self._timeout):
             progress = self._progress()
-            failed = self._writer.begin(progress)
-        if failed is not None:
-            self._tell(failed)
-        else:
-            self._newest = progress["step"]
-            if not self._section.background:
-                self.finish()
+            failure = self._begin(progress)
+        self._newest = progress["step"] if failure is None else None
+        if failure is not None:
+            self._log.say(f"warning: step_{progress['step']:08d} could not be saved: {failure}")
+        elif not self._section.background:
+            self.finish()
 
-    def finish(self) -> SaveReport | None:
-        """Wait for the save under way, if there is one."""
-        if not self._writer.pending:
+    def finish(self) -> str | None:
+        """Wait for the save under way, if there is one; returns why it failed."""
+        if self._pending is None:
             return None
-        with self._phase():
-            report = self._writer.finish()
-        self._tell(report)
-        return report
+        pending, self._pending = self._pending, None
+        with self._watchdog.phase("saving", self._timeout):
+            started = time.perf_counter()
+            size, failure = self._complete(pending)
+        blocked = pending.blocked_seconds + time.perf_counter() - started
+        if failure is not None:
+            self._newest = None
+            self._log.say(f"warning: {pending.final.name} could not be saved: {failure}")
+        else:
+            self._log.say(
+                f"saved {pending.final.name}: {size / 1e6:.1f} MB in "
+                f"{time.perf_counter() - pending.started:.1f} s, of which training waited "
+                f"{blocked:.1f} s"
+            )
+        return failure
 
     def last(self, step: int) -> None:
         """Leave a checkpoint of `step`, unless there is one already.
@@ -75,22 +118,53 @@ class Saver:
         Raises:
             AgreedError: it cannot be saved.
         """
-        report = self.finish()
-        if self._newest == step and (report is None or report.error is None):
+        if self.finish() is None and self._newest == step:
             return
         self.save()
-        report = self.finish()
-        if report is not None and report.error is not None:
+        failure = self.finish()
+        if failure is not None:
             raise AgreedError(
-                f"the last checkpoint cannot be saved: {report.error}; make room, and start the "
+                f"the last checkpoint cannot be saved: {failure}; make room, and start the "
                 "same command again to go on from the one before"
             )
 
-    def _phase(self) -> Any:
-        return self._watchdog.phase("saving", self._timeout)
+    def _begin(self, progress: dict[str, Any]) -> str | None:
+        """Copy everything; writing goes on by itself. Returns why that failed at once."""
+        started = time.perf_counter()
+        world = self._engine.world
+        final = self._parent / f"step_{progress['step']:08d}"
+        try:
+            temporary = world.on_first(partial(begin_folder, final))
+        except AgreedError as error:
+            return str(error)
+        if world.rank == 0:
+            self._engine.add_file(temporary / PROGRESS, json.dumps(progress).encode())
+        files = self._engine.save_state(temporary)
+        blocked = time.perf_counter() - started
+        self._pending = _Pending(final, temporary, files, started, blocked)
+        return None
 
-    def _tell(self, report: SaveReport) -> None:
-        if report.error is not None:
-            self._newest = None
-        prefix = "" if report.error is None else "warning: "
-        self._log.say(f"{prefix}{report}")
+    def _complete(self, pending: _Pending) -> tuple[int, str | None]:
+        """Make the pending save a checkpoint if all of it is on the disk: its bytes, or why not."""
+        world = self._engine.world
+        try:
+            mine = world.agree(lambda: _written(pending, world.rank))
+            files = {name: entry for part in world.gather(mine) for name, entry in part.items()}
+            world.on_first(lambda: self._into_place(pending, files))
+        except AgreedError as error:
+            if world.rank == 0:
+                shutil.rmtree(pending.temporary, ignore_errors=True)
+            return 0, str(error)
+        return sum(entry["bytes"] for entry in files.values()), None
+
+    def _into_place(self, pending: _Pending, files: Entries) -> None:
+        complete_folder(pending.temporary, pending.final, files)
+        drop_old(self._parent, self._section.keep, self._section.keep_every_steps)
+
+
+def _written(pending: _Pending, rank: int) -> Entries:
+    """This rank's files, once they are on the disk."""
+    try:
+        return pending.files.result()
+    except OSError as error:
+        raise UserError(f"rank {rank}: {error}") from error

@@ -44,7 +44,7 @@ def part_of_a_run(rank, ranks, folder, until, changes):
 
     Requests.poll = poll
     code = trainer.run()
-    notes = trainer.notes
+    notes = trainer.setup.notes
     end_world()
     return code, keys, notes
 

@@ -187,7 +187,7 @@ def test_a_hang_names_the_rank_and_the_collective(tmp_path):
     told = "".join(errors)
     assert told.count("no progress for 5 s in step 7") == 1
     assert re.search(r"rank 1 on \S+: is at", told)
-    assert re.search(r"rank 0 on \S+, rank 2 on \S+: waits in all_reduce ← launch.py", told)
+    assert re.search(r"rank 0 on \S+, rank 2 on \S+: waits in all_reduce ← world.py", told)
     assert (
         "sleep" in (tmp_path / "stacks" / "rank_00001.txt").read_text()
         or "<string>" in (tmp_path / "stacks" / "rank_00001.txt").read_text()

@@ -22,10 +22,10 @@ def recipe_of(folder, **changes):
 
 def train(_rank, _ranks, folder):
     """A run on a device whose FLOPs are known."""
-    from coca_scale.training import trainer
+    from coca_scale.training import setup
     from coca_scale.training.run import train_recipe
 
-    trainer.peak_flops = lambda name: PEAK
+    setup.peak_flops = lambda name: PEAK
     train_recipe(recipe_of(folder))
 
 
