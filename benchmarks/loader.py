@@ -32,7 +32,7 @@ from coca_scale.data.loader import TrainDataset, TrainLoader, deal_lanes
 from coca_scale.data.pack import PackOptions, pack
 from coca_scale.data.sources import open_source, train_crop
 from coca_scale.data.tokens import ClipTokenizer
-from coca_scale.recipe.schema import DataSection
+from coca_scale.recipe.data import DataSection
 
 BATCH = 64
 SIZE = 224

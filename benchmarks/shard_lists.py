@@ -19,7 +19,7 @@ from typing import Any
 from coca_scale.data.manifest import MANIFEST
 from coca_scale.data.shards import ShardSource
 from coca_scale.data.sources import open_source
-from coca_scale.recipe.schema import DataSection
+from coca_scale.recipe.data import DataSection
 
 LANES, RANKS = 4096, 64
 

@@ -21,7 +21,7 @@ from coca_scale.planning.gpus import GPUS
 from coca_scale.planning.plan import Costs, Plan
 from coca_scale.recipe import BatchSplit, Recipe, load_recipe
 from coca_scale.recipe.load import schema_json
-from coca_scale.recipe.schema import Section
+from coca_scale.recipe.section import Section
 
 ROOT = Path(__file__).resolve().parents[1]
 MARKS = "<!-- {}: made by docs/generate.py -->", "<!-- end -->"

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from coca_scale.engine.world import World
     from coca_scale.evaluation.pictures import Part
     from coca_scale.inference.load import LoadedModel
-    from coca_scale.recipe.schema import DataSection
+    from coca_scale.recipe.data import DataSection
 
 
 def open_inputs(
@@ -36,7 +36,7 @@ def open_inputs(
 
 def data_section(inputs: list[str]) -> DataSection:
     """How data is read, without a recipe."""
-    from coca_scale.recipe.schema import DataSection
+    from coca_scale.recipe.data import DataSection
 
     return DataSection.model_validate({"train": inputs})
 

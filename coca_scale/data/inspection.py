@@ -21,8 +21,8 @@ from coca_scale.data.sample import BadSample, DataError, RawSample, Skipped
 from coca_scale.data.shards import read_shard
 from coca_scale.data.storage import StorageOptions, is_local
 from coca_scale.openclip.alone import open_clip_module
+from coca_scale.recipe.data import DataFilters
 from coca_scale.recipe.files import sha256_of
-from coca_scale.recipe.schema import DataFilters
 
 SIDES = (64, 128, 224, 256, 336, 448, 512, 1024, 2048)
 BIN_TOKENS = 8

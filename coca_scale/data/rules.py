@@ -8,7 +8,7 @@ from typing import Any
 
 from coca_scale.data.images import IMAGE_EXTENSIONS
 from coca_scale.data.sample import BadSample, RawSample
-from coca_scale.recipe.schema import DataFilters
+from coca_scale.recipe.data import DataFilters
 
 TEXT, JSON, CLASS = "txt", "json", "cls"
 MAX_IMAGE_BYTES = 2**28

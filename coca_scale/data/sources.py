@@ -12,7 +12,7 @@ from coca_scale.data.shards import Mixed, ShardOptions, ShardSource
 from coca_scale.data.storage import StorageOptions
 from coca_scale.data.synthetic import Shapes
 from coca_scale.data.tables import TABLE_SUFFIXES, CaptionTable, IndexedSource
-from coca_scale.recipe.schema import DataSection, WeightedShards
+from coca_scale.recipe.data import DataSection, WeightedShards
 
 
 def open_source(spec: str | Sequence[str | WeightedShards], data: DataSection, seed: int) -> Source:

@@ -29,7 +29,7 @@ from coca_scale.data.shards import missing_shards, read_shard
 from coca_scale.data.sources import storage_options
 from coca_scale.data.synthetic import Shapes
 from coca_scale.data.tables import TABLE_SUFFIXES, IndexedSource
-from coca_scale.recipe.schema import DataSection
+from coca_scale.recipe.data import DataSection
 
 THREADS = min(8, len(os.sched_getaffinity(0)))
 Entry = RawSample | BadSample

@@ -30,8 +30,8 @@ from coca_scale.evaluation.results import Kind, Result, Score
 from coca_scale.evaluation.rounds import PictureRounds, encode_texts
 from coca_scale.model.coca import unit
 from coca_scale.openclip.alone import open_clip_module
+from coca_scale.recipe.data import DataSection
 from coca_scale.recipe.files import read_text
-from coca_scale.recipe.schema import DataSection
 
 _openclip = open_clip_module("zero_shot_metadata")
 

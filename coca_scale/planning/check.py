@@ -26,7 +26,7 @@ from coca_scale.model import CoCa, ModelConfig
 from coca_scale.model.freeze import freeze
 from coca_scale.planning.memory import state_bytes
 from coca_scale.recipe import BatchSplit, Recipe
-from coca_scale.recipe.schema import WeightedShards
+from coca_scale.recipe.data import WeightedShards
 
 TRIED_SAMPLES = 64
 

@@ -1,7 +1,7 @@
 """Every key of a recipe, with its type, unit, range and default.
 
-This module is the only description of recipes: loading, error messages and `recipes/schema.json`
-are all made from it.
+This module, with `data.py` for the data section, is the only description of recipes: loading, error
+messages and `recipes/schema.json` are all made from it.
 """
 
 from __future__ import annotations
@@ -9,17 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-
-
-class Section(BaseModel):
-    """A part of a recipe: unknown keys are errors, and nothing is converted silently."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+from coca_scale.recipe.data import DataSection
+from coca_scale.recipe.section import NonNegativeInt, PositiveInt, Section
 
 
 class RunSection(Section):
@@ -76,130 +69,6 @@ class ModelSection(Section):
                     f"{tower}_unlocked_groups means nothing without lock_{tower}: true"
                 )
         return self
-
-
-class WeightedShards(Section):
-    """Shards with the number of times an epoch has each of them."""
-
-    shards: str | Annotated[list[str], Field(min_length=1)] = Field(
-        description="Patterns as in data.train."
-    )
-    weight: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = Field(
-        1.0, description="Upsampling factor; for a fraction, shards take turns."
-    )
-
-
-class FieldRule(Section):
-    """What a field of a sample's .json must be; a sample without it is left out."""
-
-    min: float | None = Field(None, description="Smallest number.")
-    max: float | None = Field(None, description="Largest number.")
-    one_of: Annotated[list[str | int | bool], Field(min_length=1)] | None = Field(
-        None, description="Values it may have."
-    )
-
-    def accepts(self, value: object) -> bool:
-        """Whether a value satisfies all that is set."""
-        if self.one_of is not None and value not in self.one_of:
-            return False
-        if self.min is None and self.max is None:
-            return value is not None
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            return False
-        low = self.min is None or value >= self.min
-        return low and (self.max is None or value <= self.max)
-
-
-class DataFilters(Section):
-    """Samples to leave out; they are counted, but not as bad."""
-
-    min_side: PositiveInt | None = Field(None, description="Shortest side of a picture, in pixels.")
-    max_aspect_ratio: Annotated[float, Field(ge=1.0)] | None = Field(
-        None, description="Longest side over shortest side."
-    )
-    fields: dict[str, FieldRule] = Field(
-        default_factory=dict,
-        description="Conditions on fields of the .json: {similarity: {min: 0.28}, "
-        "LANGUAGE: {one_of: [en]}}.",
-    )
-
-
-def _sources(value: object) -> object:
-    """One pattern, or a list of patterns and weighted ones, as a list of weighted ones."""
-    entries = value if isinstance(value, list) else [value]
-    return [{"shards": entry} if isinstance(entry, str) else entry for entry in entries]
-
-
-Sources = Annotated[
-    list[WeightedShards],
-    Field(min_length=1),
-    BeforeValidator(_sources, json_schema_input_type=str | list[str | WeightedShards]),
-]
-
-
-class DataSection(Section):
-    """Where samples come from and in which order they are taken."""
-
-    train: Sources = Field(
-        description="WebDataset shards (folder, path, {000..999} braces, glob, http(s)://, s3://, "
-        "gs://, pipe:), a list of them or of {shards: …, weight: 2.0}, a .csv/.tsv file, or "
-        "synthetic://shapes?count=N."
-    )
-    val: Sources | None = Field(
-        None, description="Validation data, same forms; null turns validation off."
-    )
-    mean_tokens: Annotated[float, Field(ge=2.0)] = Field(
-        20.0,
-        description="Tokens of a caption on average, start and end included, as `coca-scale data "
-        "inspect` counts them; what is planned depends on it, training does not.",
-    )
-    train_samples: PositiveInt | None = Field(
-        None, description="Samples per epoch, needed for train.epochs where it cannot be counted."
-    )
-    workers: NonNegativeInt = Field(
-        4, description="Loader processes per rank; 0 decodes in the training process."
-    )
-    lanes: PositiveInt | None = Field(
-        None,
-        description="Independent sample streams; divides global_batch, multiple of the ranks. "
-        "Fixes the sample order, so it must not change during a run. "
-        "Default: the divisor of global_batch up to 1024 that itself has most divisors.",
-    )
-    shuffle_window: PositiveInt = Field(
-        128, description="Raw samples per lane that are shuffled together while reading shards."
-    )
-    replacement: bool = Field(
-        False,
-        description="Draw the shards of an epoch with replacement, weights as chances.",
-    )
-    captions: dict[str, Annotated[float, Field(gt=0.0, allow_inf_nan=False)]] = Field(
-        default_factory=dict,
-        description="Sampling weights of several captions per picture: txt, or a field of the "
-        ".json (text or list of texts): {txt: 0.5, recaption: 0.5}. Empty: .txt, else the field "
-        "caption.",
-    )
-    filters: DataFilters = Field(
-        default_factory=lambda: DataFilters(),
-        description="min_side (pixels), max_aspect_ratio, fields: conditions on the .json, such "
-        "as {similarity: {min: 0.28}, LANGUAGE: {one_of: [en]}}.",
-    )
-    retries: NonNegativeInt = Field(5, description="Further attempts to read a part of a shard.")
-    timeout_seconds: Annotated[float, Field(gt=0.0)] = Field(
-        60.0, description="Longest wait for 4 MiB of a remote shard."
-    )
-    cache_dir: str | None = Field(None, description="Keep copies of remote shards in this folder.")
-    cache_gigabytes: Annotated[float, Field(gt=0.0)] | None = Field(
-        None, description="Most that is kept in cache_dir; further shards are streamed."
-    )
-    image_column: str = Field("filepath", description="CSV/TSV column with the image path.")
-    caption_column: str = Field("title", description="CSV/TSV column with the caption.")
-    crop_scale_min: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
-        0.9,
-        description="Smallest area fraction of the random training crop; 1 uses the centre crop.",
-    )
-    max_bad_fraction: Fraction = Field(
-        0.1, description="Share of unusable samples above which the run stops."
-    )
 
 
 class LossSection(Section):

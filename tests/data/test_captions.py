@@ -14,7 +14,7 @@ from coca_scale.data.loader import decode_sample
 from coca_scale.data.rules import SampleRules
 from coca_scale.data.sample import BadSample
 from coca_scale.recipe import RecipeError
-from coca_scale.recipe.schema import DataFilters
+from coca_scale.recipe.data import DataFilters
 from tests.conftest import tiny_recipe
 from tests.data.test_lanes import encoded, loader
 

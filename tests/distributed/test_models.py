@@ -84,7 +84,7 @@ def test_learns_resumes_captions_and_exports(trained, kind):
     assert all(loaded.weights[name].equal(exported.weights[name]) for name in loaded.weights)
     if not kind.startswith("clip"):
         from coca_scale.data.sources import open_source
-        from coca_scale.recipe.schema import DataSection
+        from coca_scale.recipe.data import DataSection
 
         source = open_source(
             "synthetic://shapes?count=3&size=48", DataSection(train="synthetic://shapes"), 0

@@ -47,7 +47,7 @@ def evaluate_on_rank(rank, ranks, model, folder, limit):
     from coca_scale.evaluation.zeroshot import ZeroShot, open_labelled
     from coca_scale.inference.generation_options import GenerationOptions
     from coca_scale.inference.load import load_model
-    from coca_scale.recipe.schema import DataSection
+    from coca_scale.recipe.data import DataSection
 
     world = start_world(60) if ranks > 1 else World.alone(torch.device("cpu"))
     encoder = LoadedEncoder(load_model(model), world)
