@@ -3,12 +3,13 @@
     python docs/generate.py
 
 writes recipes/schema.json, docs/keys.md, docs/memory.svg and, between their marks, the tables of
-recipes in docs/recipes.md and README.md and of OpenCLIP's options in docs/migration.md. Some
-minutes: every recipe's costs are counted.
+recipes in docs/recipes.md and README.md, of OpenCLIP's options in docs/migration.md and of modules
+in docs/code.md. Some minutes: every recipe's costs are counted.
 """
 
 from __future__ import annotations
 
+import ast
 import io
 import re
 from collections.abc import Mapping
@@ -205,6 +206,36 @@ def _length(plan: Plan) -> str:
     return f"{hours:,.0f} h" if hours < 48 else f"{plan.days:,.1f} days"
 
 
+ROOMS = (  # as imports go, from top to bottom
+    *("cli", "training", "reports", "doctor", "planning", "evaluation", "inference", "engine"),
+    *("data", "openclip", "model", "losses", "recipe"),
+)
+
+
+def code_tree() -> str:
+    """Every room and module with the first sentence of its docstring."""
+    package = ROOT / "coca_scale"
+    lines = ["```text", "coca_scale/"]
+    for path in (package / "train.py", package / "errors.py"):
+        lines.append(_tree_line(path, 2))
+    for room in ROOMS:
+        lines.append(f"  {room + '/':<24}{_first_sentence(package / room / '__init__.py')}")
+        modules = sorted((package / room).glob("*.py"))
+        lines += [_tree_line(path, 4) for path in modules if path.name != "__init__.py"]
+    return "\n".join([*lines, "```"]) + "\n"
+
+
+def _tree_line(path: Path, indent: int) -> str:
+    return f"{' ' * indent + path.name:<26}{_first_sentence(path)}"
+
+
+def _first_sentence(path: Path) -> str:
+    """Of a module's docstring, on one line."""
+    text = ast.get_docstring(ast.parse(path.read_text())) or ""
+    words = " ".join(text.split("\n\n")[0].split())
+    return re.split(r"(?<=\.) (?=[A-Z`])", words, maxsplit=1)[0].rstrip(".")
+
+
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     lines = [head, tuple("---" for _ in head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
@@ -259,7 +290,7 @@ def pages() -> dict[Path, str]:
     """All generated texts by path; pictures are not in it."""
     rows = plan_all()
     readme, recipes = ROOT / "README.md", ROOT / "docs" / "recipes.md"
-    migration = ROOT / "docs" / "migration.md"
+    migration, code = ROOT / "docs" / "migration.md", ROOT / "docs" / "code.md"
     return {
         ROOT / "recipes" / "schema.json": schema_json(),
         ROOT / "docs" / "keys.md": keys_page(),
@@ -268,6 +299,7 @@ def pages() -> dict[Path, str]:
             between(recipes.read_text(), "recipes", recipe_table(rows)), "scores", scores_table()
         ),
         migration: between(migration.read_text(), "options", options_table()),
+        code: between(code.read_text(), "tree", code_tree()),
     }
 
 

@@ -1,4 +1,8 @@
-"""AdamW parameter groups."""
+"""The optimizer: what it is, what it keeps, and its parameter groups.
+
+Another one is made in `_make`, and says its state in `MOMENTS`: from that follow the memory that is
+planned, and what a checkpoint carries into a run of another layout.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,8 @@ from coca_scale.model import CoCa
 from coca_scale.model.freeze import layer_scales
 from coca_scale.recipe.schema import OptimSection
 
+LABEL = "AdamW"
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of every weight, in fp32, as the optimizer's state names them
 NOT_DECAYED = (
     *("class_embedding", "position_embedding", "pooler.query"),
     *("cls_token", "reg_token", "pos_embed"),  # timm
@@ -21,7 +27,7 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim >= 2 and not name.endswith(NOT_DECAYED)
 
 
-def make_optimizer(model: CoCa, optim: OptimSection) -> tuple[torch.optim.AdamW, list[float]]:
+def make_optimizer(model: CoCa, optim: OptimSection) -> tuple[torch.optim.Optimizer, list[float]]:
     """AdamW (Loshchilov & Hutter 2019) over the parameters that train.
 
     Returns:
@@ -38,14 +44,14 @@ def make_optimizer(model: CoCa, optim: OptimSection) -> tuple[torch.optim.AdamW,
     listed = [
         {"params": groups[key], "weight_decay": optim.weight_decay * key[1]} for key in ordered
     ]
-    return _adamw(listed, optim), [scale for scale, _ in ordered]
+    return _make(listed, optim), [scale for scale, _ in ordered]
 
 
-def make_scale_optimizer(parameter: nn.Parameter, optim: OptimSection) -> torch.optim.AdamW:
-    """The same AdamW for the replicated logit scale, without decay."""
-    return _adamw([{"params": [parameter], "weight_decay": 0.0}], optim)
+def make_scale_optimizer(parameter: nn.Parameter, optim: OptimSection) -> torch.optim.Optimizer:
+    """The same one for the replicated logit scale, without decay."""
+    return _make([{"params": [parameter], "weight_decay": 0.0}], optim)
 
 
-def _adamw(groups: list[dict], optim: OptimSection) -> torch.optim.AdamW:
+def _make(groups: list[dict], optim: OptimSection) -> torch.optim.Optimizer:
     betas = (optim.beta1, optim.beta2)
     return torch.optim.AdamW(groups, lr=optim.lr, betas=betas, eps=optim.eps, fused=True)

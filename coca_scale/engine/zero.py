@@ -43,11 +43,11 @@ from deepspeed.utils import (
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from torch import Tensor, nn
 
+from coca_scale.engine.optimizer import MOMENTS
 from coca_scale.engine.writing import FileWriter
 from coca_scale.errors import UserError
 
 STATE_TAG = "state"  # of the one state that a checkpoint folder has
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Layout(NamedTuple):
@@ -153,7 +153,7 @@ class ZeroEngine:
         self._engine.load_checkpoint(str(folder), tag=STATE_TAG)
 
     def load_universal(self, folder: Path, optimizer_steps: int) -> None:
-        """Fill weights and AdamW state of a new engine from the universal format."""
+        """Fill weights and optimizer state of a new engine from the universal format."""
         self._prepare_moments(optimizer_steps)
         zero = folder / "zero"
         for key in (None, *MOMENTS):
@@ -161,11 +161,11 @@ class ZeroEngine:
         self._round_masters()
 
     def set_state(self, full: Callable[[str], Tensor], key: str | None = None) -> None:
-        """Fill this rank's part of the fp32 masters, or of the AdamW state `key`.
+        """Fill this rank's part of the fp32 masters, or of the optimizer state `key`.
 
         Args:
             full: the values of a whole parameter, by its name.
-            key: one of MOMENTS.
+            key: one of `optimizer.MOMENTS`.
         """
         for name, parameter in self._trained():
             if isinstance(self._engine.optimizer, DeepSpeedZeroOptimizer_Stage3):
@@ -208,14 +208,16 @@ class ZeroEngine:
         optimizer.checkpoint_event_epilogue()
 
     def _prepare_moments(self, steps: int) -> None:
-        """Give every flat master its AdamW state, which DeepSpeed makes with the first step."""
+        """Give every flat master its optimizer state, which DeepSpeed makes with the first step."""
         optimizer = self._engine.optimizer
         for number, master in enumerate(self.masters()):
             state = optimizer.optimizer.state[master]
             for key in MOMENTS:
                 if key not in state:
                     state[key] = torch.zeros_like(master)
-            state["step"] = torch.tensor(float(steps), device=master.device)  # AdamW is fused
+            state["step"] = torch.tensor(
+                float(steps), device=master.device
+            )  # as fused ones want
             if self._stage < 3:
                 _link_moments(optimizer, number, master, state)
 

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit, urlunsplit
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
+from coca_scale.engine.optimizer import LABEL as OPTIMIZER
 from coca_scale.errors import UserError
 from coca_scale.evaluation.kinds import KINDS, by_kind
 from coca_scale.evaluation.results import Kind
@@ -188,7 +189,7 @@ def _training_facts(record: RunRecord) -> dict[str, str]:
         "samples seen": f"{last['samples_seen']:,} in {last['step']:,} steps of "
         f"{last['global_batch']:,}",
         "loss": " + ".join(f"{recipe.get(f'loss.{name}_weight')} × {name}" for name in LABELS),
-        "optimizer": f"AdamW, lr {recipe.get('optim.lr')}, weight decay "
+        "optimizer": f"{OPTIMIZER}, lr {recipe.get('optim.lr')}, weight decay "
         f"{recipe.get('optim.weight_decay')}, {recipe.get('schedule.name')} schedule, "
         f"{recipe.get('schedule.warmup_steps')} steps of warm-up",
         "engine": f"DeepSpeed ZeRO {recipe.get('engine.zero_stage')}, "
