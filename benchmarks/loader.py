@@ -132,6 +132,14 @@ def memory(shards: str, batches: int) -> list[int]:
     return found
 
 
+def show(result: dict[str, Any], out: Path | None) -> None:
+    """Print a result, and write it to a file."""
+    text = json.dumps(result, indent=1)
+    print(text)
+    if out is not None:
+        out.write_text(text + "\n")
+
+
 def main() -> None:
     """Measure, print, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -157,10 +165,7 @@ def main() -> None:
         if arguments.memory_batches:
             result["resident_megabytes"] = memory(shards, arguments.memory_batches)
             result["samples_of_memory_run"] = arguments.memory_batches * BATCH
-    text = json.dumps(result, indent=1)
-    print(text)
-    if arguments.out is not None:
-        arguments.out.write_text(text + "\n")
+    show(result, arguments.out)
 
 
 if __name__ == "__main__":

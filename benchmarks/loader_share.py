@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from loader import write_data
+from loader import show, write_data
 
 SKIPPED_LINES = 2
 RECIPE = Path(__file__).parents[1] / "recipes" / "tiny.yaml"
@@ -55,10 +55,7 @@ def main() -> None:
             for workers in (0, 1, 2)
         }
     result = {"date": time.strftime("%Y-%m-%d"), "cores": os.cpu_count(), "workers": by_workers}
-    text = json.dumps(result, indent=1)
-    print(text)
-    if arguments.out is not None:
-        arguments.out.write_text(text + "\n")
+    show(result, arguments.out)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ from coca_scale.cli.arguments import (
 from coca_scale.cli.inputs import data_section, load, open_inputs, ranks
 
 if TYPE_CHECKING:
+    from coca_scale.evaluation.pictures import InputPictures
     from coca_scale.evaluation.results import Evaluator, Result
 else:
     Evaluator = Any  # read at run time with the verbs' other annotations; its module is slow
@@ -96,14 +97,14 @@ def _run(
     raw_weights: bool,
 ) -> None:
     """Evaluate, on as many ranks as a launcher has started."""
-    from coca_scale.evaluation.encoder import Feeding, LoadedEncoder
+    from coca_scale.evaluation.encoder import Feeding, loaded_encoder
 
     with ranks() as world:
         evaluator = world.agree(make)
         loaded = load(model, config, raw_weights, precision, world)
         with progress_bar("pictures", world.rank == 0) as progress:
             feeding = Feeding(batch_size, limit, progress)
-            result = evaluator.run(LoadedEncoder(loaded, world), feeding)
+            result = evaluator.run(loaded_encoder(loaded, world), feeding)
         if world.rank == 0:
             _report(result, model, data, out)
 
@@ -119,6 +120,15 @@ def _report(result: Result, model: str, data: list[str], out: Path | None) -> No
         content = {"model": model, "data": data, **result.json()}
         out.write_text(json.dumps(content, indent=1) + "\n")
         typer.echo(f"scores: {out}")
+
+
+def _captioned(
+    data: list[str], image_column: str, caption_column: str, images: Path | None, split: str | None
+) -> InputPictures:
+    from coca_scale.evaluation.pictures import InputPictures
+
+    parts = open_inputs(data, image_column, caption_column, images, split, captions_needed=True)
+    return InputPictures(parts)
 
 
 @_verb("zeroshot")
@@ -158,11 +168,10 @@ def eval_retrieval(
 
     Example: coca-scale eval retrieval runs/large dataset_coco.json --images coco/ --split test
     """
-    from coca_scale.evaluation.pictures import InputPictures
     from coca_scale.evaluation.retrieval import Retrieval
 
-    parts = open_inputs(data, image_column, caption_column, images, split, captions_needed=True)
-    return Retrieval(InputPictures(parts), equal_captions)
+    columns = (image_column, caption_column)
+    return Retrieval(_captioned(data, *columns, images, split), equal_captions)
 
 
 @_verb("captioning")
@@ -182,9 +191,8 @@ def eval_captioning(
     Example: coca-scale eval captioning runs/large dataset_coco.json --images coco/ --split test
     """
     from coca_scale.evaluation.captioning_scores import Captioning
-    from coca_scale.evaluation.pictures import InputPictures
     from coca_scale.inference.generation_options import GenerationOptions
 
     options = GenerationOptions(METHODS[method], max_length, min_length, num_beams)
-    parts = open_inputs(data, image_column, caption_column, images, split, captions_needed=True)
-    return Captioning(InputPictures(parts), options)
+    columns = (image_column, caption_column)
+    return Captioning(_captioned(data, *columns, images, split), options)

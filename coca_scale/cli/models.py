@@ -155,7 +155,7 @@ def caption_command(
     """
     from coca_scale.evaluation import captioning
     from coca_scale.evaluation.caption_job import CaptionJob
-    from coca_scale.evaluation.encoder import LoadedEncoder
+    from coca_scale.evaluation.encoder import loaded_encoder
     from coca_scale.inference.generation_options import GenerationOptions
 
     options = GenerationOptions(
@@ -178,7 +178,7 @@ def caption_command(
         parts = world.agree(
             lambda: open_inputs(inputs, *columns, images, split, captions_needed=False)
         )
-        encoder = LoadedEncoder(load(model, config, raw_weights, precision, world), world)
+        encoder = loaded_encoder(load(model, config, raw_weights, precision, world), world)
         captioner = world.agree(lambda: captioning.Captioner(encoder, options, prompt, batch_size))
         settings = {"model": model, "raw_weights": raw_weights, "inputs": inputs, "prompt": prompt}
         settings |= {"precision": precision.value, "split": split, **asdict(options)}

@@ -156,7 +156,7 @@ class TrainEngine:
         """Forward and backward of a share that is one micro-batch."""
         gathers: list[FeatureGather] = []  # begun when the towers are through
         features, sums = self._zero(
-            self._prepare(batch.images),
+            self.prepare(batch.images),
             batch.captions,
             on_features=lambda found: gathers.append(self._objective.gather(found)),
             sample_ids=batch.sample_ids,
@@ -171,7 +171,7 @@ class TrainEngine:
         terms = self._feature_terms(self._objective.gather(self._all_features(batches)))
         for number, batch in enumerate(batches):
             features, sums = self._zero(
-                self._prepare(batch.images), batch.captions, sample_ids=batch.sample_ids
+                self.prepare(batch.images), batch.captions, sample_ids=batch.sample_ids
             )
             tally.add(features, sums)
             grads = terms.grad_features
@@ -187,7 +187,7 @@ class TrainEngine:
         """[n, 2, d]."""
         found = [
             self._zero(
-                self._prepare(batch.images),
+                self.prepare(batch.images),
                 batch.captions,
                 features_only=True,
                 sample_ids=batch.sample_ids,
@@ -219,9 +219,6 @@ class TrainEngine:
         assert len(batches) == self._batch_split.accumulation, "not the batch that was split"
         return batches
 
-    def _prepare(self, images: Tensor) -> Tensor:
-        return normalize_pixels(images, self.dtype)
-
     def _set_learning_rate(self, lr: float) -> None:
         self._zero.set_learning_rates([lr * scale for scale in self._lr_scales])
         for group in self._scale_optimizer.param_groups:
@@ -233,22 +230,13 @@ class TrainEngine:
         self._scale_optimizer.step()
         self._logit_scale.clamp_()
 
-    @torch.no_grad()
-    def encode_images(self, images: Tensor) -> Tensor:
-        """Unit features [n, d] in fp32 of uint8 images, without gradients."""
-        return self.module.encode_image(self.eval_images(images)).float()
+    def prepare(self, images: Tensor) -> Tensor:
+        """uint8 images [n, 3, H, W] as the towers take them. Local."""
+        return normalize_pixels(images.to(self.world.device), self.dtype)
 
-    @torch.no_grad()
-    def encode_texts(self, tokens: Tensor) -> Tensor:
-        """Unit features [n, d] in fp32 of token ids, without gradients."""
+    def evaluate(self) -> None:
+        """Evaluation mode, until the next step. Local."""
         self._zero.train(False)
-        return self.module.encode_text(tokens.to(self.world.device)).float()
-
-    @torch.no_grad()
-    def eval_images(self, images: Tensor) -> Tensor:
-        """uint8 images ready for the towers, with the model in evaluation mode."""
-        self._zero.train(False)
-        return self._prepare(images.to(self.world.device))
 
     def add_file(self, path: Path, content: bytes) -> None:
         """Let the next `save_state` write one more file."""

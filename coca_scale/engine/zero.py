@@ -215,9 +215,7 @@ class ZeroEngine:
             for key in MOMENTS:
                 if key not in state:
                     state[key] = torch.zeros_like(master)
-            state["step"] = torch.tensor(
-                float(steps), device=master.device
-            )  # as fused ones want
+            state["step"] = torch.tensor(float(steps), device=master.device)  # as fused ones want
             if self._stage < 3:
                 _link_moments(optimizer, number, master, state)
 

@@ -1,6 +1,6 @@
 """What is evaluated: something that encodes pictures and captions, and writes captions.
 
-A loaded model is one (`LoadedEncoder`), the training engine under ZeRO-3 another
+A loaded model is one (`loaded_encoder`), the training engine under ZeRO-3 another
 (`training/validation.py`). Evaluators see no difference, and none between one rank and many:
 `rounds.py` deals the work to ranks.
 """
@@ -19,7 +19,7 @@ from coca_scale.engine.world import World
 from coca_scale.inference.generate import Generated, generate
 from coca_scale.inference.generation_options import GenerationOptions
 from coca_scale.inference.load import LoadedModel
-from coca_scale.model import ModelConfig
+from coca_scale.model import CoCa, ModelConfig
 
 Progress = Callable[[int, int | None], None]  # pictures done, and in all where that is known
 
@@ -62,29 +62,37 @@ class Encoder(Protocol):
 
 
 @dataclass(frozen=True)
-class LoadedEncoder:
-    """A loaded model, whole on every rank."""
+class CocaEncoder:
+    """A CoCa or CLIP of this package, in evaluation mode; an `Encoder`.
 
-    loaded: LoadedModel
+    Attributes:
+        world: the ranks.
+        coca: the model, whole on every rank or sharded over them.
+        tokenizer: of the model.
+        prepare: uint8 pixels [n, 3, H, W] → images on its device, in its dtype.
+        same_steps: write captions in as many steps on every rank, as a sharded model needs it.
+    """
+
     world: World
+    coca: CoCa
+    tokenizer: Tokenizer
+    prepare: Callable[[Tensor], Tensor]
+    same_steps: bool
 
     @property
     def config(self) -> ModelConfig:
         """Of the model."""
-        return self.loaded.config
+        return self.coca.config
 
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """Of the model."""
-        return self.loaded.tokenizer
-
+    @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> Tensor:
-        """uint8 pixels [n, 3, H, W] → unit features, fp32 [n, d]."""
-        return self.loaded.encode_image(self.loaded.normalize(pixels)).float()
+        """As of `Encoder`."""
+        return self.coca.encode_image(self.prepare(pixels)).float()
 
+    @torch.no_grad()
     def encode_texts(self, tokens: Tensor) -> Tensor:
-        """Token ids [n, T] → unit features, fp32 [n, d]."""
-        return self.loaded.encode_text(tokens).float()
+        """As of `Encoder`."""
+        return self.coca.encode_text(tokens.to(self.world.device)).float()
 
     def write(
         self,
@@ -93,9 +101,22 @@ class LoadedEncoder:
         prompts: Sequence[Sequence[int]],
         seeds: Sequence[int],
     ) -> Generated:
-        """Captions of uint8 pixels [n, 3, H, W]."""
-        images, coca = self.loaded.normalize(pixels), self.loaded.model.coca
-        return generate(coca, images, self.tokenizer, options, prompts=prompts, seeds=seeds)
+        """As of `Encoder`."""
+        return generate(
+            self.coca,
+            self.prepare(pixels),
+            self.tokenizer,
+            options,
+            prompts=prompts,
+            seeds=seeds,
+            same_steps=self.same_steps,
+        )
+
+
+def loaded_encoder(loaded: LoadedModel, world: World) -> CocaEncoder:
+    """A loaded model on the world's device, whole on every rank."""
+    coca = loaded.model.coca
+    return CocaEncoder(world, coca, loaded.tokenizer, loaded.normalize, same_steps=False)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ Left to itself it comes on every rank at another time, and all ranks wait for ea
 from __future__ import annotations
 
 import gc
-from types import TracebackType
 
 
 class GarbageCollection:
@@ -31,12 +30,7 @@ class GarbageCollection:
         if self._every is not None and step % self._every == 0:
             gc.collect()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._every is not None:
             gc.enable()
             gc.unfreeze()

@@ -2,72 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-
-from torch import Tensor
 
 from coca_scale.data.sample import Source
 from coca_scale.data.tokens import Tokenizer
 from coca_scale.engine.train_engine import TrainEngine
-from coca_scale.engine.world import World
 from coca_scale.evaluation.captioning import Captioned
 from coca_scale.evaluation.captioning_scores import Captioning
-from coca_scale.evaluation.encoder import Feeding
+from coca_scale.evaluation.encoder import CocaEncoder, Feeding
 from coca_scale.evaluation.pictures import BadPicture, Picture, first_pictures
 from coca_scale.evaluation.results import Evaluator, Result
 from coca_scale.evaluation.retrieval import Retrieval
 from coca_scale.evaluation.zeroshot import Labelled, ZeroShot
-from coca_scale.inference.generate import Generated, generate
 from coca_scale.inference.generation_options import GenerationOptions
-from coca_scale.model import ModelConfig
 from coca_scale.recipe.schema import EvalSection
 
 GREEDY = GenerationOptions("greedy", min_seq_len=0)
-
-
-@dataclass(frozen=True)
-class EngineEncoder:
-    """The model under training, sharded over the ranks."""
-
-    engine: TrainEngine
-    tokenizer: Tokenizer
-
-    @property
-    def world(self) -> World:
-        """The ranks."""
-        return self.engine.world
-
-    @property
-    def config(self) -> ModelConfig:
-        """Of the model."""
-        return self.engine.module.config
-
-    def encode_images(self, pixels: Tensor) -> Tensor:
-        """uint8 pixels [n, 3, H, W] → unit features, fp32 [n, d]."""
-        return self.engine.encode_images(pixels)
-
-    def encode_texts(self, tokens: Tensor) -> Tensor:
-        """Token ids [n, T] → unit features, fp32 [n, d]."""
-        return self.engine.encode_texts(tokens)
-
-    def write(
-        self,
-        pixels: Tensor,
-        options: GenerationOptions,
-        prompts: Sequence[Sequence[int]],
-        seeds: Sequence[int],
-    ) -> Generated:
-        """Captions of uint8 pixels [n, 3, H, W]; every rank runs the model equally often."""
-        return generate(
-            self.engine.module,
-            self.engine.eval_images(pixels),
-            self.tokenizer,
-            options,
-            prompts=prompts,
-            seeds=seeds,
-            same_steps=True,
-        )
 
 
 class HeldPictures:
@@ -150,5 +101,7 @@ class Validation:
         Raises:
             AgreedError: no rank has a usable sample, or a rank cannot read its own.
         """
-        encoder = EngineEncoder(engine, self._tokenizer)
+        engine.evaluate()
+        prepare, world = engine.prepare, engine.world
+        encoder = CocaEncoder(world, engine.module, self._tokenizer, prepare, same_steps=True)
         return ValidationResult([e.run(encoder, Feeding()) for e in self._evaluators])

@@ -41,7 +41,7 @@ def evaluate_on_rank(rank, ranks, model, folder, limit):
     from coca_scale.engine.launch import end_world, start_world
     from coca_scale.engine.world import World
     from coca_scale.evaluation.captioning_scores import Captioning
-    from coca_scale.evaluation.encoder import Feeding, LoadedEncoder
+    from coca_scale.evaluation.encoder import Feeding, loaded_encoder
     from coca_scale.evaluation.pictures import InputPictures, open_pictures
     from coca_scale.evaluation.retrieval import Retrieval
     from coca_scale.evaluation.zeroshot import ZeroShot, open_labelled
@@ -50,7 +50,7 @@ def evaluate_on_rank(rank, ranks, model, folder, limit):
     from coca_scale.recipe.data import DataSection
 
     world = start_world(60) if ranks > 1 else World.alone(torch.device("cpu"))
-    encoder = LoadedEncoder(load_model(model), world)
+    encoder = loaded_encoder(load_model(model), world)
     feeding = Feeding(batch_size=7, limit=limit)
     by_class = str(folder / "by_class")
     section = DataSection.model_validate({"train": by_class})
@@ -89,7 +89,7 @@ def fail_on_rank(rank, ranks, model, folder):
     from coca_scale.data.sample import DataError
     from coca_scale.engine.launch import end_world, start_world
     from coca_scale.errors import AgreedError
-    from coca_scale.evaluation.encoder import Feeding, LoadedEncoder
+    from coca_scale.evaluation.encoder import Feeding, loaded_encoder
     from coca_scale.evaluation.retrieval import Retrieval
     from coca_scale.inference.load import load_model
 
@@ -106,7 +106,7 @@ def fail_on_rank(rank, ranks, model, folder):
             yield from ()
 
     world = start_world(60)
-    encoder, told = LoadedEncoder(load_model(model), world), []
+    encoder, told = loaded_encoder(load_model(model), world), []
     for source in (Broken(), Empty()):
         try:
             Retrieval(source).run(encoder, Feeding())
