@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from tests.cluster.testbed import CHECKOUT, Cluster, processes
+from tests.data.shards import write_shards
 
 STEPS = 18
 BATCH = 16
@@ -20,8 +21,6 @@ class Data:
     """Shards of which a rank opens one in every step, after a pause that can be changed."""
 
     def __init__(self, folder: Path) -> None:
-        from tests.data.test_lanes import write_shards  # which imports conftest, as conftest this
-
         self._pause = folder / "pause"
         self.pause(0)
         shards = write_shards(folder, [BATCH // 2] * SHARDS)

@@ -10,7 +10,7 @@ import zlib
 import numpy as np
 
 from coca_scale.data.manifest import MANIFEST
-from tests.data.test_lanes import encoded
+from tests.data.shards import encoded
 
 EVERY = 20  # samples: 5 % of each kind
 

@@ -23,7 +23,8 @@ from coca_scale.data.storage import StorageOptions
 from coca_scale.data.tokens import ClipTokenizer, clip_bpe_prefix, make_tokenizer
 from coca_scale.model import load_model_config
 from tests.conftest import tiny_recipe
-from tests.data.test_lanes import encoded, loader, write_shards
+from tests.data.loading import loader
+from tests.data.shards import encoded, write_shards
 
 DATA = tiny_recipe().data
 RULES = SampleRules({}, DATA.filters)

@@ -16,7 +16,8 @@ from coca_scale.data.sample import BadSample
 from coca_scale.recipe import RecipeError
 from coca_scale.recipe.data import DataFilters
 from tests.conftest import tiny_recipe
-from tests.data.test_lanes import encoded, loader
+from tests.data.loading import loader
+from tests.data.shards import encoded
 
 FIELDS = {
     "caption": "alt text",

@@ -23,7 +23,7 @@ from coca_scale.data.sources import open_source, train_crop
 from coca_scale.data.tokens import make_tokenizer
 from coca_scale.model import load_model_config
 from tests.conftest import tiny_recipe
-from tests.data.test_lanes import write_shards
+from tests.data.shards import write_shards
 
 LANES = 24  # deals to 1, 2 and 4 ranks
 BATCH = 48

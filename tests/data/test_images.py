@@ -15,7 +15,8 @@ from PIL.JpegImagePlugin import JpegImageFile
 from coca_scale.data.images import TrainCrop, decode_image, train_pixels
 from coca_scale.data.prefetch import Prefetcher
 from coca_scale.data.sample import BadSample, DataError
-from tests.data.test_lanes import loader, write_shards
+from tests.data.loading import loader
+from tests.data.shards import write_shards
 
 
 def photo(size, **options):

@@ -2,66 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 from collections import Counter
 
 import pytest
 import torch
-from PIL import Image
-from webdataset import TarWriter
 
-from coca_scale.data.loader import TrainDataset, TrainLoader, deal_lanes
+from coca_scale.data.loader import deal_lanes
 from coca_scale.data.sample import DataError
-from coca_scale.data.sources import open_source, train_crop
-from coca_scale.data.tokens import make_tokenizer
-from coca_scale.model import load_model_config
-from tests.conftest import tiny_recipe
-
-BATCH = 12
-
-
-def encoded(colour=(200, 30, 30), mode="RGB", size=(24, 24), form="JPEG"):
-    buffer = io.BytesIO()
-    Image.new(mode, size, colour).save(buffer, form)
-    return buffer.getvalue()
-
-
-def write_shards(folder, counts):
-    picture = encoded()
-    for number, count in enumerate(counts):
-        with TarWriter(str(folder / f"{number:03d}.tar")) as writer:
-            for i in range(count):
-                caption = f"picture {number} {i}"
-                writer.write({"__key__": f"{number}_{i}", "jpg": picture, "txt": caption})
-    return str(folder / f"{{000..{len(counts) - 1:03d}}}.tar")
-
-
-def loader(train, rank, ranks, workers=0, saved=None, lanes=12, **data):
-    recipe = tiny_recipe(data__train=train, data__shuffle_window=4, **data)
-    dataset = TrainDataset(
-        source=open_source(train, recipe.data, 0),
-        tokenizer=make_tokenizer(load_model_config("coca_tiny")),
-        crop=train_crop(recipe.data, 48),
-        seed=0,
-        lanes=lanes,
-        samples_per_lane=BATCH // lanes,
-        states=deal_lanes(lanes, rank, ranks, saved),
-    )
-    return TrainLoader(dataset, workers)
-
-
-def steps(train, count, ranks=1, workers=0, saved=None, lanes=12, **data):
-    """Keys per step over all ranks, the lane states after the last one, and the pixels."""
-    streams = [iter(loader(train, r, ranks, workers, saved, lanes, **data)) for r in range(ranks)]
-    keys, pixels, states = [], [], {}
-    for _ in range(count):
-        batches = [next(stream) for stream in streams]
-        keys.append([key for batch in batches for key in batch.keys])
-        pixels.append(torch.cat([batch.images for batch in batches]))
-        for batch in batches:
-            states.update(batch.lanes)
-    return keys, [list(states[lane]) for lane in sorted(states)], torch.stack(pixels)
+from tests.data.loading import steps
+from tests.data.shards import encoded, write_shards
 
 
 @pytest.fixture(scope="module", params=["shards", "few_shards", "table", "synthetic"])

@@ -9,7 +9,7 @@ import torch
 
 from coca_scale.data.lengths import balanced_order
 from coca_scale.data.loader import TrainLoader
-from tests.data.test_lanes import loader
+from tests.data.loading import loader
 
 
 def test_totals_differ_by_at_most_the_longest_caption():

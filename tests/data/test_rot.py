@@ -23,8 +23,8 @@ from coca_scale.data.tokens import ClipTokenizer, make_tokenizer
 from coca_scale.model import load_model_config
 from tests.conftest import tiny_recipe
 from tests.data.rot import BOMB, rot_shards, write_rotten_shards
-from tests.data.test_lanes import encoded
-from tests.distributed.test_run import start
+from tests.data.shards import encoded
+from tests.distributed.launching import start
 
 LANES = 8
 RNG = np.random.default_rng(0)

@@ -23,7 +23,8 @@ from coca_scale.data.sources import open_source
 from coca_scale.data.storage import StorageOptions, open_shard, read_whole
 from tests.conftest import tiny_recipe
 from tests.data.faulty_server import FAULTS, FaultyProxy
-from tests.data.test_lanes import steps, write_shards
+from tests.data.loading import steps
+from tests.data.shards import write_shards
 from tests.ranks import free_port
 
 SHARDS = 24
@@ -248,7 +249,7 @@ def test_a_server_that_is_not_there(folder):
 
 STUCK = """
 import multiprocessing, subprocess, sys, time
-from tests.data.test_lanes import loader
+from tests.data.loading import loader
 stream = iter(loader("pipe:sleep 90", 0, 1, workers=2, data__timeout_seconds=300))
 time.sleep(1)
 workers = multiprocessing.active_children()

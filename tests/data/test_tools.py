@@ -21,7 +21,7 @@ from coca_scale.data.sources import open_source
 from coca_scale.recipe.files import sha256_of
 from tests.conftest import tiny_recipe
 from tests.data.rot import rot_shards, write_rotten_shards
-from tests.data.test_lanes import write_shards
+from tests.data.shards import write_shards
 
 DATA = tiny_recipe().data
 

@@ -18,19 +18,10 @@ from coca_scale.cli import app
 from coca_scale.data.synthetic import Shapes
 from coca_scale.engine.checkpoint import find_checkpoint, verify_checkpoint
 from coca_scale.errors import UserError
-from tests.ranks import TrainingRanks, free_port
+from tests.data.shards import write_shards
+from tests.distributed.launching import TINY, start
+from tests.ranks import free_port
 from tests.training.transactions import history, records
-
-TINY = [
-    "data.train=synthetic://shapes?count=512&size=48",
-    "data.val=synthetic://shapes?split=val&count=12&size=48",
-    "eval.every_steps=null",
-    "train.global_batch=16",
-    "train.micro_batch=4",
-    "train.steps=12",
-    "checkpoint.every_steps=3",
-    "log.every_steps=1",
-]
 
 
 def under_deepspeed(*arguments):
@@ -50,12 +41,6 @@ def under_deepspeed(*arguments):
         timeout=300,
     )
     return done.returncode, done.stdout
-
-
-def start(folder, *arguments):
-    """The same without a launcher."""
-    common = ("--recipe", "recipes/tiny.yaml", *TINY, f"run.dir={folder}")
-    return TrainingRanks(folder.with_suffix(".log"), *common, *arguments)
 
 
 def losses(folder):
@@ -280,8 +265,6 @@ def test_mistakes_end_all_ranks_with_one_line(overrides, code, message, tmp_path
 
 @pytest.mark.slow
 def test_bad_data_on_one_rank_ends_the_others_too(tmp_path):
-    from tests.data.test_lanes import write_shards
-
     shard = write_shards(tmp_path, [40])
     job = start(
         tmp_path / "r",

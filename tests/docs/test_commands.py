@@ -10,27 +10,10 @@ import pytest
 import yaml
 
 from tests.docs.blocks import PAGES, ROOT, Block, blocks, commands
+from tests.docs.elsewhere import elsewhere
 from tests.docs.sandbox import shell, tiny_text
 
-# not run by these tests, and why
-ELSEWHERE = {
-    "make ": "CI runs demo and tests themselves",
-    "docker ": "tests/docker builds the image with buildah, and runs doctor in it",
-    "SHARDS=": "compose is not here; tests/docker compares its file with the image",
-    "DATA=": "compose is not here; tests/docker compares its file with the image",
-    "apptainer ": "apptainer is not here; tests/docker compares its file with the Dockerfile",
-    "deepspeed --hostfile": "ssh between hosts is not here",
-    "sbatch ": "tests/cluster submits the shipped scripts to a real SLURM",
-    r"coca-scale publish (?!.*--dry-run)": "tests/training/test_publish.py has a hub",
-    "coca-scale slurm .* --submit": "tests/planning and tests/cluster",
-    "bash docs/journey.sh": "tests/docs/test_package.py",
-}
 MODEL_RUN = re.compile(r"\bruns/(\w+)")
-
-
-def elsewhere(command: str) -> str | None:
-    """Why a command is not run here, None if it is."""
-    return next((why for start, why in ELSEWHERE.items() if re.match(start, command)), None)
 
 
 def script_of(block: Block) -> str:

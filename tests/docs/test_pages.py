@@ -20,7 +20,7 @@ from coca_scale.recipe import recipe_from_dict
 from coca_scale.recipe.load import parse_yaml, schema_json
 from tests.browser import opened_browser, quiet_page
 from tests.docs.blocks import LANGUAGES, PAGES, ROOT, blocks, commands
-from tests.docs.test_commands import ELSEWHERE, elsewhere
+from tests.docs.elsewhere import ELSEWHERE, elsewhere
 
 RUNNABLE = ("coca-scale", "deepspeed", "torchrun", "mpirun", "clip_benchmark", "tensorboard")
 PLAIN = ("tail", "touch", "python", "bash")

@@ -12,19 +12,10 @@ import pytest
 import torch
 
 from tests.conftest import tiny_recipe
+from tests.engine.batches import BATCH, batch_of
 from tests.ranks import on_ranks
 
-BATCH, STEPS, SHORT = 16, 20, 8
-
-
-def batch_of(step):
-    generator = torch.Generator().manual_seed(step)
-    images = torch.randint(0, 256, (BATCH, 3, 48, 48), generator=generator, dtype=torch.uint8)
-    tokens = torch.zeros(BATCH, 16, dtype=torch.long)
-    for row in range(BATCH):  # uneven lengths, and a first rank with nothing to caption
-        length = 1 if row < 4 else 3 + (row + step) % 13
-        tokens[row, :length] = torch.randint(1, 1024, (length,), generator=generator)
-    return images, tokens
+STEPS, SHORT = 20, 8
 
 
 def curves_on_rank(rank, ranks, layouts):

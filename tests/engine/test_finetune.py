@@ -19,6 +19,7 @@ from coca_scale.model.freeze import freeze, layer_scales
 from coca_scale.model.weights import LOGIT_SCALE
 from coca_scale.openclip.folder import write_folder
 from tests.conftest import tiny_recipe
+from tests.engine.batches import BATCH, batch_of
 from tests.ranks import on_ranks
 from tests.variants import config_file, variant
 
@@ -246,7 +247,7 @@ def test_layer_decay_is_the_learning_rate_of_the_group():
     assert len(by_parameter) == len(named)
 
 
-BATCH, STEPS = 16, 6
+STEPS = 6
 
 
 def average_on_rank(rank, ranks, layouts, folder):
@@ -255,7 +256,6 @@ def average_on_rank(rank, ranks, layouts, folder):
     from coca_scale.engine.train_engine import TrainEngine
     from coca_scale.model import LogitScale
     from coca_scale.recipe import BatchSplit
-    from tests.engine.test_equivalence import batch_of
 
     world = start_world()
     curves = []

@@ -21,7 +21,7 @@ from coca_scale.errors import UserError
 from coca_scale.model import CoCa, load_model_config
 from coca_scale.model.weights import LOGIT_SCALE
 from coca_scale.openclip.state_dict import to_openclip
-from tests.data.test_lanes import write_shards
+from tests.data.shards import write_shards
 from tests.ranks import free_port
 
 QUICK = ("--method", "greedy", "--max-length", "8")

@@ -15,7 +15,7 @@ from coca_scale.model import load_model_config
 from coca_scale.model.weights import build_model
 from coca_scale.openclip.state_dict import from_openclip
 from tests.inference.reference import search
-from tests.model.test_parity import open_clip_model
+from tests.model.compare import open_clip_model
 
 NAMES = {"seq_len": "max_length", "min_seq_len": "min_length", "samples": "num_return_sequences"}
 

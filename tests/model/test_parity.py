@@ -1,6 +1,5 @@
 """Our models are OpenCLIP's, parameter for parameter and output for output."""
 
-import json
 from types import SimpleNamespace
 
 import open_clip
@@ -15,6 +14,7 @@ from coca_scale.model.config import parse_model_config
 from coca_scale.model.weights import LOGIT_SCALE, build_model, fit_weights
 from coca_scale.openclip.folder import read_folder, to_openclip_config, write_folder
 from coca_scale.openclip.state_dict import from_openclip, to_openclip
+from tests.model.compare import open_clip_model, relative
 from tests.variants import raw_config, variant
 
 PARAMETERS = {
@@ -25,20 +25,6 @@ PARAMETERS = {
 }
 
 
-def open_clip_model(config, folder):
-    """OpenCLIP's own model of a config, its decoder initialised, which OpenCLIP leaves undone."""
-    torch.manual_seed(0)
-    content = {"model_cfg": to_openclip_config(config)}
-    (folder / "open_clip_config.json").write_text(json.dumps(content))
-    model = open_clip.create_model(f"local-dir:{folder}", load_weights=False).eval()
-    if config.multimodal_cfg is not None:
-        torch.nn.init.normal_(model.text_decoder.text_projection, std=0.05)
-    for parameter in model.parameters():
-        if parameter.ndim == 1 and not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.02)  # biases, so that their order matters
-    return model
-
-
 def uneven_tokens(batch, length, vocabulary, end=None):
     tokens = torch.zeros(batch, length, dtype=torch.long)
     for row, words in enumerate(torch.linspace(5, length, batch).int().tolist()):
@@ -46,10 +32,6 @@ def uneven_tokens(batch, length, vocabulary, end=None):
         tokens[row, words - 1] = end if end is not None else vocabulary - 1
     tokens[-1, 4] = 0  # id 0 is also "!", and is masked wherever it stands
     return tokens
-
-
-def relative(a, b):
-    return float((a - b).norm() / b.norm())
 
 
 def reference_greedy(theirs, images, start, end, length):

@@ -24,7 +24,7 @@ from coca_scale.model.text import TextTransformer
 from coca_scale.model.timm_tower import has_batch_norm
 from coca_scale.model.weights import LOGIT_SCALE, build_model, fit_weights
 from coca_scale.openclip.state_dict import to_openclip
-from tests.model.test_parity import open_clip_model, relative
+from tests.model.compare import open_clip_model, relative
 from tests.variants import CAPTIONERS, hugging_face_folder, raw_config, variant
 
 

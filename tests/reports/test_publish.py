@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from coca_scale.cli import app
 from coca_scale.errors import UserError
 from coca_scale.reports.publish import public
-from tests.data.test_lanes import write_shards
+from tests.data.shards import write_shards
 from tests.reports.hub import GOOD, READ_ONLY, running_hub
 
 SECRET = "s3cr3t"
