@@ -1,7 +1,9 @@
-"""The rules of the house: import directions, file sizes."""
+"""The rules of the house: import directions, file sizes, helpers of tests."""
 
+import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -28,3 +30,24 @@ def test_slow_libraries_are_imported_only_where_they_are_used():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Dotted names of all that a file imports, inside functions too."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module or ''}.{alias.name}" for alias in node.names)
+
+
+def test_a_helper_of_two_tests_is_in_no_test_file():
+    files = list(Path("tests").rglob("*.py"))
+    wrong = {
+        f"{path}: {name}"
+        for path in files
+        for name in imported(path)
+        if any(part.startswith("test_") for part in name.split("."))
+    }
+    assert len(files) > 60
+    assert not wrong
