@@ -13,7 +13,7 @@ ELSEWHERE = {
     "apptainer ": "apptainer is not here; tests/docker compares its file with the Dockerfile",
     "deepspeed --hostfile": "ssh between hosts is not here",
     "sbatch ": "tests/cluster submits the shipped scripts to a real SLURM",
-    r"coca-scale publish (?!.*--dry-run)": "tests/training/test_publish.py has a hub",
+    r"coca-scale publish (?!.*--dry-run)": "tests/reports/test_publish.py has a hub",
     "coca-scale slurm .* --submit": "tests/planning and tests/cluster",
     "bash docs/journey.sh": "tests/docs/test_package.py",
 }
