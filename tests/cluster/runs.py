@@ -117,13 +117,6 @@ def settings(folder: Path) -> dict[str, str]:
     }
 
 
-def curve(run: Path) -> list[tuple[float, float, float]]:
-    """Loss, gradient norm and logit scale of every step, each of which must be there once."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
-    return [(line["loss"], line["grad_norm"], line["logit_scale"]) for line in lines]
-
-
 def launch(run: Path, data: Data, *launcher: str, **env: str) -> None:
     """The same training under another launcher."""
     done = subprocess.run(

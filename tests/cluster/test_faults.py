@@ -10,7 +10,8 @@ from datetime import datetime, timedelta
 
 import pytest
 
-from tests.cluster.runs import SCRIPT, STEPS, TrainingJob, curve, submit
+from tests.cluster.runs import SCRIPT, STEPS, TrainingJob, submit
+from tests.json_lines import curve
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import resource
 import tarfile
 from collections import Counter, defaultdict
@@ -25,6 +24,7 @@ from tests.conftest import tiny_recipe
 from tests.data.rot import BOMB, rot_shards, write_rotten_shards
 from tests.data.shards import encoded
 from tests.distributed.launching import start
+from tests.json_lines import lines_of
 
 LANES = 8
 RNG = np.random.default_rng(0)
@@ -78,8 +78,7 @@ def test_a_run_over_rot_ends_and_lists_it(rotten, tmp_path):
     ]
     job = start(tmp_path / "run", *overrides)
     assert job.wait() == 0, job.output[-3000:]
-    lines = (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()
-    listed = [json.loads(line) for line in lines]
+    listed = lines_of(tmp_path / "run" / "bad_samples.jsonl")
     found = defaultdict(set)
     for line in listed:
         found[line["cause"]].add((Path(line["shard"]).name, line["key"]))
@@ -88,7 +87,7 @@ def test_a_run_over_rot_ends_and_lists_it(rotten, tmp_path):
     }
     assert {c for c, _ in found.pop("truncated_shard")} == {"003.tar", "023.tar"}
     assert found == planted  # 80 good samples are more than an epoch of every lane
-    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    last = lines_of(tmp_path / "run" / "metrics.jsonl")[-1]
     assert last["bad_samples"] == sum(line["samples"] for line in listed)
     counts = Counter()
     for line in listed:

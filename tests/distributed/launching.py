@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from tests.ranks import TrainingRanks
 
+STEPS = 12
 TINY = [
     "data.train=synthetic://shapes?count=512&size=48",
     "data.val=synthetic://shapes?split=val&count=12&size=48",
     "eval.every_steps=null",
     "train.global_batch=16",
     "train.micro_batch=4",
-    "train.steps=12",
+    f"train.steps={STEPS}",
     "checkpoint.every_steps=3",
     "log.every_steps=1",
 ]

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.runs import curve, launch
+from tests.cluster.runs import launch
+from tests.json_lines import curve
 from tests.ranks import free_port
 
 BIN = Path(sys.executable).parent

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from contextlib import redirect_stdout
@@ -14,6 +13,7 @@ from coca_scale.engine.checkpoint import find_checkpoint
 from coca_scale.inference.load import load_model
 from coca_scale.openclip.folder import openclip_obstacle, verify_folder
 from tests.conftest import tiny_recipe
+from tests.json_lines import curve
 from tests.ranks import on_ranks
 from tests.variants import config_file
 
@@ -50,12 +50,6 @@ def train_all(_rank, _ranks, kinds, folder):
             trainer.engine.close()
 
 
-def curve(run):
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
-    return [(line["loss"], line["grad_norm"], line["logit_scale"]) for line in lines]
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """All kinds, trained once whole and once again from the middle."""
@@ -63,7 +57,7 @@ def trained(tmp_path_factory):
     for kind in KINDS:
         config_file(kind, folder)
     on_ranks(train_all, 2, KINDS, folder)
-    whole = {kind: curve(folder / kind) for kind in KINDS}
+    whole = {kind: curve(folder / kind, STEPS) for kind in KINDS}
     for kind in KINDS:
         shutil.rmtree(find_checkpoint(folder / kind / "checkpoints"))
     on_ranks(train_all, 2, KINDS, folder)
@@ -75,7 +69,7 @@ def trained(tmp_path_factory):
 def test_learns_resumes_captions_and_exports(trained, kind):
     folder, whole = trained
     run = folder / kind
-    assert curve(run) == whole[kind], "a resumed run differs"
+    assert curve(run, STEPS) == whole[kind], "a resumed run differs"
     first, last = whole[kind][0][0], min(loss for loss, _, _ in whole[kind][-3:])
     assert last < first
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import tiny_recipe
+from tests.json_lines import curve
 from tests.ranks import on_ranks
 
 STEPS = 12
@@ -58,12 +58,6 @@ def allocate(folder, ranks, until, **changes):
     return codes.pop(), keys, results[0][2]
 
 
-def curve(folder):
-    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
-    return [(line["loss"], line["grad_norm"], line["logit_scale"]) for line in lines]
-
-
 def average(folder):
     from coca_scale.engine.checkpoint import find_checkpoint, read_weights
 
@@ -90,7 +84,7 @@ def test_other_ranks_and_stages_give_the_same_run(whole, tmp_path):
         assert until == 3 or any("after changing its layout" in note for note in notes)
         seen |= keys
     assert seen == whole[1]
-    for changed, expected in zip(curve(folder), curve(whole[0]), strict=True):
+    for changed, expected in zip(curve(folder, STEPS), curve(whole[0], STEPS), strict=True):
         assert changed == pytest.approx(expected, rel=1e-3)
     for name, value in average(whole[0]).items():
         assert average(folder)[name].allclose(value, rtol=1e-3, atol=1e-4), name
@@ -103,7 +97,7 @@ def test_the_same_layout_again_is_bit_exact(whole, tmp_path):
     folder = tmp_path / "run"
     for until in (5, STEPS):
         allocate(folder, 2, until)
-    assert curve(folder) == curve(whole[0])
+    assert curve(folder, STEPS) == curve(whole[0], STEPS)
     for name, value in average(whole[0]).items():
         assert average(folder)[name].equal(value), name
 

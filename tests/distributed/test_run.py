@@ -19,7 +19,8 @@ from coca_scale.data.synthetic import Shapes
 from coca_scale.engine.checkpoint import find_checkpoint, verify_checkpoint
 from coca_scale.errors import UserError
 from tests.data.shards import write_shards
-from tests.distributed.launching import TINY, start
+from tests.distributed.launching import STEPS, TINY, start
+from tests.json_lines import curve, lines_of
 from tests.ranks import free_port
 from tests.training.transactions import history, records
 
@@ -43,12 +44,6 @@ def under_deepspeed(*arguments):
     return done.returncode, done.stdout
 
 
-def losses(folder):
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(1, 13))
-    return [(line["loss"], line["grad_norm"], line["logit_scale"]) for line in lines]
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "whole"
@@ -68,7 +63,7 @@ def finished(tmp_path_factory):
 @pytest.mark.slow
 def test_a_run_leaves_what_the_contract_says(finished):
     folder, output = finished
-    keys = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    keys = lines_of(folder / "metrics.jsonl")[-1]
     assert {
         *("step", "samples_seen", "loss", "contrastive_loss", "caption_loss", "lr", "grad_norm"),
         *("logit_scale", "samples_per_second", "samples_per_second_per_rank"),
@@ -81,7 +76,7 @@ def test_a_run_leaves_what_the_contract_says(finished):
     assert names == ["latest", "step_00000009", "step_00000012"]
     assert (folder / "checkpoints" / "latest").read_text().strip() == "step_00000012"
     assert "validation at step 12" in output
-    assert losses(folder)[-1][0] < losses(folder)[0][0]
+    assert curve(folder, STEPS)[-1][0] < curve(folder, STEPS)[0][0]
 
 
 @pytest.mark.slow
@@ -90,7 +85,7 @@ def test_weights_and_biases_gets_what_the_run_folder_has(finished):
     log = next((folder / "wandb").glob("offline-run-*/*.wandb"))
     rows = history(log)
     assert [row["_step"] for row in rows] == list(range(1, 13))
-    for row, line in zip(rows, losses(folder), strict=True):
+    for row, line in zip(rows, curve(folder, STEPS), strict=True):
         assert (row["train/loss"], row["train/grad_norm"], row["train/logit_scale"]) == line
     scores = json.loads((folder / "validation.jsonl").read_text())
     assert rows[-1]["val/cider"] == scores["cider"]
@@ -115,7 +110,7 @@ def test_the_named_steps_are_profiled(finished):
 
 @pytest.mark.slow
 def test_killed_at_a_random_moment_and_resumed_is_the_same_run(finished, tmp_path):
-    expected = losses(finished[0])
+    expected = curve(finished[0], STEPS)
     folder = tmp_path / "killed"
     seed = random.randrange(10**6)
     wait_for, extra = random.Random(seed).randint(3, 9), random.Random(seed).random() * 0.5
@@ -130,7 +125,7 @@ def test_killed_at_a_random_moment_and_resumed_is_the_same_run(finished, tmp_pat
     first.kill()
     again = start(folder)
     assert again.wait() == 0, again.output[-3000:]
-    assert losses(folder) == expected, f"seed {seed}"
+    assert curve(folder, STEPS) == expected, f"seed {seed}"
 
 
 @pytest.mark.slow
@@ -158,7 +153,7 @@ def test_export_caption_and_verify(finished, tmp_path):
 @pytest.mark.slow
 def test_validation_on_two_ranks_finds_what_eval_finds(finished, tmp_path):
     folder, _ = finished
-    found = json.loads((folder / "validation.jsonl").read_text().splitlines()[-1])
+    found = lines_of(folder / "validation.jsonl")[-1]
     drawings = "synthetic://shapes?split=val&count=12&size=48"
     tasks = {
         "retrieval": (drawings, "--equal-captions"),

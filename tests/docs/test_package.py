@@ -12,6 +12,7 @@ import pytest
 
 from tests.docs.blocks import ROOT
 from tests.docs.sandbox import shell
+from tests.json_lines import lines_of
 
 
 def tracked(*folders):
@@ -55,10 +56,9 @@ def test_from_pictures_to_a_rehearsed_publication(copied, installed):
     folder = copied / "journey"
     log = (folder / "train.log").read_text()
     assert "resumed" in log and "finished" in log
-    steps = [json.loads(line)["step"] for line in (folder / "run" / "metrics.jsonl").open()]
+    steps = [line["step"] for line in lines_of(folder / "run" / "metrics.jsonl")]
     assert steps[-1] == 120 and steps == sorted(set(steps))
-    captions = [json.loads(line) for line in (folder / "captions.jsonl").open()]
-    assert len(captions) == 100
+    assert len(lines_of(folder / "captions.jsonl")) == 100
     scores = json.loads((folder / "retrieval.json").read_text())["scores"]
     assert (
         scores["image_to_text_r1"] > 0.1

@@ -19,6 +19,7 @@ from coca_scale.recipe.files import sha256_of
 from coca_scale.training.bad_steps import LossSpread
 from coca_scale.training.requests import SAVE_FILE, STOP_FILE, Asked, Requests
 from tests.conftest import tiny_recipe
+from tests.json_lines import lines_of
 from tests.ranks import free_port, on_ranks
 
 
@@ -53,10 +54,6 @@ def train_with_poison(rank, ranks, folder, poisoned, changes):
         message = str(error)
     end_world()
     return message, calls
-
-
-def lines_of(file):
-    return [json.loads(line) for line in Path(file).read_text().splitlines()]
 
 
 @pytest.mark.slow

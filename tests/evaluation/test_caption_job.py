@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
@@ -22,6 +21,7 @@ from coca_scale.model import CoCa, load_model_config
 from coca_scale.model.weights import LOGIT_SCALE
 from coca_scale.openclip.state_dict import to_openclip
 from tests.data.shards import write_shards
+from tests.json_lines import lines_of
 from tests.ranks import free_port
 
 QUICK = ("--method", "greedy", "--max-length", "8")
@@ -31,10 +31,6 @@ def caption(*arguments):
     done = CliRunner().invoke(app, ["caption", *map(str, arguments)])
     assert done.exit_code == 0, (done.output, done.exception)
     return done.output
-
-
-def lines_of(file):
-    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")

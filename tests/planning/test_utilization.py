@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
 from coca_scale.planning.costs import model_flops
 from coca_scale.recipe import BatchSplit
 from tests.conftest import tiny_recipe
+from tests.json_lines import lines_of
 from tests.ranks import on_ranks
 
 PEAK = 1e12
@@ -32,10 +31,9 @@ def train(_rank, _ranks, folder):
 @pytest.mark.slow
 def test_a_known_device_has_its_utilization_in_the_metrics(tmp_path):
     on_ranks(train, 1, tmp_path / "run")
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     recipe = recipe_of(tmp_path)
     flops = model_flops(recipe, BatchSplit.from_recipe(recipe, 1))
-    for line in map(json.loads, lines):
+    for line in lines_of(tmp_path / "run" / "metrics.jsonl"):
         assert line["mfu"] == pytest.approx(line["samples_per_second_per_rank"] * flops / PEAK)
 
 

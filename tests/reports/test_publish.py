@@ -18,6 +18,7 @@ from coca_scale.cli import app
 from coca_scale.errors import UserError
 from coca_scale.reports.publish import public
 from tests.data.shards import write_shards
+from tests.json_lines import lines_of
 from tests.reports.hub import GOOD, READ_ONLY, running_hub
 
 SECRET = "s3cr3t"
@@ -123,7 +124,7 @@ def test_the_card_says_what_was_done_and_nothing_private(published, run):
     assert card.data.license == "mit"
     assert card.data.pipeline_tag == "image-to-text"
     values = {(r.task_type, r.metric_type): r.metric_value for r in card.data.eval_results}
-    last = json.loads((run / "validation.jsonl").read_text().splitlines()[-1])
+    last = lines_of(run / "validation.jsonl")[-1]
     assert values["image-text-retrieval", "image_to_text_r1"] == pytest.approx(
         100 * last["image_to_text_r1"], abs=0.01
     )
