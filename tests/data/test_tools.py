@@ -22,6 +22,7 @@ from coca_scale.recipe.files import sha256_of
 from tests.conftest import tiny_recipe
 from tests.data.rot import rot_shards, write_rotten_shards
 from tests.data.shards import write_shards
+from tests.invoke import output_of
 
 DATA = tiny_recipe().data
 
@@ -71,9 +72,7 @@ def test_a_killed_pack_goes_on_and_gives_the_same_shards(tmp_path):
     with pytest.raises(DataError, match="part of a pack of other pictures or options"):
         pack(pictures, tmp_path / "out", PackOptions(shard_samples=6))
     kept = {p.with_suffix(".tar"): p.with_suffix(".tar").stat().st_mtime_ns for p in done}
-    result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == 0, result.output
-    assert "60 samples in 10 shards" in result.output
+    assert "60 samples in 10 shards" in output_of(*arguments)
     assert kept == {p: p.stat().st_mtime_ns for p in kept}  # not written again
     pack(pictures, tmp_path / "whole", PackOptions(shard_samples=6, max_side=64))
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
@@ -81,9 +80,7 @@ def test_a_killed_pack_goes_on_and_gives_the_same_shards(tmp_path):
 
 def test_every_nth_picture_is_held_out_once(tmp_path):
     pictures = write_pictures(tmp_path / "pictures", 11, (30, 20))
-    arguments = ["data", "pack", str(pictures), "--out", str(tmp_path / "out"), "--hold-out", "4"]
-    result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == 0, result.output
+    output_of("data", "pack", pictures, "--out", tmp_path / "out", "--hold-out", "4")
     found = {
         part: [s.caption for s in open_source(str(tmp_path / "out" / part), DATA, 0).ordered(0, 1)]
         for part in ("train", "val")
@@ -128,8 +125,7 @@ def test_img2dataset_folders_are_understood_as_they_are(tmp_path):
     source = open_source(str(tmp_path), tiny_recipe().data, 0)
     assert len(list(source.ordered(0, 1))) == 7
     assert source.count() is None
-    result = CliRunner().invoke(app, ["data", "inspect", str(tmp_path), "--write-manifest"])
-    assert result.exit_code == 0, result.output
+    output_of("data", "inspect", tmp_path, "--write-manifest")
     assert open_source(str(tmp_path), tiny_recipe().data, 0).count() == 7
 
 
@@ -140,8 +136,7 @@ def test_inspect_counts_what_is_there(tmp_path):
     lost = rot_shards(folder, planted)
     arguments = ["data", "inspect", str(folder), "--workers", "2"]
     outputs = ["--picture", str(tmp_path / "p.png"), "--out", str(tmp_path / "facts.json")]
-    result = CliRunner().invoke(app, [*arguments, *outputs])
-    assert result.exit_code == 0, result.output
+    output = output_of(*arguments, *outputs)
     facts = json.loads((tmp_path / "facts.json").read_text())
     expected = {cause: len(where) for cause, where in planted.items()}
     assert facts["bad"] == {**expected, **dict.fromkeys(lost, 2)}
@@ -150,7 +145,7 @@ def test_inspect_counts_what_is_there(tmp_path):
         planted["duplicate_key"]
     )
     assert facts["samples"] == 2400 - sum(lost.values())
-    assert f"{len(planted['missing_caption'])}  missing_caption" in result.output
+    assert f"{len(planted['missing_caption'])}  missing_caption" in output
     assert (tmp_path / "p.png").stat().st_size > 5000
     quick = inspect_shards([str(folder)], decode=False)
     assert {"broken_image", "huge_image", "tiny_image"}.isdisjoint(quick.causes)
@@ -189,13 +184,11 @@ def test_check_lists_every_fault_at_once(tmp_path):
 
 def test_check_of_a_good_recipe(tmp_path):
     train = write_shards(tmp_path, [40, 40, 40])
-    result = CliRunner().invoke(
-        app, ["check", "recipes/tiny.yaml", f"data.train={train}", "data.val=null", "--gpus", "2"]
-    )
-    assert result.exit_code == 0, result.output
-    assert "fault" not in result.output
-    assert "decoded 64 of the first 64 samples" in result.output
-    assert "3 shards for 64 lanes" in result.output
+    changes = (f"data.train={train}", "data.val=null")
+    output = output_of("check", "recipes/tiny.yaml", *changes, "--gpus", "2")
+    assert "fault" not in output
+    assert "decoded 64 of the first 64 samples" in output
+    assert "3 shards for 64 lanes" in output
     too_small = ["--gpus", "1", "--device-gigabytes", "1"]
     result = CliRunner().invoke(
         app, ["check", "recipes/large.yaml", f"data.train={train}", *too_small]

@@ -20,6 +20,7 @@ from coca_scale.engine.checkpoint import find_checkpoint, verify_checkpoint
 from coca_scale.errors import UserError
 from tests.data.shards import write_shards
 from tests.distributed.launching import STEPS, TINY, start
+from tests.invoke import output_of
 from tests.json_lines import curve, lines_of
 from tests.ranks import free_port
 from tests.training.transactions import history, records
@@ -131,19 +132,14 @@ def test_killed_at_a_random_moment_and_resumed_is_the_same_run(finished, tmp_pat
 @pytest.mark.slow
 def test_export_caption_and_verify(finished, tmp_path):
     folder, _ = finished
-    runner = CliRunner()
     out = tmp_path / "export"
-    done = runner.invoke(app, ["export", str(folder), "--out", str(out), "--verify"])
-    assert done.exit_code == 0, done.output
-    assert "caption logits" in done.output
+    assert "caption logits" in output_of("export", folder, "--out", out, "--verify")
     pictures = "synthetic://shapes?split=val&count=8&size=48"
     lines = []
     for name, model in (("run", folder), ("export", out)):
         file = tmp_path / f"{name}.jsonl"
         grid = tmp_path / f"{name}.png"
-        arguments = ["caption", str(model), pictures, "--out", str(file), "--picture", str(grid)]
-        done = runner.invoke(app, arguments)
-        assert done.exit_code == 0, done.output
+        output_of("caption", model, pictures, "--out", file, "--picture", grid)
         assert grid.stat().st_size > 1000
         lines.append(file.read_text())
     assert lines[0] == lines[1]
@@ -162,8 +158,7 @@ def test_validation_on_two_ranks_finds_what_eval_finds(finished, tmp_path):
     }
     for task, arguments in tasks.items():
         out = tmp_path / f"{task}.json"
-        done = CliRunner().invoke(app, ["eval", task, str(folder), *arguments, "--out", str(out)])
-        assert done.exit_code == 0, (done.output, done.exception)
+        output_of("eval", task, folder, *arguments, "--out", out)
         scores = json.loads(out.read_text())["scores"]
         prefix = "zeroshot_" if task == "zeroshot" else ""
         shared = [name for name in scores if f"{prefix}{name}" in found]
@@ -190,8 +185,7 @@ def test_a_report_shows_runs_next_to_each_other(finished, tmp_path):
     with (other / "metrics.jsonl").open("a") as file:
         file.write('{"step": 13, "los')  # a run that is writing
     out = tmp_path / "report.html"
-    done = CliRunner().invoke(app, ["report", str(finished[0]), str(other), "--out", str(out)])
-    assert done.exit_code == 0, (done.output, done.exception)
+    output_of("report", finished[0], other, "--out", out)
     assert "http" not in out.read_text().replace('="http://www.w3.org/', "")  # names, not addresses
     with opened_browser() as browser:
         for width in (1200, 360):

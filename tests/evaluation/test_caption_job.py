@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -21,16 +22,12 @@ from coca_scale.model import CoCa, load_model_config
 from coca_scale.model.weights import LOGIT_SCALE
 from coca_scale.openclip.state_dict import to_openclip
 from tests.data.shards import write_shards
+from tests.invoke import output_of
 from tests.json_lines import lines_of
 from tests.ranks import free_port
 
 QUICK = ("--method", "greedy", "--max-length", "8")
-
-
-def caption(*arguments):
-    done = CliRunner().invoke(app, ["caption", *map(str, arguments)])
-    assert done.exit_code == 0, (done.output, done.exception)
-    return done.output
+caption = partial(output_of, "caption")
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 from webdataset import TarWriter
 
-from coca_scale.cli import app
 from coca_scale.data.synthetic import Shapes
+from tests.invoke import output_of
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +56,7 @@ def theirs(export, root, out):
 def test_retrieval(trained, shards, tmp_path):
     found = theirs(trained.folder, shards, tmp_path / "t.json")
     out = tmp_path / "o.json"
-    arguments = ["eval", "retrieval", str(trained.folder), str(shards / "test"), "--out", str(out)]
-    done = CliRunner().invoke(app, arguments)
-    assert done.exit_code == 0, (done.output, done.exception)
+    output_of("eval", "retrieval", trained.folder, shards / "test", "--out", out)
     mine = json.loads(out.read_text())["scores"]
     for k in (1, 5, 10):
         assert mine[f"image_to_text_r{k}"] == pytest.approx(found[f"text_retrieval_recall@{k}"])

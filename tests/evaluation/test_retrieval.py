@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import open_clip
@@ -17,6 +18,9 @@ from coca_scale.data.images import decode_image
 from coca_scale.data.synthetic import Shapes
 from coca_scale.evaluation import retrieval
 from coca_scale.evaluation.retrieval import recall, same_caption_ids
+from tests.invoke import output_of
+
+evaluate = partial(output_of, "eval")
 
 
 def by_definition(scores, query_ids, key_ids, k):
@@ -77,12 +81,6 @@ def pictures(tmp_path_factory):
         entries.append({"filename": f"{name}/{file.name}", "split": split, "sentences": sentences})
     (folder / "karpathy.json").write_text(json.dumps({"images": entries}))
     return folder
-
-
-def evaluate(*arguments):
-    done = CliRunner().invoke(app, ["eval", *map(str, arguments)], env={"COLUMNS": "80"})
-    assert done.exit_code == 0, done.output
-    return done.output
 
 
 def open_clip_features(trained, files, captions):

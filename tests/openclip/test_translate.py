@@ -8,15 +8,14 @@ from unittest import mock
 
 import pytest
 from open_clip_train.params import parse_args
-from typer.testing import CliRunner
 
-from coca_scale.cli import app
 from coca_scale.errors import UserError
 from coca_scale.openclip.options import OPTIONS
 from coca_scale.openclip.translate import translate
 from coca_scale.recipe import load_recipe
 from coca_scale.recipe.batch import BatchSplit
 from coca_scale.train import main as train
+from tests.invoke import output_of
 
 # OpenCLIP's guide and README
 BASIC = """python -m open_clip_train.main --model coca_ViT-B-32 --dataset-type webdataset \\
@@ -78,8 +77,7 @@ def test_the_recipe_has_the_hyper_parameters_of_the_command(name, tmp_path, capf
     if name == "large":
         given = str(tmp_path / "job.sh")
         Path(given).write_text(command)
-    done = CliRunner().invoke(app, ["translate", given, "--out", str(path)])
-    assert done.exit_code == 0, (done.output, done.exception)
+    output_of("translate", given, "--out", path)
     args, recipe = arguments_of(command), load_recipe(path)
     assert recipe.model.name == args.model
     assert recipe.model.pretrained == (args.pretrained or None)
