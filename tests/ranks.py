@@ -6,20 +6,19 @@ importing those anew takes longer than most tests train.
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import os
 import runpy
-import socket
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from random import SystemRandom
 from typing import Any
 
 import torch
 import torch.multiprocessing as mp
+
+from tests.ports import free_port
 
 FORKED = mp.get_context("forkserver")
 FORKED.set_forkserver_preload(
@@ -31,18 +30,6 @@ FORKED.set_forkserver_preload(
         "transformers.modeling_utils",
     ]
 )
-
-
-def free_port() -> int:
-    """A port of the loopback interface that nobody listens on.
-
-    It is below those that the system gives to connections, which could take it at any moment.
-    """
-    while True:
-        port = SystemRandom().randrange(20_000, 32_768)
-        with socket.socket() as s, contextlib.suppress(OSError):
-            s.bind(("127.0.0.1", port))
-            return port
 
 
 def on_ranks(function: Callable[..., Any], ranks: int, *args: Any) -> list[Any]:

@@ -15,9 +15,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
+
+from tests.ports import free_ports
 
 NODES = 8
 HOSTS = Path("/etc/hosts")
@@ -250,20 +251,6 @@ def processes(*marks: str) -> Iterator[int]:
             continue
         if pid != os.getpid() and all(mark.encode() in environment for mark in marks):
             yield pid
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports in a row that nobody listens on, below those that outgoing connections use."""
-    for first in range(12000 + os.getpid() % 4000, 20000, count):
-        ports = list(range(first, first + count))
-        try:
-            with ExitStack() as stack:
-                for port in ports:
-                    stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
-        except OSError:
-            continue
-        return ports
-    raise RuntimeError("no free ports")
 
 
 def add_hosts() -> Callable[[], None]:

@@ -25,7 +25,7 @@ from tests.conftest import tiny_recipe
 from tests.data.faulty_server import FAULTS, FaultyProxy
 from tests.data.loading import steps
 from tests.data.shards import write_shards
-from tests.ranks import free_port
+from tests.ports import free_port
 
 SHARDS = 24
 STUBBORN = StorageOptions(retries=6, timeout_seconds=1.0)

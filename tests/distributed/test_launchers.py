@@ -11,7 +11,7 @@ import pytest
 
 from tests.cluster.runs import launch
 from tests.json_lines import curve
-from tests.ranks import free_port
+from tests.ports import free_port
 
 BIN = Path(sys.executable).parent
 

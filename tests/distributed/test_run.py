@@ -22,7 +22,7 @@ from tests.data.shards import write_shards
 from tests.distributed.launching import STEPS, TINY, start
 from tests.invoke import output_of
 from tests.json_lines import curve, lines_of
-from tests.ranks import free_port
+from tests.ports import free_port
 from tests.training.transactions import history, records
 
 

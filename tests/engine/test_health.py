@@ -20,7 +20,8 @@ from coca_scale.training.bad_steps import LossSpread
 from coca_scale.training.requests import SAVE_FILE, STOP_FILE, Asked, Requests
 from tests.conftest import tiny_recipe
 from tests.json_lines import lines_of
-from tests.ranks import free_port, on_ranks
+from tests.ports import free_port
+from tests.ranks import on_ranks
 
 
 def train_with_poison(rank, ranks, folder, poisoned, changes):

@@ -24,7 +24,7 @@ from coca_scale.openclip.state_dict import to_openclip
 from tests.data.shards import write_shards
 from tests.invoke import output_of
 from tests.json_lines import lines_of
-from tests.ranks import free_port
+from tests.ports import free_port
 
 QUICK = ("--method", "greedy", "--max-length", "8")
 caption = partial(output_of, "caption")
