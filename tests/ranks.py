@@ -11,13 +11,15 @@ import os
 import runpy
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.multiprocessing as mp
 
+from coca_scale.recipe import Recipe
 from tests.ports import free_port
 
 FORKED = mp.get_context("forkserver")
@@ -40,6 +42,26 @@ def on_ranks(function: Callable[..., Any], ranks: int, *args: Any) -> list[Any]:
         common = (ranks, free_port(), dict(os.environ))
         mp.start_processes(_call, (*common, *job), nprocs=ranks, start_method="forkserver")
         return [results[rank] for rank in range(ranks)]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """What is printed inside goes nowhere."""
+    with Path(os.devnull).open("w") as silence, redirect_stdout(silence):
+        yield
+
+
+def train_all(_rank: int, _ranks: int, recipes: list[Recipe]) -> None:
+    """For `on_ranks`: train one recipe after the other."""
+    from coca_scale.engine.launch import start_world
+    from coca_scale.training.trainer import Trainer
+
+    world = start_world()
+    with quiet():
+        for recipe in recipes:
+            trainer = Trainer(recipe, world)
+            trainer.run()
+            trainer.engine.close()
 
 
 class TrainingRanks:

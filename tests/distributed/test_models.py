@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-from contextlib import redirect_stdout
-from pathlib import Path
 
 import pytest
 
@@ -14,7 +11,7 @@ from coca_scale.inference.load import load_model
 from coca_scale.openclip.folder import openclip_obstacle, verify_folder
 from tests.conftest import tiny_recipe
 from tests.json_lines import curve
-from tests.ranks import on_ranks
+from tests.ranks import on_ranks, train_all
 from tests.variants import config_file
 
 KINDS = ("base", "wide", "roberta", "timm_vit", "timm_conv", "clip", "clip_roberta")
@@ -38,29 +35,18 @@ def recipe_of(kind, folder):
     )
 
 
-def train_all(_rank, _ranks, kinds, folder):
-    from coca_scale.engine.launch import start_world
-    from coca_scale.training.trainer import Trainer
-
-    world = start_world()
-    with Path(os.devnull).open("w") as silence, redirect_stdout(silence):
-        for kind in kinds:
-            trainer = Trainer(recipe_of(kind, folder), world)
-            trainer.run()
-            trainer.engine.close()
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """All kinds, trained once whole and once again from the middle."""
     folder = tmp_path_factory.mktemp("models")
     for kind in KINDS:
         config_file(kind, folder)
-    on_ranks(train_all, 2, KINDS, folder)
+    recipes = [recipe_of(kind, folder) for kind in KINDS]
+    on_ranks(train_all, 2, recipes)
     whole = {kind: curve(folder / kind, STEPS) for kind in KINDS}
     for kind in KINDS:
         shutil.rmtree(find_checkpoint(folder / kind / "checkpoints"))
-    on_ranks(train_all, 2, KINDS, folder)
+    on_ranks(train_all, 2, recipes)
     return folder, whole
 
 

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 
 from tests.conftest import tiny_recipe
 from tests.engine.batches import BATCH, batch_of
-from tests.ranks import on_ranks
+from tests.ranks import on_ranks, quiet
 
 STEPS, SHORT = 20, 8
 
 
 def curves_on_rank(rank, ranks, layouts):
-    with Path(os.devnull).open("w") as silence, contextlib.redirect_stdout(silence):
+    with quiet():
         return _curves(rank, ranks, layouts)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 from pathlib import Path
 
@@ -20,14 +19,10 @@ from coca_scale.model.weights import LOGIT_SCALE
 from coca_scale.openclip.folder import write_folder
 from tests.conftest import tiny_recipe
 from tests.engine.batches import BATCH, batch_of
-from tests.ranks import on_ranks
+from tests.ranks import on_ranks, quiet, train_all
 from tests.variants import config_file, variant
 
 CONTRASTIVE_ONLY = ("image.projection", "text.projection", "text.class_embedding")
-
-
-def quiet():
-    return contextlib.redirect_stdout(Path(os.devnull).open("w"))
 
 
 def finetune_recipes(folder):
@@ -77,18 +72,6 @@ def finetune_recipes(folder):
     }
 
 
-def run_all(_rank, _ranks, folder):
-    from coca_scale.engine.launch import start_world
-    from coca_scale.training.trainer import Trainer
-
-    world = start_world()
-    with quiet():
-        for recipe in finetune_recipes(folder).values():
-            trainer = Trainer(recipe, world)
-            trainer.run()
-            trainer.engine.close()
-
-
 def write_start(config, folder):
     torch.manual_seed(1)
     coca = CoCa(config)
@@ -104,7 +87,8 @@ def finetuned(tmp_path_factory):
     write_start(load_model_config("coca_tiny"), folder / "start")
     config_file("timm_bn", folder)
     write_start(variant("timm_bn", folder), folder / "bn_start")
-    on_ranks(run_all, 2, folder)
+    recipes = list(finetune_recipes(folder).values())
+    on_ranks(train_all, 2, recipes)
 
     for run in (
         "image_bf16",
@@ -112,7 +96,7 @@ def finetuned(tmp_path_factory):
     ):  # and again from the middle: constants come from the checkpoint
         shutil.rmtree(find_checkpoint(folder / run / "checkpoints"))
     shutil.rmtree(folder / "image")
-    on_ranks(run_all, 2, folder)
+    on_ranks(train_all, 2, recipes)
     return folder
 
 
