@@ -7,8 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from coca_scale.model import load_model_config
+import torch
+from torch import Tensor
+
+from coca_scale.model import CoCa, load_model_config
 from coca_scale.model.config import ModelConfig, parse_model_config
+from coca_scale.model.weights import LOGIT_SCALE
 
 WORDS = "a small big red green blue yellow circle square triangle left right of above below the"
 
@@ -28,7 +32,6 @@ def raw_config(name: str, **changes: Any) -> dict[str, Any]:
 
 def hugging_face_folder(folder: Path, kind: str = "roberta") -> Path:
     """A text model with random weights and its own trained tokenizer."""
-    import torch
     from tokenizers import ByteLevelBPETokenizer
     from tokenizers.processors import RobertaProcessing
     from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
@@ -70,6 +73,11 @@ def config_file(name: str, folder: Path) -> Path:
     path = folder / f"{name}.json"
     path.write_text(json.dumps(_raw(name, folder)))
     return path
+
+
+def weights_of(coca: CoCa) -> dict[str, Tensor]:
+    """All weights of a model, with a logit scale."""
+    return {**coca.state_dict(), LOGIT_SCALE: torch.tensor([2.5])}
 
 
 CAPTIONERS = (

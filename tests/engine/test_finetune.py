@@ -15,12 +15,11 @@ from coca_scale.engine.optimizer import make_optimizer
 from coca_scale.errors import UserError
 from coca_scale.model import CoCa, load_model_config
 from coca_scale.model.freeze import freeze, layer_scales
-from coca_scale.model.weights import LOGIT_SCALE
 from coca_scale.openclip.folder import write_folder
 from tests.conftest import tiny_recipe
 from tests.engine.batches import BATCH, batch_of
 from tests.ranks import on_ranks, quiet, train_all
-from tests.variants import config_file, variant
+from tests.variants import config_file, variant, weights_of
 
 CONTRASTIVE_ONLY = ("image.projection", "text.projection", "text.class_embedding")
 
@@ -78,7 +77,7 @@ def write_start(config, folder):
     for name, buffer in coca.named_buffers():
         if "running" in name:
             buffer.uniform_(0.5, 1.5)
-    write_folder({**coca.state_dict(), LOGIT_SCALE: torch.tensor([2.0])}, config, folder)
+    write_folder(weights_of(coca), config, folder)
 
 
 @pytest.fixture(scope="module")
@@ -357,7 +356,7 @@ def test_training_does_not_write_into_the_file_it_starts_from(tmp_path):
     config = load_model_config("coca_tiny")
     torch.manual_seed(0)
     file = tmp_path / "w.safetensors"
-    save_file({**CoCa(config).state_dict(), LOGIT_SCALE: torch.tensor([2.0])}, file)
+    save_file(weights_of(CoCa(config)), file)
     before = file.read_bytes()
     model = build_model(config, read_weight_file(file))
     for parameter in model.coca.parameters():

@@ -19,12 +19,12 @@ from coca_scale.cli import app
 from coca_scale.data.synthetic import Shapes
 from coca_scale.errors import UserError
 from coca_scale.model import CoCa, load_model_config
-from coca_scale.model.weights import LOGIT_SCALE
 from coca_scale.openclip.state_dict import to_openclip
 from tests.data.shards import write_shards
 from tests.invoke import output_of
 from tests.json_lines import lines_of
 from tests.ports import free_port
+from tests.variants import weights_of
 
 QUICK = ("--method", "greedy", "--max-length", "8")
 caption = partial(output_of, "caption")
@@ -63,8 +63,7 @@ def test_files_folders_tables_and_shards(trained, folder, tmp_path):
 
 
 def test_what_cannot_be_written_leaves_nothing_behind(trained, folder, tmp_path):
-    coca = CoCa(load_model_config("clip_tiny"))
-    weights = {**coca.state_dict(), LOGIT_SCALE: torch.tensor([2.5])}
+    weights = weights_of(CoCa(load_model_config("clip_tiny")))
     torch.save(to_openclip(weights), tmp_path / "clip.pt")
     out = tmp_path / "captions.jsonl"
     for model, options, message in (

@@ -11,11 +11,11 @@ from coca_scale.inference.generate import generate
 from coca_scale.inference.generation_options import GenerationOptions
 from coca_scale.model import CoCa, load_model_config
 from coca_scale.model.config import parse_model_config
-from coca_scale.model.weights import LOGIT_SCALE, build_model, fit_weights
+from coca_scale.model.weights import build_model, fit_weights
 from coca_scale.openclip.folder import read_folder, to_openclip_config, write_folder
 from coca_scale.openclip.state_dict import from_openclip, to_openclip
 from tests.model.compare import open_clip_model, relative
-from tests.variants import raw_config, variant
+from tests.variants import raw_config, variant, weights_of
 
 PARAMETERS = {
     "coca_ViT-B-32": (253_560_065, 629),
@@ -134,7 +134,7 @@ def test_correct_cls_mask_equals_openclips(tmp_path):
 def test_export_loads_in_openclip_and_comes_back_bit_exact(tmp_path):
     config = load_model_config("coca_tiny")
     torch.manual_seed(0)
-    weights = {**CoCa(config).state_dict(), LOGIT_SCALE: torch.tensor([2.5])}
+    weights = weights_of(CoCa(config))
     assert write_folder(weights, config, tmp_path) is None
     loaded = open_clip.create_model(f"local-dir:{tmp_path}")
     returned = from_openclip(loaded.state_dict())
@@ -151,7 +151,7 @@ def test_export_loads_in_openclip_and_comes_back_bit_exact(tmp_path):
 def test_what_openclip_cannot_compute_is_not_written_for_it(kind, tmp_path):
     config = variant(kind, tmp_path)
     torch.manual_seed(0)
-    weights = {**CoCa(config).state_dict(), LOGIT_SCALE: torch.tensor([2.5])}
+    weights = weights_of(CoCa(config))
     out = tmp_path / "export"
     reason = write_folder(weights, config, out)
     assert reason
@@ -166,7 +166,7 @@ def test_exporting_over_another_kind_leaves_one_model(tmp_path):
     torch.manual_seed(0)
     for kind in ("coca", "cascade", "coca"):
         config = variant(kind, tmp_path)
-        weights = {**CoCa(config).state_dict(), LOGIT_SCALE: torch.tensor([2.5])}
+        weights = weights_of(CoCa(config))
         write_folder(weights, config, tmp_path)
         assert read_folder(tmp_path)[0] == config
 

@@ -22,10 +22,10 @@ from coca_scale.model.image import PooledTower
 from coca_scale.model.patch_dropout import drop_patches
 from coca_scale.model.text import TextTransformer
 from coca_scale.model.timm_tower import has_batch_norm
-from coca_scale.model.weights import LOGIT_SCALE, build_model, fit_weights
+from coca_scale.model.weights import build_model, fit_weights
 from coca_scale.openclip.state_dict import to_openclip
 from tests.model.compare import open_clip_model, relative
-from tests.variants import CAPTIONERS, hugging_face_folder, raw_config, variant
+from tests.variants import CAPTIONERS, hugging_face_folder, raw_config, variant, weights_of
 
 
 def fresh(config, seed=0):
@@ -215,10 +215,6 @@ def test_patches_are_dropped_in_training_only(tmp_path):
     dropped = coca(images, captions, features_only=True, sample_ids=ids)[0]
     assert torch.equal(full[:, 1], dropped[:, 1])
     assert not torch.allclose(full[:, 0], dropped[:, 0], atol=1e-3)
-
-
-def weights_of(coca):
-    return {**coca.state_dict(), LOGIT_SCALE: torch.tensor([2.0])}
 
 
 @torch.no_grad()

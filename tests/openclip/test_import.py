@@ -16,21 +16,20 @@ from safetensors.torch import save_file
 from coca_scale.errors import UserError
 from coca_scale.inference.load import find_model, load_model, pretrained_name
 from coca_scale.model import CoCa, LogitScale, load_model_config
-from coca_scale.model.weights import LOGIT_SCALE, load_weights, new_coca
+from coca_scale.model.weights import load_weights, new_coca
 from coca_scale.openclip.folder import write_folder
 from coca_scale.openclip.hub import registry_file
 from coca_scale.openclip.state_dict import to_openclip
 from coca_scale.openclip.weight_files import read_weight_file
 from tests.conftest import tiny_recipe
 from tests.ranks import on_ranks
-from tests.variants import config_file, variant
+from tests.variants import config_file, variant, weights_of
 
 
 @pytest.fixture(scope="module")
 def weights():
     torch.manual_seed(0)
-    coca = CoCa(load_model_config("coca_tiny"))
-    return {**coca.state_dict(), LOGIT_SCALE: torch.tensor([2.5])}
+    return weights_of(CoCa(load_model_config("coca_tiny")))
 
 
 def files_of(weights, folder):
