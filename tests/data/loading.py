@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 from coca_scale.data.loader import TrainDataset, TrainLoader, deal_lanes
@@ -13,16 +15,23 @@ from tests.conftest import tiny_recipe
 BATCH = 12
 
 
-def loader(train, rank, ranks, workers=0, saved=None, lanes=12, **data):
+@cache
+def _tokenizer():
+    return make_tokenizer(load_model_config("coca_tiny"))
+
+
+def loader(
+    train, rank, ranks, workers=0, saved=None, lanes=12, batch=BATCH, size=48, window=4, **data
+):
     """What one rank reads of `train`, on from the saved lane states."""
-    recipe = tiny_recipe(data__train=train, data__shuffle_window=4, **data)
+    recipe = tiny_recipe(data__train=train, data__shuffle_window=window, **data)
     dataset = TrainDataset(
-        source=open_source(train, recipe.data, 0),
-        tokenizer=make_tokenizer(load_model_config("coca_tiny")),
-        crop=train_crop(recipe.data, 48),
+        source=open_source(recipe.data.train, recipe.data, 0),
+        tokenizer=_tokenizer(),
+        crop=train_crop(recipe.data, size),
         seed=0,
         lanes=lanes,
-        samples_per_lane=BATCH // lanes,
+        samples_per_lane=batch // lanes,
         states=deal_lanes(lanes, rank, ranks, saved),
     )
     return TrainLoader(dataset, workers)

@@ -16,13 +16,11 @@ import pytest
 import torch
 
 from coca_scale.data.epoch_shards import EpochShards
-from coca_scale.data.loader import TrainDataset, TrainLoader, deal_lanes
 from coca_scale.data.manifest import MANIFEST, SIZES
 from coca_scale.data.sample import DataError, Position
-from coca_scale.data.sources import open_source, train_crop
-from coca_scale.data.tokens import make_tokenizer
-from coca_scale.model import load_model_config
+from coca_scale.data.sources import open_source
 from tests.conftest import tiny_recipe
+from tests.data.loading import loader
 from tests.data.shards import write_shards
 
 LANES = 24  # deals to 1, 2 and 4 ranks
@@ -32,19 +30,9 @@ LAYOUTS = ((1, 1), (2, 3), (4, 2))  # ranks × workers
 
 def job(train, ranks, workers, saved, **data):
     """One loader per rank, from the saved lane positions."""
-    recipe = tiny_recipe(data__train=train, data__shuffle_window=7, **data)
-    tokenizer = make_tokenizer(load_model_config("coca_tiny"))
+    sizes = {"lanes": LANES, "batch": BATCH, "size": 16, "window": 7}
     for rank in range(ranks):
-        dataset = TrainDataset(
-            source=open_source(recipe.data.train, recipe.data, 0),
-            tokenizer=tokenizer,
-            crop=train_crop(recipe.data, 16),
-            seed=0,
-            lanes=LANES,
-            samples_per_lane=BATCH // LANES,
-            states=deal_lanes(LANES, rank, ranks, saved),
-        )
-        yield iter(TrainLoader(dataset, workers))
+        yield iter(loader(train, rank, ranks, workers, saved, **sizes, **data))
 
 
 def run_job(log, train, ranks, workers, saved, data):
