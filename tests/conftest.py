@@ -37,6 +37,8 @@ def pytest_sessionfinish() -> None:
     """A process that a test left behind would be waited for when this one ends, for ever."""
     for child in multiprocessing.active_children():
         print(f"\nleft running: {child}")
+        child.terminate()  # a loader process that is killed makes torch raise in its parent
+        child.join(5)
         child.kill()
 
 
