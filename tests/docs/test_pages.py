@@ -47,6 +47,12 @@ def test_keys_and_schema_are_current():
     assert GENERATOR.scores_table() in RECIPES
 
 
+def test_the_map_of_the_code_is_current():
+    rooms = {p.parent.name for p in (ROOT / "coca_scale").glob("*/__init__.py")}
+    assert rooms == set(GENERATOR.ROOMS)
+    assert GENERATOR.code_tree() in (ROOT / "docs" / "code.md").read_text()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "entry",
