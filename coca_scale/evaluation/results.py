@@ -18,10 +18,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Score:
-    """One number of an evaluation; a share of 1 that is shown in percent, but for CIDEr, up to 10.
+    """One number of an evaluation.
 
     Attributes:
         label: as people call it.
+        percent: whether it is a share of 1 (CIDEr: up to 10), and so shown times 100.
         headline: whether it is told in a line of a run's log and among the facts of its page.
         charted: whether a run's page has its curve.
     """
@@ -29,6 +30,11 @@ class Score:
     label: str
     headline: bool = False
     charted: bool = False
+    percent: bool = True
+
+    def shown(self, value: float) -> float:
+        """The number as it is shown."""
+        return 100 * value if self.percent else value
 
 
 @dataclass(frozen=True)
@@ -104,9 +110,11 @@ class Result:
         """A table; scores in percent, CIDEr as COCO's server shows it."""
         counts = ", ".join(f"{count} {name}" for name, count in self.counts.items())
         console.print(f"{self.kind.name}: {counts}", highlight=False)
-        table = Table("score", Column("%", justify="right"), box=None)
+        known = self.kind.scores
+        unit = "%" if all(known[name].percent for name in self.scores) else "value"
+        table = Table("score", Column(unit, justify="right"), box=None)
         for name, value in self.scores.items():
-            table.add_row(self.kind.scores[name].label, f"{100 * value:.2f}")
+            table.add_row(known[name].label, f"{known[name].shown(value):.2f}")
         console.print(table)
         for name, reason in self.left_out.items():
             label = self.kind.scores[name].label

@@ -17,7 +17,7 @@ from jinja2 import Environment, StrictUndefined
 from coca_scale.engine.optimizer import LABEL as OPTIMIZER
 from coca_scale.errors import UserError
 from coca_scale.evaluation.kinds import KINDS, by_kind
-from coca_scale.evaluation.results import Kind
+from coca_scale.evaluation.results import Kind, Score
 from coca_scale.losses import LABELS
 from coca_scale.model import ModelConfig
 from coca_scale.openclip.folder import OWN_CONFIG_FILE
@@ -34,17 +34,16 @@ class ScoreSet:
     Attributes:
         kind: of evaluation.
         data: what it was measured on, for people.
-        scores: by name, between 0 and 1; CIDEr up to 10.
+        scores: by name.
     """
 
     kind: Kind
     data: str
     scores: dict[str, float]
 
-    def label(self, name: str) -> str:
-        """A score as people call it."""
-        score = self.kind.scores.get(name)
-        return name if score is None else score.label
+    def score(self, name: str) -> Score:
+        """What is known of a score; of a name that nobody knows, the name."""
+        return self.kind.scores.get(name) or Score(name)
 
 
 def read_scores(path: Path) -> ScoreSet:
@@ -153,7 +152,10 @@ def model_card(
         scores=[
             {
                 "title": f"{found.kind.name} on {found.data}",
-                "rows": [(found.label(k), f"{100 * v:.1f}") for k, v in found.scores.items()],
+                "rows": [
+                    (found.score(k).label, f"{found.score(k).shown(v):.1f}")
+                    for k, v in found.scores.items()
+                ],
             }
             for found in sets
         ],
@@ -171,8 +173,8 @@ def _eval_results(found: ScoreSet) -> list[EvalResult]:
             dataset_type=slug,
             dataset_name=found.data,
             metric_type=name,
-            metric_name=found.label(name),
-            metric_value=round(100 * value, 2),
+            metric_name=found.score(name).label,
+            metric_value=round(found.score(name).shown(value), 2),
         )
         for name, value in found.scores.items()
     ]

@@ -154,7 +154,8 @@ def _facts(run: RunRecord) -> dict[str, str]:
         facts["validation pairs"] = f"{final['samples']:,}"
         for name, _, score in flat_scores():
             if score.headline and final.get(name) is not None:
-                facts[score.label] = f"{100 * final[name]:.1f} %"
+                unit = " %" if score.percent else ""
+                facts[score.label] = f"{score.shown(final[name]):.1f}{unit}"
     versions = run.about.get("versions", {})
     facts["versions"] = ", ".join(f"{name} {number}" for name, number in versions.items())
     facts["commit"] = (run.about.get("git_commit") or "unknown")[:12]

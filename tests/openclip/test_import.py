@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -269,3 +270,20 @@ def test_the_package_offers_its_interface(weights, tmp_path):
     assert model.caption([picture, tmp_path / "red.png"])[0] == model.caption([picture])[0]
     assert model.encode_image(images).norm() == pytest.approx(1.0, abs=1e-5)
     assert model.encode_image(images, normalize=False).norm() != pytest.approx(1.0, abs=1e-3)
+
+
+def test_every_field_of_our_configs_is_openclips_or_dropped():
+    """A field that its dataclasses do not know makes open_clip refuse the whole config."""
+    from open_clip.coca_model import MultimodalCfg
+    from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+
+    from coca_scale.model.config import DecoderConfig, TextConfig, VisionConfig
+
+    dropped = {"hf_config", "correct_cls_mask"}  # by to_openclip_config
+    for ours, theirs in (
+        (VisionConfig, CLIPVisionCfg),
+        (TextConfig, CLIPTextCfg),
+        (DecoderConfig, MultimodalCfg),
+    ):
+        known = {field.name for field in dataclasses.fields(theirs)} | dropped
+        assert set(ours.model_fields) <= known
