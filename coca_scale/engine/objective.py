@@ -4,7 +4,7 @@ There are two kinds. A loss of *features* sees those of the whole batch, once pe
 its own gradients (contrastive). A *summed* loss is a sum over samples or tokens that each
 micro-batch adds to, over their number in the global batch (caption). A new loss of features is
 computed in `Objective.of_features`, a new sum comes out of the model's forward pass with its count
-in `Objective.counts`; its name has a label in `losses.LABELS` and a weight `loss.NAME_weight`.
+in `Objective.counts`; its name has a label in `losses` and a weight `loss.NAME_weight`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Objective:
     def __init__(self, section: LossSection, world: World) -> None:
         self._section = section
         self._world = world
-        self._weights = {name: float(getattr(section, f"{name}_weight")) for name in LABELS}
+        self._weights = {name: section.weight(name) for name in LABELS}
 
     def counts(self, micro_batches: Sequence[PackedCaptions]) -> Counts:
         """What summed losses are divided by: in all micro-batches of all ranks. A collective."""

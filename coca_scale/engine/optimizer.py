@@ -1,10 +1,14 @@
 """The optimizer: what it is, what it keeps, and its parameter groups.
 
-Another one is made in `_make`, and says its state in `MOMENTS`: from that follow the memory that is
-planned, and what a checkpoint carries into a run of another layout.
+Another one is an `OptimizerKind`, chosen in `kind_of`. From what it says follow the memory that is
+planned, what a checkpoint carries into a run of another layout, and what the model card calls it.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,13 +17,43 @@ from coca_scale.model import CoCa
 from coca_scale.model.freeze import layer_scales
 from coca_scale.recipe.schema import OptimSection
 
-LABEL = "AdamW"
-MOMENTS = ("exp_avg", "exp_avg_sq")  # of every weight, in fp32, as the optimizer's state names them
+Groups = list[dict[str, Any]]
 NOT_DECAYED = (
     *("class_embedding", "position_embedding", "pooler.query"),
     *("cls_token", "reg_token", "pos_embed"),  # timm
     *("position_embeddings.weight", "token_type_embeddings.weight"),  # transformers
 )
+
+
+@dataclass(frozen=True)
+class OptimizerKind:
+    """An optimizer that works element by element, as ZeRO hands it flat shards.
+
+    Attributes:
+        name: in checkpoints, which another kind cannot take over.
+        label: as people call it.
+        moments: what it keeps of every weight in fp32, by the names in its state. DeepSpeed's
+            converter to another layout knows Adam's two and no others.
+        make: from parameter groups and the recipe.
+    """
+
+    name: str
+    label: str
+    moments: tuple[str, ...]
+    make: Callable[[Groups, OptimSection], torch.optim.Optimizer]
+
+
+def _adamw(groups: Groups, optim: OptimSection) -> torch.optim.Optimizer:
+    betas = (optim.beta1, optim.beta2)
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=betas, eps=optim.eps, fused=True)
+
+
+ADAMW = OptimizerKind("adamw", "AdamW", ("exp_avg", "exp_avg_sq"), _adamw)  # Loshchilov & Hutter
+
+
+def kind_of(_: OptimSection) -> OptimizerKind:
+    """What a recipe's optimizer is."""
+    return ADAMW
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
@@ -28,7 +62,7 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
 
 
 def make_optimizer(model: CoCa, optim: OptimSection) -> tuple[torch.optim.Optimizer, list[float]]:
-    """AdamW (Loshchilov & Hutter 2019) over the parameters that train.
+    """The optimizer over the parameters that train.
 
     Returns:
         The optimizer, and for each of its groups the factor on the learning rate. A group is what
@@ -44,14 +78,9 @@ def make_optimizer(model: CoCa, optim: OptimSection) -> tuple[torch.optim.Optimi
     listed = [
         {"params": groups[key], "weight_decay": optim.weight_decay * key[1]} for key in ordered
     ]
-    return _make(listed, optim), [scale for scale, _ in ordered]
+    return kind_of(optim).make(listed, optim), [scale for scale, _ in ordered]
 
 
 def make_scale_optimizer(parameter: nn.Parameter, optim: OptimSection) -> torch.optim.Optimizer:
     """The same one for the replicated logit scale, without decay."""
-    return _make([{"params": [parameter], "weight_decay": 0.0}], optim)
-
-
-def _make(groups: list[dict], optim: OptimSection) -> torch.optim.Optimizer:
-    betas = (optim.beta1, optim.beta2)
-    return torch.optim.AdamW(groups, lr=optim.lr, betas=betas, eps=optim.eps, fused=True)
+    return kind_of(optim).make([{"params": [parameter], "weight_decay": 0.0}], optim)

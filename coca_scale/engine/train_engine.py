@@ -16,6 +16,7 @@ from collections.abc import Collection
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -23,11 +24,12 @@ from torch import Tensor
 
 from coca_scale.engine.config import DTYPES, apply_settings, deepspeed_config, transfers
 from coca_scale.engine.objective import Counts, FeatureTerms, Objective, Tally
-from coca_scale.engine.optimizer import make_optimizer, make_scale_optimizer
+from coca_scale.engine.optimizer import ADAMW, kind_of, make_optimizer, make_scale_optimizer
 from coca_scale.engine.weight_average import AVERAGE_FOLDER, WeightAverage
 from coca_scale.engine.world import World
 from coca_scale.engine.writing import Entries, FileWriter
 from coca_scale.engine.zero import STATE_TAG, Layout, ZeroEngine
+from coca_scale.errors import UserError
 from coca_scale.losses import FeatureGather
 from coca_scale.model import CoCa, LogitScale
 from coca_scale.model.image import normalize_pixels
@@ -98,9 +100,13 @@ class TrainEngine:
         self._logit_scale = logit_scale.to(world.device)
         self._scale_optimizer = make_scale_optimizer(self._logit_scale.log_scale, recipe.optim)
         optimizer, self._lr_scales = make_optimizer(model, recipe.optim)
+        self._optimizer_kind = kind_of(recipe.optim)
+        self._updates = 0
         config = deepspeed_config(recipe, batch_split, transfers(model), world.ranks_per_node)
         self._writer = FileWriter()
-        self._zero = ZeroEngine(model, optimizer, config, self._writer)
+        self._zero = ZeroEngine(
+            model, optimizer, self._optimizer_kind.moments, config, self._writer
+        )
         self.module: CoCa = self._zero.module
         cast_statistics(self.module, self.dtype)
         decay = recipe.optim.ema_decay
@@ -139,6 +145,7 @@ class TrainEngine:
             terms = self._pass_twice(batches, counts, tally)
         grad_norm, applied = self._zero.update()
         if applied:
+            self._updates += 1
             self._update_scale(terms.grad_log_scale)
             if self._average is not None:
                 self._average.update()
@@ -259,6 +266,8 @@ class TrainEngine:
             state = {
                 "model": self._logit_scale.state_dict(),
                 "optimizer": self._scale_optimizer.state_dict(),
+                "optimizer_kind": self._optimizer_kind.name,
+                "updates": self._updates,
                 "ranks": self.layout.ranks,
                 "zero_stage": self.layout.zero_stage,
             }
@@ -273,25 +282,30 @@ class TrainEngine:
             universal: its state in DeepSpeed's universal format, where it has another layout.
 
         Raises:
-            UserError: the checkpoint lacks something that this run needs.
+            UserError: the checkpoint lacks something that this run needs, or is of another
+                optimizer.
         """
         saved = torch.load(folder / SCALE_FILE, map_location=self.world.device, weights_only=True)
+        kind, own = saved.get("optimizer_kind", ADAMW.name), self._optimizer_kind.name
+        if kind != own:
+            raise UserError(f"{folder} was written with the optimizer {kind}, this run has {own}")
         self._logit_scale.load_state_dict(saved["model"])
         self._scale_optimizer.load_state_dict(saved["optimizer"])
+        self._updates = saved["updates"] if "updates" in saved else _adam_steps(saved["optimizer"])
         if universal is None:
             self._zero.load(folder)
         else:
-            self._zero.load_universal(universal, self._optimizer_steps())
+            self._zero.load_universal(universal, self._updates)
         if self._average is not None:
             if universal is None:
                 self._average.load(folder, self.world.rank)
             else:
                 self._average.load_resharded(folder)
 
-    def _optimizer_steps(self) -> int:
-        """Updates of the logit scale, which are those of all other weights."""
-        states = list(self._scale_optimizer.state.values())
-        return int(states[0]["step"]) if states else 0
+
+def _adam_steps(state: dict[str, Any]) -> int:
+    """Updates of a parameter's AdamW, as checkpoints without a count of their own have them."""
+    return max((int(entry["step"]) for entry in state["state"].values()), default=0)
 
 
 def _constants(model: CoCa) -> dict[str, Tensor]:

@@ -43,7 +43,6 @@ from deepspeed.utils import (
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from torch import Tensor, nn
 
-from coca_scale.engine.optimizer import MOMENTS
 from coca_scale.engine.writing import FileWriter
 from coca_scale.errors import UserError
 
@@ -67,6 +66,7 @@ class ZeroEngine:
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
+        moments: Sequence[str],
         config: dict[str, Any],
         writer: FileWriter,
     ) -> None:
@@ -75,10 +75,12 @@ class ZeroEngine:
         Args:
             model: its parameters become DeepSpeed's.
             optimizer: over those that train.
+            moments: that it keeps of every weight, by the names in its state.
             config: of DeepSpeed.
             writer: gets the files of `save`.
         """
         setattr(model, UNIVERSAL_CHECKPOINT_INFO, {})  # without it checkpoints cannot be resharded
+        self._moments = tuple(moments)
         self._stage = int(config["zero_optimization"]["stage"])
         self._engine, self._optimizer, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=config
@@ -156,7 +158,7 @@ class ZeroEngine:
         """Fill weights and optimizer state of a new engine from the universal format."""
         self._prepare_moments(optimizer_steps)
         zero = folder / "zero"
-        for key in (None, *MOMENTS):
+        for key in (None, *self._moments):
             self.set_state(partial(_atom, zero, key or "fp32"), key)
         self._round_masters()
 
@@ -165,7 +167,7 @@ class ZeroEngine:
 
         Args:
             full: the values of a whole parameter, by its name.
-            key: one of `optimizer.MOMENTS`.
+            key: one of the moments.
         """
         for name, parameter in self._trained():
             if isinstance(self._engine.optimizer, DeepSpeedZeroOptimizer_Stage3):
@@ -212,7 +214,7 @@ class ZeroEngine:
         optimizer = self._engine.optimizer
         for number, master in enumerate(self.masters()):
             state = optimizer.optimizer.state[master]
-            for key in MOMENTS:
+            for key in self._moments:
                 if key not in state:
                     state[key] = torch.zeros_like(master)
             state["step"] = torch.tensor(float(steps), device=master.device)  # as fused ones want

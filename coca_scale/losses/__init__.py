@@ -8,10 +8,16 @@ from coca_scale.losses.caption import chunked_cross_entropy
 from coca_scale.losses.contrastive import LABEL as CONTRASTIVE
 from coca_scale.losses.contrastive import ContrastiveResult, FeatureGather, contrastive_loss
 
-LABELS = {"contrastive": CONTRASTIVE, "caption": CAPTION}  # as people call them, by name
+# as people call them, by name; the first kind sees features and trains what makes them, the second
+# is a sum over tokens and trains the decoder
+OF_FEATURES = {"contrastive": CONTRASTIVE}
+OF_CAPTIONS = {"caption": CAPTION}
+LABELS = {**OF_FEATURES, **OF_CAPTIONS}
 
 __all__ = [
     "LABELS",
+    "OF_CAPTIONS",
+    "OF_FEATURES",
     "ContrastiveResult",
     "FeatureGather",
     "chunked_cross_entropy",

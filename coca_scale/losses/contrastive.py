@@ -64,22 +64,24 @@ class FeatureGather:
         if self._ranks > 1 and resident is not None and local * self._ranks > resident:
             rows = max(1, resident // (2 * self._ranks))  # one is used while the next one travels
         self._parts = [slice(i, min(i + rows, local)) for i in range(0, local, rows)]
-        self._next = self._start(0)
+        self._next: tuple[Tensor, dist.Work | None] | None = self._start(0)
 
     def each(self, use: Callable[[slice, Tensor], None], again: bool) -> None:
         """Call `use` for all features, once.
 
         Args:
             use: given a part of every rank's samples, and their features [W·k, 2, d] in rank order.
-            again: whether they will be asked for once more.
+            again: whether they will be asked for once more, so that the first piece can travel
+                meanwhile; without it they can be all the same.
         """
         for number, part in enumerate(self._parts, 1):
-            gathered, work = self._next
+            gathered, work = self._next or self._start(0)
             if work is not None:
                 work.wait()
             self._next = gathered, None
-            if len(self._parts) > 1 and (again or number < len(self._parts)):
-                self._next = self._start(number % len(self._parts))
+            if len(self._parts) > 1:
+                last = number == len(self._parts) and not again
+                self._next = None if last else self._start(number % len(self._parts))
             use(part, gathered)
 
     def _start(self, number: int) -> tuple[Tensor, dist.Work | None]:

@@ -60,6 +60,11 @@ class VisionConfig(_Config):
     timm_proj_bias: bool = False
 
     @property
+    def label(self) -> str:
+        """As a model card calls it."""
+        return self.timm_model_name or f"ViT, patches of {self.patch_size} px"
+
+    @property
     def heads(self) -> int:
         """Attention heads."""
         return self.width // self.head_width
@@ -120,6 +125,11 @@ class TextConfig(_Config):
     hf_proj_type: Literal["linear", "mlp"] = "mlp"
     hf_pooler_type: Literal["mean_pooler"] = "mean_pooler"
     hf_config: dict[str, Any] | None = None  # ours: the architecture, so that a run needs no hub
+
+    @property
+    def label(self) -> str:
+        """As a model card calls it."""
+        return self.hf_model_name or f"transformer, {self.layers} × {self.width}"
 
 
 class DecoderConfig(_Config):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from coca_scale.errors import UserError
+from coca_scale.losses import OF_CAPTIONS, OF_FEATURES
 from coca_scale.model.coca import CoCa
 from coca_scale.model.towers import ModelPart
 from coca_scale.recipe.schema import LossSection, ModelSection
@@ -24,14 +25,16 @@ def freeze(coca: CoCa, model: ModelSection, loss: LossSection) -> None:
         _freeze_groups(coca.image, model.image_unlocked_groups, "model.image_unlocked_groups")
     if model.lock_text:
         _freeze_groups(coca.text, model.text_unlocked_groups, "model.text_unlocked_groups")
+    features_learn = any(loss.weight(name) for name in OF_FEATURES)
+    captions_learn = any(loss.weight(name) for name in OF_CAPTIONS)
     idle: list[nn.Parameter] = []
-    if loss.contrastive_weight == 0:
+    if not features_learn:
         idle += coca.image.contrastive_parameters() + coca.text.contrastive_parameters()
-    if loss.caption_weight == 0:
+    if not captions_learn:
         idle += coca.caption_parameters()
     for parameter in idle:
         parameter.requires_grad_(False)
-    learns = loss.contrastive_weight > 0 or (loss.caption_weight > 0 and coca.decoder is not None)
+    learns = features_learn or (captions_learn and coca.decoder is not None)
     if not learns or not any(p.requires_grad for p in coca.parameters()):
         raise UserError(
             "nothing is left to train: see model.lock_image, model.lock_text and the loss weights"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from coca_scale.engine.optimizer import MOMENTS
+from coca_scale.engine.optimizer import kind_of
 from coca_scale.recipe import Recipe
 
-MOMENT_BYTES = 4 * len(MOMENTS)
+MOMENT_BYTES = 4
 MASTER_BYTES = 4
 AVERAGE_BYTES = 4
 
@@ -41,7 +41,7 @@ def state_bytes(
     """
     engine = recipe.engine
     element = 4 if engine.precision == "fp32" else 2
-    moments = MOMENT_BYTES
+    moments = MOMENT_BYTES * len(kind_of(recipe.optim).moments)
     moments += 0 if engine.precision == "fp32" else MASTER_BYTES
     moments += 0 if recipe.optim.ema_decay is None else AVERAGE_BYTES
     stage = engine.zero_stage

@@ -72,7 +72,11 @@ class ModelSection(Section):
 
 
 class LossSection(Section):
-    """Weights and memory settings of the two losses."""
+    """Weights and memory settings of the losses."""
+
+    def weight(self, name: str) -> float:
+        """Of a loss, by its name."""
+        return float(getattr(self, f"{name}_weight"))
 
     contrastive_weight: Annotated[float, Field(ge=0.0)] = Field(1.0, description="Factor.")
     caption_weight: Annotated[float, Field(ge=0.0)] = Field(2.0, description="Factor.")

@@ -14,13 +14,14 @@ from urllib.parse import urlsplit, urlunsplit
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
-from coca_scale.engine.optimizer import LABEL as OPTIMIZER
+from coca_scale.engine.optimizer import kind_of
 from coca_scale.errors import UserError
 from coca_scale.evaluation.kinds import KINDS, by_kind
 from coca_scale.evaluation.results import Kind, Score
 from coca_scale.losses import LABELS
 from coca_scale.model import ModelConfig
 from coca_scale.openclip.folder import OWN_CONFIG_FILE
+from coca_scale.recipe.schema import OptimSection
 from coca_scale.reports.page import RunRecord
 from coca_scale.version import __version__
 
@@ -122,9 +123,9 @@ def model_card(
     own = config_file.name == OWN_CONFIG_FILE
     vision, text = config.vision_cfg, config.text_cfg
     model = {
-        "image tower": vision.timm_model_name or f"ViT, patches of {vision.patch_size} px",
+        "image tower": vision.label,
         "picture size": f"{vision.image_size} px",
-        "text tower": text.hf_model_name or f"transformer, {text.layers} × {text.width}",
+        "text tower": text.label,
         "caption length": f"{config.context_length} tokens",
     }
     data = ModelCardData(
@@ -185,13 +186,16 @@ def _training_facts(record: RunRecord) -> dict[str, str]:
     sources = [public(source["shards"]) for source in recipe.get("data.train", [])]
     start = public(recipe.get("model.pretrained"))
     versions = record.about.get("versions", {})
+    keys = {k.partition(".")[2]: v for k, v in recipe.items() if k.startswith("optim.")}
+    optim = OptimSection.model_validate(keys)
+    weights = {name: recipe.get(f"loss.{name}_weight") for name in LABELS}
     return {
         "data": ", ".join(map(str, sources)),
         **({"starting from": str(start)} if start else {}),
         "samples seen": f"{last['samples_seen']:,} in {last['step']:,} steps of "
         f"{last['global_batch']:,}",
-        "loss": " + ".join(f"{recipe.get(f'loss.{name}_weight')} × {name}" for name in LABELS),
-        "optimizer": f"{OPTIMIZER}, lr {recipe.get('optim.lr')}, weight decay "
+        "loss": " + ".join(f"{weight} × {name}" for name, weight in weights.items() if weight),
+        "optimizer": f"{kind_of(optim).label}, lr {recipe.get('optim.lr')}, weight decay "
         f"{recipe.get('optim.weight_decay')}, {recipe.get('schedule.name')} schedule, "
         f"{recipe.get('schedule.warmup_steps')} steps of warm-up",
         "engine": f"DeepSpeed ZeRO {recipe.get('engine.zero_stage')}, "

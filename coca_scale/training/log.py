@@ -38,6 +38,7 @@ class RunLog:
     def __init__(self, recipe: Recipe, steps: int, active: bool) -> None:
         self._active = active
         self._steps = steps
+        self._losses = [name for name in LABELS if recipe.loss.weight(name)]
         self._folder = folder = recipe.run.folder
         self._writer: SummaryWriter | None = None
         self._tracker: Tracker | None = None
@@ -92,7 +93,7 @@ class RunLog:
         append(self._folder / METRICS, json.dumps(values) + "\n")
         self._scalars("train", values["step"], values)
         known = {k: math.nan if v is None else v for k, v in values.items() if "loss" in k}
-        losses = {name: known[f"{name}_loss"] for name in LABELS}
+        losses = {name: known[f"{name}_loss"] for name in self._losses}
         if self._bar is not None:
             short = " ".join(f"{name} {value:.2f}" for name, value in losses.items())
             text = f"loss {known['loss']:.2f} ({short}) {values['samples_per_second']:.0f}/s"
