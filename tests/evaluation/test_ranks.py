@@ -34,7 +34,7 @@ def inputs(tmp_path_factory):
     return folder
 
 
-def evaluate_on_rank(rank, ranks, model, folder, limit):
+def evaluate_on_rank(rank, ranks, model, folder, limits):
     import torch
 
     from coca_scale.data.listing import ListOptions
@@ -51,7 +51,6 @@ def evaluate_on_rank(rank, ranks, model, folder, limit):
 
     world = start_world(60) if ranks > 1 else World.alone(torch.device("cpu"))
     encoder = loaded_encoder(load_model(model), world)
-    feeding = Feeding(batch_size=7, limit=limit)
     by_class = str(folder / "by_class")
     section = DataSection.model_validate({"train": by_class})
     shards = InputPictures(open_pictures([str(folder)], section, ListOptions()))
@@ -63,26 +62,30 @@ def evaluate_on_rank(rank, ranks, model, folder, limit):
         "retrieval of shards": Retrieval(shards),
         "captioning": Captioning(shards, options, shown=3),
     }
-    found = {name: e.run(encoder, feeding) for name, e in evaluators.items()}
-    shown = [(item.picture.key, item.captions) for item in found["captioning"].captioned]
+    told = []
+    for limit in limits:
+        feeding = Feeding(batch_size=7, limit=limit)
+        found = {name: e.run(encoder, feeding) for name, e in evaluators.items()}
+        shown = [(item.picture.key, item.captions) for item in found["captioning"].captioned]
+        told.append(({name: result.json() for name, result in found.items()}, shown))
     if ranks > 1:
         end_world()
-    return {name: result.json() for name, result in found.items()}, shown
+    return told
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("limit", [None, 40])
-def test_three_ranks_find_what_one_finds(trained, inputs, limit):
-    arguments = (str(trained.folder), inputs, limit)
+def test_three_ranks_find_what_one_finds(trained, inputs):
+    limits = (None, 40)
+    arguments = (str(trained.folder), inputs, limits)
     alone = on_ranks(evaluate_on_rank, 1, *arguments)[0]
     for of_rank in on_ranks(evaluate_on_rank, 3, *arguments):
         assert of_rank == alone
-    results, shown = alone
-    assert {r["pictures"] for r in results.values()} == {57 if limit is None else limit}
-    assert len(shown) == 3
-    if limit is None:
-        assert all(r["skipped"] == {"broken_image": 3} for r in results.values())
-    assert 0 < results["retrieval of files"]["scores"]["image_to_text_r1"] < 1
+    for limit, (results, shown) in zip(limits, alone, strict=True):
+        assert {r["pictures"] for r in results.values()} == {57 if limit is None else limit}
+        assert len(shown) == 3
+        if limit is None:
+            assert all(r["skipped"] == {"broken_image": 3} for r in results.values())
+        assert 0 < results["retrieval of files"]["scores"]["image_to_text_r1"] < 1
 
 
 def fail_on_rank(rank, ranks, model, folder):
