@@ -1,1 +1,1 @@
-"""Sharding, stepping, checkpoints: the only room that knows DeepSpeed."""
+"""Sharding, stepping, checkpoints: of it zero.py and launch.py know DeepSpeed."""

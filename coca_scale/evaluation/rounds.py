@@ -56,22 +56,25 @@ class PictureRounds:
         Raises:
             AgreedError: a rank cannot read, or no rank has a usable picture.
         """
-        everywhere: list[Place] = []
+        done = 0
         while True:
             batch = self._world.agree(self._next_batch)
-            places = [picture.place for picture in batch]
-            reports = self._world.gather((places, self._read_to))
-            new = [place for found, _ in reports for place in found]
+            new = int(self._world.sum(len(batch))[0])
             if not new:
                 break
-            everywhere += new
-            self._places += places
+            done += new
+            self._places += [picture.place for picture in batch]
             yield batch
-            self._feeding.progress(len(everywhere), self._source.count)
-            limit, known_to = self._feeding.limit, min(to for _, to in reports)
-            if limit is not None and sum(place <= known_to for place in everywhere) >= limit:
+            self._feeding.progress(done, self._source.count)
+            if self._feeding.limit is not None and self._have(self._feeding.limit):
                 break
         self._finish()
+
+    def _have(self, limit: int) -> bool:
+        """Whether the first `limit` usable pictures are among those that have been read."""
+        read_to = min(self._world.gather(self._read_to))  # as far as every rank has come
+        known = sum(place <= read_to for place in self._places)
+        return self._world.sum(known)[0] >= limit
 
     def _next_batch(self) -> list[Picture]:
         batch: list[Picture] = []
