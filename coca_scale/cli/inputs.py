@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 from coca_scale.cli.arguments import Precision
 
 if TYPE_CHECKING:
+    import torch
+
     from coca_scale.engine.world import World
     from coca_scale.evaluation.pictures import Part
     from coca_scale.inference.load import LoadedModel
@@ -44,13 +46,11 @@ def data_section(inputs: list[str]) -> DataSection:
 @contextmanager
 def ranks() -> Iterator[World]:
     """The processes of a launch by torchrun, srun, mpirun or deepspeed, or this one alone."""
-    import torch
-
     from coca_scale.engine.planned import planned_size
     from coca_scale.engine.world import World
 
     if planned_size() == 1:
-        yield World.alone(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        yield World.alone(_own_device())
         return
     from coca_scale.engine.launch import end_world, start_world  # DeepSpeed takes seconds
 
@@ -73,8 +73,14 @@ def load(
     from coca_scale.inference.load import load_model
 
     dtype = torch.bfloat16 if precision is Precision.BF16 else torch.float32
-    if world is not None:
-        loaded = world.agree(lambda: load_model(model, config, raw_weights), first_alone=True)
-        return loaded.to(world.device, dtype)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return load_model(model, config, raw_weights).to(device, dtype)
+    if world is None:
+        return load_model(model, config, raw_weights).to(_own_device(), dtype)
+    loaded = world.agree(lambda: load_model(model, config, raw_weights), first_alone=True)
+    return loaded.to(world.device, dtype)
+
+
+def _own_device() -> torch.device:
+    """Where a process that is alone computes."""
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -76,7 +76,7 @@ class Result:
         counts: pictures, and what belongs to them.
         left_out: scores that could not be computed, and why.
         bad: unusable pictures by cause.
-        captioned: pictures with the model's captions, where it wrote some; on rank 0.
+        captioned: pictures with the model's captions, where it wrote some.
     """
 
     kind: Kind

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from coca_scale.evaluation.captioning import letters
-from coca_scale.evaluation.encoder import Encoder, Feeding, stack_pixels
+from coca_scale.evaluation.encoder import Encoder, Feeding
 from coca_scale.evaluation.pictures import PictureSource
 from coca_scale.evaluation.results import Kind, Result, Score
-from coca_scale.evaluation.rounds import PictureRounds, encode_texts
+from coca_scale.evaluation.rounds import PictureRounds, encode_pictures, encode_texts
 
 CUTS = (1, 5, 10)
 KIND = Kind(
@@ -45,12 +45,10 @@ class Retrieval:
 
     def run(self, encoder: Encoder, feeding: Feeding) -> Result:
         """As of `Evaluator`."""
-        size = encoder.config.vision_cfg.image_size
         rounds = PictureRounds(self.pictures, encoder, feeding)
         rows, captions_here = [], []
         for batch in rounds:
-            pixels = stack_pixels([picture.pixels for picture in batch], size)
-            rows.append(encoder.encode_images(pixels)[: len(batch)])
+            rows.append(encode_pictures(encoder, batch))
             captions_here += [picture.captions for picture in batch]
         images, captions = rounds.collect_rows(rows), rounds.collect(captions_here)
         if self.equal_captions:

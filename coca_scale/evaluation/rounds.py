@@ -17,7 +17,7 @@ from torch import Tensor
 from coca_scale.data.sample import causes_text
 from coca_scale.engine.world import World
 from coca_scale.errors import AgreedError
-from coca_scale.evaluation.encoder import Encoder, Feeding
+from coca_scale.evaluation.encoder import Encoder, Feeding, stack_pixels
 from coca_scale.evaluation.pictures import BadPicture, Picture, PictureSource, Place
 
 T = TypeVar("T")
@@ -110,6 +110,13 @@ class PictureRounds:
         """Rows [n, d], one for each of this rank's pictures; of all ranks [N, d], on the CPU."""
         mine = torch.cat(list(rows)).cpu()
         return torch.cat(self._world.gather(mine))[self._order]
+
+
+def encode_pictures(encoder: Encoder, batch: Sequence[Picture]) -> Tensor:
+    """Unit features of a rank's batch, a row each; the model runs for an empty one too."""
+    size = encoder.config.vision_cfg.image_size
+    pixels = stack_pixels([picture.pixels for picture in batch], size)
+    return encoder.encode_images(pixels)[: len(batch)]
 
 
 def encode_texts(encoder: Encoder, texts: Sequence[str], feeding: Feeding) -> Tensor:

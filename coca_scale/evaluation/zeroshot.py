@@ -17,7 +17,7 @@ from torch import Tensor
 from coca_scale.data.listing import ListedPicture, ListOptions, is_picture
 from coca_scale.data.rules import CLASS
 from coca_scale.data.sample import DataError
-from coca_scale.evaluation.encoder import Encoder, Feeding, stack_pixels
+from coca_scale.evaluation.encoder import Encoder, Feeding
 from coca_scale.evaluation.pictures import (
     InputPictures,
     Part,
@@ -27,7 +27,7 @@ from coca_scale.evaluation.pictures import (
     open_pictures,
 )
 from coca_scale.evaluation.results import Kind, Result, Score
-from coca_scale.evaluation.rounds import PictureRounds, encode_texts
+from coca_scale.evaluation.rounds import PictureRounds, encode_pictures, encode_texts
 from coca_scale.model.coca import unit
 from coca_scale.openclip.alone import open_clip_module
 from coca_scale.recipe.data import DataSection
@@ -68,14 +68,12 @@ class ZeroShot:
     def run(self, encoder: Encoder, feeding: Feeding) -> Result:
         """As of `Evaluator`."""
         labelled, world = self.labelled, encoder.world
-        size = encoder.config.vision_cfg.image_size
         rounds = PictureRounds(InputPictures(labelled.parts), encoder, feeding)
         rows: list[Tensor] = []
         labels_here: list[int] = []
         for batch in rounds:
             labels_here += world.agree(partial(labelled.labels, batch))
-            pixels = stack_pixels([picture.pixels for picture in batch], size)
-            rows.append(encoder.encode_images(pixels)[: len(batch)])
+            rows.append(encode_pictures(encoder, batch))
         images, labels = rounds.collect_rows(rows), torch.tensor(rounds.collect(labels_here))
         texts = encode_texts(encoder, labelled.classes.prompts(), feeding)
 
