@@ -8,7 +8,8 @@ DEMO := runs/demo
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-docs test-cluster test-image bench docs lint clean
+
+.PHONY: demo test test-docs test-cluster test-gpu test-image bench docs lint clean
 
 $(READY): requirements.lock setup.py
 	@$(PYTHON) -m venv $(VENV) || { echo "cannot make a virtual environment; on Debian: apt-get install python3-venv" >&2; exit 1; }
@@ -31,6 +32,10 @@ test-docs: $(READY)
 # needs root and Debian's slurmctld, slurmd, slurm-client, munge and openmpi-bin; some 13 minutes
 test-cluster: $(READY)
 	@PATH="$(CURDIR)/$(BIN):/usr/sbin:$$PATH" OMP_NUM_THREADS=1 python -m pytest -m cluster tests/cluster tests/distributed $(PYTEST_ARGS)
+
+# needs a GPU; three minutes on an H100
+test-gpu: $(READY)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" DS_ACCELERATOR=cuda python -m pytest -m gpu tests $(PYTEST_ARGS)
 
 # needs root and Debian's buildah and debootstrap
 test-image: $(READY)

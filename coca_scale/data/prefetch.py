@@ -14,9 +14,9 @@ from coca_scale.data.loader import StepBatch
 class Prefetcher:
     """Takes one batch ahead, in a thread.
 
-    The thread puts the loader's pieces together and, for a GPU, copies them from pinned memory on a
-    stream of its own. Positions travel with the batch, so one that was fetched and not used is read
-    again after a resume.
+    The thread puts the loader's pieces together and, for a GPU, copies images from pinned memory on
+    a stream of its own; tokens stay on the host, which lays them out. Positions travel with the
+    batch, so one that was fetched and not used is read again after a resume.
     """
 
     def __init__(self, batches: Iterator[StepBatch], device: torch.device) -> None:
@@ -36,7 +36,6 @@ class Prefetcher:
             current = torch.cuda.current_stream(self._device)
             current.wait_stream(self._stream)
             batch.images.record_stream(current)
-            batch.tokens.record_stream(current)
         self._next = self._thread.submit(self._fetch)
         return batch
 
@@ -51,5 +50,4 @@ class Prefetcher:
             return batch
         with torch.cuda.stream(self._stream):
             images = batch.images.pin_memory().to(self._device, non_blocking=True)
-            tokens = batch.tokens.pin_memory().to(self._device, non_blocking=True)
-        return replace(batch, images=images, tokens=tokens)
+        return replace(batch, images=images)

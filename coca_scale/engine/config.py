@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from coca_scale.model import CoCa
+from coca_scale.model.layers import AttentionalPooler, Block, CrossBlock
 from coca_scale.recipe import BatchSplit, Recipe
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -46,6 +47,21 @@ def transfers(model: nn.Module) -> Transfers:
     return Transfers(min(bucket, LARGEST_BUCKET), max(vectors, default=0))
 
 
+def layers(model: nn.Module) -> list[nn.Module]:
+    """Blocks and poolers of this package, in the order of their names."""
+    return [m for m in model.modules() if isinstance(m, Block | CrossBlock | AttentionalPooler)]
+
+
+def gathered_whole(model: nn.Module) -> list[nn.Module]:
+    """Modules whose weights ZeRO-3 gathers and reduces together, with one hook instead of one each.
+
+    None where something is frozen: DeepSpeed reduces the gradients of such a module when that of
+    its input is there, and an input that has none would let it reduce before they are computed.
+    """
+    frozen = any(not parameter.requires_grad for parameter in model.parameters())
+    return [] if frozen else layers(model)
+
+
 def deepspeed_config(
     recipe: Recipe, batch: BatchSplit, sizes: Transfers, ranks_per_node: int
 ) -> dict[str, Any]:
@@ -73,6 +89,7 @@ def deepspeed_config(
             "stage3_max_live_parameters": LIVE,
             "stage3_max_reuse_distance": LIVE,
             "stage3_gather_16bit_weights_on_model_save": False,
+            "memory_efficient_linear": False,  # replaces F.linear everywhere, and rounds bf16 twice
         }
         if engine.secondary_shard and 1 < ranks_per_node < batch.ranks:
             zero["zero_hpz_partition_size"] = ranks_per_node
@@ -91,6 +108,7 @@ def deepspeed_config(
         "fp16": {"enabled": precision == "fp16", "loss_scale": 0, "initial_scale_power": 16},
         "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW runs on the CPU as well
         "zero_allow_untested_optimizer": True,  # it lists classes; ours are element-wise
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }

@@ -22,7 +22,15 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from coca_scale.engine.config import DTYPES, apply_settings, deepspeed_config, transfers
+from coca_scale.engine.compiling import compile_layers
+from coca_scale.engine.config import (
+    DTYPES,
+    apply_settings,
+    deepspeed_config,
+    gathered_whole,
+    layers,
+    transfers,
+)
 from coca_scale.engine.objective import Counts, FeatureTerms, Objective, Tally
 from coca_scale.engine.optimizer import ADAMW, kind_of, make_optimizer, make_scale_optimizer
 from coca_scale.engine.weight_average import AVERAGE_FOLDER, WeightAverage
@@ -104,11 +112,14 @@ class TrainEngine:
         self._updates = 0
         config = deepspeed_config(recipe, batch_split, transfers(model), world.ranks_per_node)
         self._writer = FileWriter()
+        whole = gathered_whole(model) if recipe.engine.zero_stage == 3 else []
         self._zero = ZeroEngine(
-            model, optimizer, self._optimizer_kind.moments, config, self._writer
+            model, optimizer, self._optimizer_kind.moments, config, self._writer, whole
         )
         self.module: CoCa = self._zero.module
         cast_statistics(self.module, self.dtype)
+        if recipe.engine.compile == "blocks":
+            compile_layers(layers(self.module))
         decay = recipe.optim.ema_decay
         self._average = None if decay is None else WeightAverage(self._zero, decay)
 
@@ -128,7 +139,7 @@ class TrainEngine:
 
         Args:
             images: uint8 [n, 3, H, W], this rank's share of the global batch.
-            tokens: int64 [n, T].
+            tokens: int64 [n, T], on the host, where captions are laid out.
             lr: learning rate of this step.
             samples_seen: by all ranks before this step; which patches are dropped follows from it.
             share_indices: int64 [n], of each sample in this rank's share of the step before it was
@@ -215,8 +226,8 @@ class TrainEngine:
     ) -> list[_MicroBatch]:
         """This rank's share, cut up, on its device; arguments as of `step`."""
         size, device = self._batch_split.micro_batch, self.world.device
+        assert tokens.device.type == "cpu", "a GPU would make the host wait at every length"
         images = images.to(device, non_blocking=True)
-        # laid out on the host, which a GPU would have to wait for
         captions = [self.module.text.pack(part).to(device) for part in tokens.split(size)]
         indices = torch.arange(len(tokens)) if share_indices is None else share_indices
         ids = samples_seen + self.world.rank * len(tokens) + indices.to(device)

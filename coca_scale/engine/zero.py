@@ -39,6 +39,7 @@ from deepspeed.utils import (
     safe_set_full_optimizer_state,
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
+    set_z3_leaf_module,
 )
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from torch import Tensor, nn
@@ -69,6 +70,7 @@ class ZeroEngine:
         moments: Sequence[str],
         config: dict[str, Any],
         writer: FileWriter,
+        gathered_whole: Sequence[nn.Module] = (),
     ) -> None:
         """Shard `model`, which must hold the same weights on every rank.
 
@@ -78,7 +80,10 @@ class ZeroEngine:
             moments: that it keeps of every weight, by the names in its state.
             config: of DeepSpeed.
             writer: gets the files of `save`.
+            gathered_whole: modules that stage 3 gathers with everything inside, at once.
         """
+        for module in gathered_whole:
+            set_z3_leaf_module(module, True)
         setattr(model, UNIVERSAL_CHECKPOINT_INFO, {})  # without it checkpoints cannot be resharded
         self._moments = tuple(moments)
         self._stage = int(config["zero_optimization"]["stage"])

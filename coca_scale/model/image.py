@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor, nn
 
@@ -17,9 +19,15 @@ IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 def normalize_pixels(images: Tensor, dtype: torch.dtype) -> Tensor:
     """uint8 pixels [B, 3, H, W] → normalised images of `dtype`, computed in fp32."""
-    mean = torch.tensor(IMAGE_MEAN, device=images.device).view(3, 1, 1)
-    std = torch.tensor(IMAGE_STD, device=images.device).view(3, 1, 1)
+    mean, std = _mean_and_std(images.device)
     return ((images.float() / 255 - mean) / std).to(dtype)
+
+
+@cache
+def _mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Kept there: a copy of every step's own would make the host wait for the device."""
+    mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
+    return mean, std
 
 
 class PooledTower(nn.Module):

@@ -198,7 +198,7 @@ class _Scatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, indices: Tensor, size: int) -> Tensor:
         ctx.save_for_backward(indices)
-        return x_ND.new_zeros(size, x_ND.shape[1]).index_copy_(0, indices, x_ND)
+        return _rows_into(x_ND.new_zeros(size, x_ND.shape[1]), indices, x_ND)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -219,4 +219,10 @@ class _Pick(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (rows,) = ctx.saved_tensors
         (grad,) = grads
-        return grad.new_zeros(ctx.size, grad.shape[1]).index_copy_(0, rows, grad), None
+        return _rows_into(grad.new_zeros(ctx.size, grad.shape[1]), rows, grad), None
+
+
+def _rows_into(zeros_SD: Tensor, indices: Tensor, rows_ND: Tensor) -> Tensor:
+    """Rows at their places. Not in place: compiled by torch 2.11, a function that changes its own
+    result hands on a gradient of zero."""
+    return zeros_SD.index_copy(0, indices, rows_ND)

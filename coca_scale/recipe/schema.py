@@ -184,6 +184,11 @@ class EngineSection(Section):
         description="Most memory for activations on a rank, in GB: as few blocks as that takes are "
         "recomputed as a whole. Counts captions of data.mean_tokens.",
     )
+    compile: Literal["none", "blocks"] = Field(
+        "none",
+        description="torch.compile: nothing, or every transformer block by itself, which fuses its "
+        "element-wise operations; the first steps take minutes longer.",
+    )
     offload: Literal["none", "optimizer", "all"] = Field(
         "none",
         description="What waits in the memory of the host: nothing; optimizer: its state, updated "

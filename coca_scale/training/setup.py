@@ -32,6 +32,7 @@ from coca_scale.recipe.total_steps import total_steps
 from coca_scale.training.initial import initial_model
 from coca_scale.training.preflight import preflight, room_for_checkpoints
 from coca_scale.training.validation import Validation
+from coca_scale.version import __version__
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,9 @@ class Prepared:
         (folder / RECIPE).write_text(dump_recipe(self.recipe))
         if isinstance(self.tokenizer, FastTokenizer):
             self.tokenizer.save(folder)
-        packages = ("torch", "deepspeed", "open_clip_torch", "coca-scale")
+        packages = ("torch", "deepspeed", "open_clip_torch")
         versions = {"python": platform.python_version(), **{p: version(p) for p in packages}}
+        versions["coca-scale"] = __version__
         about = {"versions": versions, "git_commit": _git_commit(), "ranks": ranks}
         (folder / VERSIONS).write_text(json.dumps(about, indent=1) + "\n")
 

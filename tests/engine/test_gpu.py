@@ -1,0 +1,175 @@
+"""On a GPU: `make test-gpu`. The engine's curves, every kind of attention, resuming to the bit."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from coca_scale.losses import FeatureGather, contrastive_loss
+from coca_scale.losses.matmul import wide_matmul
+from coca_scale.model import CoCa, load_model_config
+from coca_scale.model.image import normalize_pixels
+from tests.conftest import tiny_recipe
+from tests.engine.batches import BATCH, batch_of
+from tests.json_lines import curve
+from tests.ranks import on_ranks, quiet, train_all
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU"),
+]
+BACKENDS = {
+    "default": None,
+    "flash": [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION],
+    "cudnn": [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION],
+    "math": [SDPBackend.MATH],
+}
+
+
+def relative(a, b):
+    """‖a − b‖ / ‖b‖."""
+    a, b = a.detach().double().cpu(), b.detach().double().cpu()
+    return float((a - b).norm() / b.norm())
+
+
+def test_wide_products_keep_fp32_sums():
+    a, b = (torch.randn(n, 768, device="cuda").bfloat16() for n in (64, 100))
+    assert relative(wide_matmul(a, b.T, torch.float32), a.double() @ b.double().T) < 1e-6
+
+
+@pytest.fixture(scope="module")
+def exact():
+    """A model of full size in float64 on the CPU, its inputs and what comes out."""
+    torch.manual_seed(0)
+    config = load_model_config("coca_ViT-B-32")
+    model = CoCa(config).double().train()
+    context, vocabulary = config.context_length, config.text_cfg.vocab_size
+    images = torch.randint(0, 256, (6, 3, 224, 224), dtype=torch.uint8)
+    tokens = torch.zeros(6, context, dtype=torch.long)
+    for row, length in enumerate((2, 3, 9, 20, 33, context)):
+        tokens[row, :length] = torch.randint(1, vocabulary - 2, (length,))
+        tokens[row, 0], tokens[row, length - 1] = vocabulary - 2, vocabulary - 1
+    return model, images, tokens, outcome(model, images, tokens)
+
+
+def outcome(model, images, tokens):
+    """Features, caption loss, and all gradients of one step."""
+    weight = next(model.parameters())
+    model.zero_grad()
+    captions = model.text.pack(tokens).to(weight.device)
+    pixels = normalize_pixels(images.to(weight.device), weight.dtype)
+    features, sums = model(pixels, captions)
+    scale = torch.tensor([2.0], device=weight.device)
+    made = contrastive_loss(FeatureGather(features.detach(), None), scale, None, 512)
+    surrogate = (features.to(made.grad_features.dtype) * made.grad_features).sum()
+    (surrogate + sums["caption"] / 100).backward()
+    gradients = torch.cat([p.grad.double().flatten().cpu() for p in model.parameters()])
+    return features, sums["caption"], gradients
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_model_computes_what_it_computes_in_float64(monkeypatch, exact, dtype, backend, compiled):
+    if compiled and backend != "default":
+        pytest.skip("one backend is enough for compiled layers")
+    if backend == "cudnn" and dtype == torch.float32:
+        pytest.skip("cuDNN's attention takes no fp32")
+    from coca_scale.engine.compiling import compile_layers
+    from coca_scale.engine.config import layers
+
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # of the patch embedding
+    reference, images, tokens, expected = exact
+    model = copy.deepcopy(reference).to("cuda", dtype)
+    model.set_activation_checkpointing("selective")
+    if compiled:
+        compile_layers(layers(model))
+    chosen = BACKENDS[backend]
+    with sdpa_kernel(chosen) if chosen else contextlib.nullcontext():
+        found = outcome(model, images, tokens)
+    errors = [relative(a, b) for a, b in zip(found, expected, strict=True)]
+    print(f"features, caption loss, gradients off by {errors}")
+    assert max(errors) < (2e-5 if dtype == torch.float32 else 6e-2)
+
+
+def curve_on_rank(_rank, _ranks, layouts):
+    with quiet():
+        return [_curve(changes) for changes in layouts]
+
+
+def _curve(changes):
+    from coca_scale.engine.launch import start_world
+    from coca_scale.engine.train_engine import TrainEngine
+    from coca_scale.model import LogitScale
+    from coca_scale.recipe import BatchSplit
+
+    global world
+    world = globals().get("world") or start_world()
+    recipe = tiny_recipe(**{"optim__lr": 1e-4, "train__global_batch": BATCH, **changes})
+    torch.manual_seed(0)
+    model = CoCa(load_model_config("coca_tiny"))
+    engine = TrainEngine(model, LogitScale(), recipe, BatchSplit.from_recipe(recipe, 1), world)
+    losses = []
+    for step in range(8):
+        images, tokens = batch_of(step)
+        result = engine.step(images, tokens, 1e-4)
+        assert result.applied
+        losses.append(result.loss)
+    engine.close()
+    return losses
+
+
+LAYOUTS = {
+    "plain": {"engine__zero_stage": 0, "train__micro_batch": 16},
+    "ZeRO-3": {"engine__zero_stage": 3, "train__micro_batch": 4},
+    "ZeRO-2": {"engine__zero_stage": 2, "train__micro_batch": 16},
+    "Triton": {"train__micro_batch": 16, "loss__caption_kernel": "triton"},
+    "full": {"train__micro_batch": 8, "engine__activation_checkpointing": "full"},
+    "compiled": {"train__micro_batch": 4, "engine__compile": "blocks"},
+    "bf16": {"engine__precision": "bf16", "train__micro_batch": 16},
+    "bf16, ZeRO-2": {
+        "engine__precision": "bf16",
+        "engine__zero_stage": 2,
+        "train__micro_batch": 16,
+    },
+    "bf16, accumulated": {"engine__precision": "bf16", "train__micro_batch": 4},
+    "bf16, compiled": {
+        "engine__precision": "bf16",
+        "train__micro_batch": 16,
+        "engine__compile": "blocks",
+    },
+}
+
+
+def test_all_layouts_give_the_same_curve():
+    (found,) = on_ranks(curve_on_rank, 1, list(LAYOUTS.values()))
+    curves = dict(zip(LAYOUTS, found, strict=True))
+    worst = {}
+    for name, losses in curves.items():
+        pairs = zip(losses, curves["plain"], strict=True)
+        worst[name] = max(abs(a - b) / b for a, b in pairs)
+    print(worst)
+    for name, difference in worst.items():
+        assert difference < (2e-2 if "bf16" in name else 1e-4), (name, worst)
+
+
+@pytest.mark.parametrize("compiled", ["none", "blocks"])
+def test_a_resumed_run_is_the_same_to_the_bit(tmp_path, compiled):
+    def recipe(folder, steps):
+        return tiny_recipe(
+            run__dir=str(folder),
+            train__steps=steps,
+            engine__precision="bf16",
+            engine__compile=compiled,
+            schedule__name="constant",
+        )
+
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    on_ranks(train_all, 1, [recipe(straight, 12)])
+    on_ranks(train_all, 1, [recipe(stopped, 7)])
+    on_ranks(train_all, 1, [recipe(stopped, 12)])
+    assert curve(straight, 12) == curve(stopped, 12)
