@@ -45,6 +45,7 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 from torch import Tensor, nn
 
 from coca_scale.engine.writing import FileWriter
+from coca_scale.engine.zero3 import ManyAtOnce, remember_parameters
 from coca_scale.errors import UserError
 
 STATE_TAG = "state"  # of the one state that a checkpoint folder has
@@ -84,6 +85,7 @@ class ZeroEngine:
         """
         for module in gathered_whole:
             set_z3_leaf_module(module, True)
+        remember_parameters(gathered_whole)
         setattr(model, UNIVERSAL_CHECKPOINT_INFO, {})  # without it checkpoints cannot be resharded
         self._moments = tuple(moments)
         self._stage = int(config["zero_optimization"]["stage"])
@@ -91,6 +93,11 @@ class ZeroEngine:
             model=model, optimizer=optimizer, config=config
         )
         self._engine.checkpoint_engine = _Handover(writer)
+        section = config["zero_optimization"]
+        elsewhere = ("offload_optimizer", "offload_param", "zero_hpz_partition_size")
+        self._many: ManyAtOnce | None = None
+        if self._stage == 3 and not any(key in section for key in elsewhere):
+            self._many = ManyAtOnce(self._engine.optimizer)
         # a file beside the writer: on a full disk rank 0 would fail and the others wait for it
         self._engine._copy_recovery_script = lambda _: None
 
@@ -132,6 +139,8 @@ class ZeroEngine:
         """
         if self._stage > 0:
             self._engine.step()
+            if self._many is not None:
+                self._many.order_streams()
             norm = self._engine.get_global_grad_norm()
             return (float(norm) if norm is not None else math.nan), self._engine.was_step_applied()
         grads = [p.grad for _, p in self._trained() if p.grad is not None]

@@ -1,0 +1,177 @@
+"""ZeRO-3 for as many parameters at a time as there are, where DeepSpeed takes one after the other.
+
+A GPU computes L/14's step faster than the host gets through DeepSpeed's loops over its 790
+parameters: for each of them a copy of the gradient into a bucket, slices of it for all ranks, a
+copy into its partition, a cast and a norm, a release. Replaced here, on one optimizer object and
+with the same result, is what is done per parameter; what is done per module stays DeepSpeed's.
+
+Read against 0.19: names with `_DeepSpeedZeroOptimizer_Stage3` are those of its private methods.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from types import MethodType
+from typing import Any
+
+import deepspeed.utils.nvtx
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from torch import Tensor, nn
+
+PRIVATE = "_DeepSpeedZeroOptimizer_Stage3"
+OFFLOAD = "_DeepSpeedZeRoOffload"
+COORDINATOR = "_PartitionedParameterCoordinator"
+BUCKETS_IN_FLIGHT = 2  # whose gradients stay in memory, when the host is ahead
+
+
+def remember_parameters(modules: Sequence[nn.Module]) -> None:
+    """Let modules that are gathered whole hand out their parameters without looking for them.
+
+    DeepSpeed asks four times per module and step, and a walk over a block takes longer than a copy.
+    """
+    for module in modules:
+        pairs = list(module.named_parameters())
+
+        def remembered(
+            self: nn.Module,
+            prefix: str = "",
+            recurse: bool = True,
+            remove_duplicate: bool = True,
+            pairs: list[tuple[str, nn.Parameter]] = pairs,
+        ) -> Iterator[tuple[str, nn.Parameter]]:
+            if prefix == "" and recurse and remove_duplicate:
+                return iter(pairs)
+            return nn.Module.named_parameters(self, prefix, recurse, remove_duplicate)
+
+        module.named_parameters = MethodType(remembered, module)  # type: ignore[method-assign]
+
+
+class ManyAtOnce:
+    """What a stage-3 optimizer on its own device does to gradients and weights of a step."""
+
+    def __init__(self, optimizer: Any) -> None:
+        """Take over. Nothing may be offloaded, and no node may keep second copies."""
+        deepspeed.utils.nvtx.enable_nvtx = False  # a range around every one of 5,000 calls
+        self._optimizer = optimizer
+        self._parameters = [p for group in optimizer.fp16_groups for p in group]
+        self._partitions = getattr(optimizer, f"{PRIVATE}__param_id_to_grad_partition")
+        self._group = optimizer.dp_process_group
+        self._ranks = dist.get_world_size(self._group)
+        self._stream = optimizer.reduce_and_partition_stream
+        self._waiting: list[Any] = []
+        self._elements = 0
+        self._reduced: deque[torch.cuda.Event] = deque()
+        optimizer.reduce_ready_partitions_and_remove_grads = self._add
+        setattr(optimizer, f"{PRIVATE}__reduce_and_partition_ipg_grads", lambda _: self._reduce())
+        optimizer.independent_gradient_partition_epilogue = self._finish
+        optimizer._get_norm_groups = lambda: [self._norm()]
+        optimizer._partition_all_parameters = self._release
+
+    def _add(self, parameter: Any) -> None:
+        """The gradient of a parameter is complete."""
+        if self._elements + parameter.ds_numel > self._optimizer.reduce_bucket_size:
+            self._reduce()
+        self._waiting.append(parameter)
+        self._elements += parameter.ds_numel
+
+    @torch.no_grad()
+    def _reduce(self) -> None:
+        """Average over ranks, and keep this rank's part of every gradient that waits."""
+        if not self._waiting:
+            return
+        on_gpu = self._waiting[0].grad.is_cuda
+        if on_gpu:
+            self._hold_back()
+            self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream if on_gpu else None):
+            parts = self._own_parts([parameter.grad for parameter in self._waiting])
+            targets = [self._partitions[parameter.ds_id] for parameter in self._waiting]
+            if self._optimizer.micro_step_id == 0:
+                torch._foreach_copy_(targets, parts)
+            else:
+                torch._foreach_add_(targets, [part.to(targets[0].dtype) for part in parts])
+            for parameter in self._waiting:
+                if on_gpu:
+                    parameter.grad.record_stream(self._stream)
+                parameter.grad = None
+            if on_gpu:
+                self._reduced.append(self._stream.record_event())
+        self._waiting.clear()
+        self._elements = 0
+
+    def _own_parts(self, gradients: list[Tensor]) -> list[Tensor]:
+        """Flat, of each the part that this rank keeps, padded with zeros; averaged over ranks."""
+        if self._ranks == 1:
+            return [gradient.view(-1) for gradient in gradients]
+        rows = [_rows(gradient, self._ranks) for gradient in gradients]
+        sizes = [part.shape[1] for part in rows]
+        whole = torch.cat(rows, dim=1).div_(self._ranks)
+        own = whole.new_empty(whole.shape[1])
+        dist.reduce_scatter_tensor(own, whole.view(-1), group=self._group)
+        return list(own.split(sizes))
+
+    def _hold_back(self) -> None:
+        """Wait for older buckets: what they hold is not free before they are through."""
+        while self._reduced and self._reduced[0].query():
+            self._reduced.popleft()
+        if len(self._reduced) > BUCKETS_IN_FLIGHT:
+            self._reduced.popleft().synchronize()
+
+    def _finish(self) -> None:
+        """The backward pass of a micro-batch is through. DeepSpeed makes the host wait here."""
+        self._reduce()
+        if self._parameters[0].is_cuda:
+            torch.cuda.current_stream().wait_stream(self._stream)
+        optimizer = self._optimizer
+        optimizer.averaged_gradients = {
+            number: [self._partitions[parameter.ds_id] for parameter in group]
+            for number, group in enumerate(optimizer.fp16_groups)
+        }
+        optimizer._epilogue_ran_this_backward = True
+
+    def order_streams(self) -> None:
+        """Weights are gathered on a stream of their own, and not before they are updated."""
+        if self._parameters[0].is_cuda:
+            stream = getattr(self._optimizer.parameter_offload, f"{OFFLOAD}__allgather_stream")
+            stream.wait_stream(torch.cuda.current_stream())
+
+    @torch.no_grad()
+    def _norm(self) -> Tensor:
+        """Of all gradients on all ranks; every number is squared in fp32 at least."""
+        gradients = [self._partitions[parameter.ds_id] for parameter in self._parameters]
+        wide = torch.promote_types(gradients[0].dtype, torch.float32)
+        norms = torch.stack(list(torch._foreach_norm(gradients, 2, dtype=wide)))
+        total = norms.double().square().sum()
+        dist.all_reduce(total, group=self._group)
+        return total.sqrt()
+
+    @torch.no_grad()
+    def _release(self) -> None:
+        """Let go of every weight that is whole, before the optimizer changes it."""
+        coordinator = self._optimizer.parameter_offload.get_param_coordinator()
+        in_flight = getattr(coordinator, f"{COORDINATOR}__inflight_param_registry")
+        released = 0
+        for parameter in self._optimizer.module.parameters():
+            if in_flight and parameter in in_flight:
+                in_flight.pop(parameter).wait()
+            parameter.ds_active_sub_modules.clear()
+            if parameter.ds_status == ZeroParamStatus.AVAILABLE:
+                if parameter.is_cuda:  # it may come from the stream that gathers
+                    parameter.data.record_stream(torch.cuda.current_stream())
+                parameter.data = parameter.new_empty(0)
+                parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE
+                released += parameter.ds_numel
+        name = f"{COORDINATOR}__n_available_params"
+        setattr(coordinator, name, getattr(coordinator, name) - released)
+
+
+def _rows(gradient: Tensor, ranks: int) -> Tensor:
+    """[ranks, n]: what each rank keeps of a gradient, with zeros behind the end."""
+    flat = gradient.reshape(-1)
+    size = -(-flat.numel() // ranks)
+    missing = ranks * size - flat.numel()
+    return (F.pad(flat, (0, missing)) if missing else flat).view(ranks, size)
