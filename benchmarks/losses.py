@@ -3,13 +3,15 @@
     python benchmarks/losses.py [--rounds 5] [--out FILE]
 
 Caption loss over captions of 76 tokens of which 20 are real, as a batch has them; contrastive loss
-on one rank. Differences are relative, of the gradients, from float64.
+on one rank; in bf16 on a GPU, in fp32 elsewhere. Differences are relative, of the gradients, from
+float64.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -25,6 +27,9 @@ from coca_scale.losses import FeatureGather, chunked_cross_entropy, contrastive_
 from coca_scale.planning.counting import LiveBytes
 
 WIDTH = 512
+ON_GPU = torch.cuda.is_available()
+DEVICE, DTYPE = ("cuda", torch.bfloat16) if ON_GPU else ("cpu", torch.float32)
+SMALL = ((32, 8192), (32, 49408))  # captions, vocabulary
 Loss = Callable[..., Tensor]
 
 
@@ -63,6 +68,14 @@ def ours(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return chunked_cross_entropy(hidden[kept], weight, labels[kept], chunk_rows=2048)
 
 
+def ours_in_triton(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """The same with `loss.caption_kernel: triton`."""
+    kept = labels != 0
+    return chunked_cross_entropy(
+        hidden[kept], weight, labels[kept], chunk_rows=2048, kernel="triton"
+    )
+
+
 def caption_case(captions: int, vocabulary: int) -> tuple[Tensor, Tensor, Tensor]:
     """Hidden states, weight, labels."""
     generator = torch.Generator().manual_seed(0)
@@ -71,7 +84,8 @@ def caption_case(captions: int, vocabulary: int) -> tuple[Tensor, Tensor, Tensor
     weight = torch.randn(vocabulary, WIDTH, generator=generator) * WIDTH**-0.5
     labels = torch.randint(1, vocabulary, (captions, 75), generator=generator)
     labels[:, 19:] = 0
-    return hidden.requires_grad_(), weight.requires_grad_(), labels.flatten()
+    leaves = (t.to(DEVICE, DTYPE).requires_grad_() for t in (hidden, weight))
+    return *leaves, labels.flatten().to(DEVICE)
 
 
 def run_caption(loss: Loss, inputs: tuple[Tensor, Tensor, Tensor]) -> Tensor:
@@ -88,8 +102,9 @@ def run_contrastive(who: str, features: Tensor) -> Tensor:
     features.grad = None
     if who == "coca-scale":
         gather = FeatureGather(features.detach(), None)
-        return contrastive_loss(gather, torch.tensor(100.0).log(), None, 512).grad_features
-    loss = ClipLoss()(features[:, 0], features[:, 1], torch.tensor(100.0))
+        scale = torch.tensor(100.0, device=DEVICE)
+        return contrastive_loss(gather, scale.log(), None, 512).grad_features
+    loss = ClipLoss()(features[:, 0], features[:, 1], torch.tensor(100.0, device=DEVICE))
     loss.backward()
     assert features.grad is not None
     return features.grad
@@ -120,7 +135,10 @@ def measured(
             "name": name,
             "seconds": seconds[name],
             "peak_bytes": peak(step, inputs),
-            "error": float((step() - exact).norm() / exact.norm()),
+            "error": float((step().double() - exact).norm() / exact.norm()),
+            "device": torch.cuda.get_device_name() if ON_GPU else "cpu",
+            "versions": {"torch": torch.__version__},
+            "date": time.strftime("%Y-%m-%d"),
         }
         for name, step in steps.items()
     ]
@@ -131,8 +149,10 @@ def caption_losses(rounds: int) -> list[dict[str, Any]]:
     losses: dict[str, Loss] = {"coca-scale": ours, "naive": naive, "DeepSpeed": deepspeed_tiled}
     if hasattr(F, "linear_cross_entropy"):
         losses["torch"] = torch_fused
+    if ON_GPU:
+        losses["coca-scale, Triton"] = ours_in_triton
     rows = []
-    for captions, vocabulary in ((32, 8192), (32, 49408)):
+    for captions, vocabulary in ((192, 49408), (512, 49408)) if ON_GPU else SMALL:
         inputs = caption_case(captions, vocabulary)
         wide = tuple(t.detach().double().requires_grad_(t.requires_grad) for t in inputs[:2])
         exact = run_caption(ours, (*wide, inputs[2]))
@@ -145,8 +165,9 @@ def caption_losses(rounds: int) -> list[dict[str, Any]]:
 def contrastive_losses(rounds: int) -> list[dict[str, Any]]:
     """Ours and open_clip's on every size."""
     rows = []
-    for batch in (1024, 4096):
-        features = F.normalize(torch.randn(batch, 2, WIDTH), dim=-1).requires_grad_()
+    for batch in (4096, 16384) if ON_GPU else (1024, 4096):
+        features = F.normalize(torch.randn(batch, 2, WIDTH, device=DEVICE), dim=-1)
+        features = features.to(DTYPE).requires_grad_()
         exact = run_contrastive("coca-scale", features.detach().double())
         steps = {
             name: partial(run_contrastive, name, features) for name in ("coca-scale", "open_clip")
@@ -165,7 +186,8 @@ def show(rows: list[dict[str, Any]]) -> None:
             print(title)
             before = title
         print(
-            f"  {row['name']:<12}{row['seconds']:8.2f} s{row['peak_bytes'] / 2**20:10.0f} MiB"
+            f"  {row['name']:<20}{1e3 * row['seconds']:10.2f} ms"
+            f"{row['peak_bytes'] / 2**20:10.0f} MiB"
             f"   gradient off by {row['error']:.0e}"
         )
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 PRIVATE = "_DeepSpeedZeroOptimizer_Stage3"
 OFFLOAD = "_DeepSpeedZeRoOffload"
 COORDINATOR = "_PartitionedParameterCoordinator"
-BUCKETS_IN_FLIGHT = 2  # whose gradients stay in memory, when the host is ahead
+BUCKETS_IN_FLIGHT = 3  # whose gradients stay in memory when the host is ahead
 
 
 def remember_parameters(modules: Sequence[nn.Module]) -> None:
@@ -58,13 +58,14 @@ class ManyAtOnce:
         deepspeed.utils.nvtx.enable_nvtx = False  # a range around every one of 5,000 calls
         self._optimizer = optimizer
         self._parameters = [p for group in optimizer.fp16_groups for p in group]
+        self._all_parameters = list(optimizer.module.parameters())
         self._partitions = getattr(optimizer, f"{PRIVATE}__param_id_to_grad_partition")
         self._group = optimizer.dp_process_group
         self._ranks = dist.get_world_size(self._group)
         self._stream = optimizer.reduce_and_partition_stream
         self._waiting: list[Any] = []
         self._elements = 0
-        self._reduced: deque[torch.cuda.Event] = deque()
+        self._in_flight: deque[tuple[torch.cuda.Event, list[Tensor]]] = deque()
         optimizer.reduce_ready_partitions_and_remove_grads = self._add
         setattr(optimizer, f"{PRIVATE}__reduce_and_partition_ipg_grads", lambda _: self._reduce())
         optimizer.independent_gradient_partition_epilogue = self._finish
@@ -83,25 +84,28 @@ class ManyAtOnce:
         """Average over ranks, and keep this rank's part of every gradient that waits."""
         if not self._waiting:
             return
-        on_gpu = self._waiting[0].grad.is_cuda
-        if on_gpu:
-            self._hold_back()
-            self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream if on_gpu else None):
-            parts = self._own_parts([parameter.grad for parameter in self._waiting])
-            targets = [self._partitions[parameter.ds_id] for parameter in self._waiting]
-            if self._optimizer.micro_step_id == 0:
-                torch._foreach_copy_(targets, parts)
-            else:
-                torch._foreach_add_(targets, [part.to(targets[0].dtype) for part in parts])
-            for parameter in self._waiting:
-                if on_gpu:
-                    parameter.grad.record_stream(self._stream)
-                parameter.grad = None
-            if on_gpu:
-                self._reduced.append(self._stream.record_event())
+        gradients = [parameter.grad for parameter in self._waiting]
+        targets = [self._partitions[parameter.ds_id] for parameter in self._waiting]
+        for parameter in self._waiting:
+            parameter.grad = None
         self._waiting.clear()
         self._elements = 0
+        if self._ranks == 1 or not gradients[0].is_cuda:
+            self._keep(targets, gradients)
+            return
+        self._hold_back()
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            self._keep(targets, gradients)
+        # kept until the device is through: cheaper than telling the allocator of each of them
+        self._in_flight.append((self._stream.record_event(), gradients))
+
+    def _keep(self, targets: list[Tensor], gradients: list[Tensor]) -> None:
+        parts = self._own_parts(gradients)
+        if self._optimizer.micro_step_id == 0:
+            torch._foreach_copy_(targets, parts)
+        else:
+            torch._foreach_add_(targets, [part.to(targets[0].dtype) for part in parts])
 
     def _own_parts(self, gradients: list[Tensor]) -> list[Tensor]:
         """Flat, of each the part that this rank keeps, padded with zeros; averaged over ranks."""
@@ -116,15 +120,15 @@ class ManyAtOnce:
 
     def _hold_back(self) -> None:
         """Wait for older buckets: what they hold is not free before they are through."""
-        while self._reduced and self._reduced[0].query():
-            self._reduced.popleft()
-        if len(self._reduced) > BUCKETS_IN_FLIGHT:
-            self._reduced.popleft().synchronize()
+        while self._in_flight and self._in_flight[0][0].query():
+            self._in_flight.popleft()
+        if len(self._in_flight) >= BUCKETS_IN_FLIGHT:
+            self._in_flight.popleft()[0].synchronize()
 
     def _finish(self) -> None:
         """The backward pass of a micro-batch is through. DeepSpeed makes the host wait here."""
         self._reduce()
-        if self._parameters[0].is_cuda:
+        if self._in_flight:
             torch.cuda.current_stream().wait_stream(self._stream)
         optimizer = self._optimizer
         optimizer.averaged_gradients = {
@@ -155,7 +159,7 @@ class ManyAtOnce:
         coordinator = self._optimizer.parameter_offload.get_param_coordinator()
         in_flight = getattr(coordinator, f"{COORDINATOR}__inflight_param_registry")
         released = 0
-        for parameter in self._optimizer.module.parameters():
+        for parameter in self._all_parameters:
             if in_flight and parameter in in_flight:
                 in_flight.pop(parameter).wait()
             parameter.ds_active_sub_modules.clear()

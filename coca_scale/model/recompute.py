@@ -45,11 +45,6 @@ class SelectiveRecompute(nn.Module):
 
     selective = False
 
-    @property
-    def computes_again(self) -> bool:
-        """Whether it leaves its output out; compiled code decides that for itself."""
-        return self.selective and not torch.compiler.is_compiling()
-
 
 class LayerNorm(SelectiveRecompute, nn.LayerNorm):
     """A norm in front of a linear layer."""
@@ -57,7 +52,7 @@ class LayerNorm(SelectiveRecompute, nn.LayerNorm):
     def forward(self, x: Tensor) -> Activation:  # type: ignore[override]
         """[*, D] → [*, D]."""
         y = F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
-        if not self.computes_again:
+        if not self.selective:
             return Activation(y, None)
         # copies: under ZeRO-3 the parameters may be gone when the next layer's backward pass runs
         kept, weight, bias = x.detach(), self.weight.detach().clone(), self.bias.detach().clone()
@@ -77,7 +72,7 @@ class NormScale(SelectiveRecompute):
     def forward(self, x: Tensor) -> Activation:
         """Normalised [*, D] → scaled and shifted."""
         y = torch.addcmul(self.bias, x, self.weight)
-        if not self.computes_again:
+        if not self.selective:
             return Activation(y, None)
         kept, weight, bias = x.detach(), self.weight.detach().clone(), self.bias.detach().clone()
         return Activation(y, lambda: torch.addcmul(bias, kept, weight))
@@ -94,7 +89,7 @@ class ElementWise(SelectiveRecompute):
         """Any shape."""
         kept = x.detach()
         return Activation(
-            self.function(x), (lambda: self.function(kept)) if self.computes_again else None
+            self.function(x), (lambda: self.function(kept)) if self.selective else None
         )
 
 
