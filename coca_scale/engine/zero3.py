@@ -15,9 +15,9 @@ from collections.abc import Iterator, Sequence
 from types import MethodType
 from typing import Any
 
+import deepspeed.comm as dist  # and not torch's: it can log what is sent
 import deepspeed.utils.nvtx
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
@@ -115,7 +115,7 @@ class ManyAtOnce:
         sizes = [part.shape[1] for part in rows]
         whole = torch.cat(rows, dim=1).div_(self._ranks)
         own = whole.new_empty(whole.shape[1])
-        dist.reduce_scatter_tensor(own, whole.view(-1), group=self._group)
+        dist.reduce_scatter_fn(own, whole.view(-1), group=self._group)
         return list(own.split(sizes))
 
     def _hold_back(self) -> None:

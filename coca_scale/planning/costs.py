@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from coca_scale.engine.config import DTYPES, apply_settings, transfers
+from coca_scale.engine.config import DTYPES, apply_settings, gathered_whole, transfers
 from coca_scale.errors import UserError
 from coca_scale.losses import FeatureGather, contrastive_loss
 from coca_scale.model import CoCa, ModelConfig
@@ -64,7 +64,8 @@ def count_costs(recipe: Recipe, batch: BatchSplit) -> Costs:
         tower_parameters=sum(p.numel() for p in towers),
         trained=sum(p.numel() for p in parameters if p.requires_grad),
         largest_layer=max(
-            sum(p.numel() for p in module.parameters(recurse=False)) for module in model.modules()
+            *(_numel(module.parameters(recurse=False)) for module in model.modules()),
+            *(_numel(module.parameters()) for module in gathered_whole(model)),
         ),
         bucket=transfers(model).bucket,
         features_bytes=batch.samples_per_rank * 2 * width * dtype.itemsize,
@@ -188,6 +189,10 @@ def caption_quantiles(captions: int, mean_tokens: float, context: int, pad_id: i
     lengths = (words[quantiles].long() + 2).clamp(max=context)
     inside = torch.arange(context) < lengths[:, None]
     return torch.where(inside, pad_id + 1, pad_id)
+
+
+def _numel(parameters: Iterable[Tensor]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
 
 
 def _named_parts(model: CoCa) -> dict[str, nn.Module]:

@@ -14,14 +14,18 @@ class Gpu:
         flops: per second, dense, with 16-bit inputs.
         node_bytes: per second and direction to the other devices of a node.
         network_bytes: per second and direction to other nodes, its share of the node's adapters.
-        utilization: share of `flops` that training of this kind reaches, an assumption.
+        utilization: share of `flops` that is reached while the device computes.
+        block_seconds: that the host takes to issue a block forward and backward under ZeRO-3.
     """
 
     memory_bytes: float
     flops: float
     node_bytes: float
     network_bytes: float
-    utilization: float = 0.4
+    # of an H200 under torch 2.11, with L/14 at 384 samples, and of the host that it came with,
+    # with B/32 at 512 (benchmarks/README.md); other GPUs are assumed to be alike
+    utilization: float = 0.38
+    block_seconds: float = 4.6e-3
 
 
 def peak_flops(device_name: str) -> float | None:
@@ -39,5 +43,5 @@ GPUS = {
     "h200-141gb": Gpu(139.8e9, 989e12, 450e9, 50e9),
     "b200-180gb": Gpu(178.4e9, 2250e12, 900e9, 50e9),
     # two cores of a virtual machine, as the benchmarks here measured them in fp32
-    "cpu": Gpu(12e9, 0.16e12, 1e9, 1e9, utilization=0.75),
+    "cpu": Gpu(12e9, 0.16e12, 1e9, 1e9, utilization=0.75, block_seconds=0.0),
 }

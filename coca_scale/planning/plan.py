@@ -1,8 +1,8 @@
 """Memory, traffic and time of a run that need not exist, from the counts of one micro-batch.
 
 Memory is counted, not estimated: a forward and a backward pass of the real model on tensors without
-data say what is alive (`planning/costs.py`). Time is an estimate: the device's FLOPs at an assumed
-utilization, and behind them what of the traffic the computation does not cover.
+data say what is alive (`planning/costs.py`). Time is an estimate: what the device needs to compute
+and the host to issue it, each mostly behind the other, and what of the traffic they do not cover.
 """
 
 from __future__ import annotations
@@ -17,6 +17,11 @@ from coca_scale.recipe import BatchSplit, Recipe
 # what a process takes beside tensors: CUDA context, NCCL's buffers, fragmentation
 RESERVED_BYTES = 2.5e9
 REDUCE_BUCKETS = 2  # one fills while the other travels
+# measured on one GPU, as `Gpu.utilization` is
+COMPILED_UTILIZATION = 1.1  # of compiled blocks, against the others
+BLOCK_SECONDS_BELOW_3 = 1.5  # of DeepSpeed's ZeRO 1 and 2, against 3, whose loops are ours
+FIRST_PASS = 1 / 3  # of forward and backward
+OVERLAP = 3  # device and host hide behind each other: (a³ + b³)^⅓
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,10 @@ class Costs:
 
 @dataclass(frozen=True)
 class Plan:
-    """A run on N devices; bytes are of one of them, `flops_per_sample` of the whole step."""
+    """A run on N devices; bytes are of one of them, `flops_per_sample` of the whole step.
+
+    `utilization` is the share of the device's FLOPs that is used while it need not wait for others.
+    """
 
     parameters_bytes: int
     gradients_bytes: int
@@ -71,6 +79,7 @@ class Plan:
     communication_bytes_per_step: float
     link_bytes: float
     compute_seconds: float
+    utilization: float
     communication_seconds: float
     step_seconds: float
     samples_per_second: float
@@ -112,7 +121,7 @@ def make_plan(
     flops = costs.step_flops * batch.accumulation
     if batch.accumulation > 1:
         flops += costs.tower_flops * batch.accumulation
-    compute = flops / (gpu.flops * gpu.utilization)
+    compute = _compute_seconds(recipe, batch, costs, gpu, flops)
     traffic, in_node = _traffic_bytes(costs, recipe, batch, element, gpus_per_node)
     per_second = gpu.node_bytes if batch.ranks <= gpus_per_node else gpu.network_bytes
     communication = (traffic - in_node) / per_second + in_node / gpu.node_bytes
@@ -135,6 +144,7 @@ def make_plan(
         communication_bytes_per_step=traffic,
         link_bytes=per_second,
         compute_seconds=compute,
+        utilization=flops / (gpu.flops * compute),
         communication_seconds=communication,
         step_seconds=step,
         samples_per_second=batch.global_batch / step,
@@ -151,6 +161,19 @@ def live_parameters(costs: Costs) -> int:
     With accumulation, where another pass comes between, it keeps fewer; they are counted all.
     """
     return min(costs.parameters, LIVE // 2)
+
+
+def _compute_seconds(
+    recipe: Recipe, batch: BatchSplit, costs: Costs, gpu: Gpu, flops: float
+) -> float:
+    """Of a step on one device, from what its kernels take and what the host takes to issue them."""
+    compiled = COMPILED_UTILIZATION if recipe.engine.compile == "blocks" else 1.0
+    device = flops / (gpu.flops * gpu.utilization * compiled)
+    passes = batch.accumulation * (1 + FIRST_PASS if batch.accumulation > 1 else 1)
+    host = passes * costs.blocks * gpu.block_seconds
+    if recipe.engine.zero_stage in (1, 2):
+        host *= BLOCK_SECONDS_BELOW_3
+    return float((device**OVERLAP + host**OVERLAP) ** (1 / OVERLAP))
 
 
 def _buffer_bytes(costs: Costs, recipe: Recipe, batch: BatchSplit, element: int) -> float:
@@ -178,7 +201,9 @@ def _traffic_bytes(
     again, in_node = 0.0, 0.0
     if stage >= 3:
         passes = batch.accumulation
-        first_pass = costs.tower_parameters * element if passes > 1 else 0
+        # and a block that DeepSpeed fetches for the backward pass that does not come
+        ahead = costs.tower_parameters + costs.largest_layer
+        first_pass = ahead * element if passes > 1 else 0
         kept = live_parameters(costs) * element if passes == 1 else 0
         sent = passes * (first_pass + weights + gradients)
         again = passes * (weights - kept)  # for the backward pass

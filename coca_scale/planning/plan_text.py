@@ -29,8 +29,8 @@ def plan_page(
         f"{_gb(plan.buffers_bytes):>18} gathered layers, buckets, CUDA and NCCL",
         *([f"{_gb(plan.host_bytes):>18} per GPU in the host"] if plan.host_bytes else []),
         f"compute   {_number(plan.flops_per_sample / 1e9)} GFLOP per sample; "
-        f"{plan.compute_seconds:,.2f} s per step at {gpu.utilization:.0%} of "
-        f"{_number(gpu.flops / 1e12)} TFLOP/s, which is assumed",
+        f"{plan.compute_seconds:,.2f} s per step, {plan.utilization:.0%} of "
+        f"{_number(gpu.flops / 1e12)} TFLOP/s",
         f"traffic   {_gb(plan.communication_bytes_per_step)} per GPU and step; "
         f"{plan.communication_seconds:,.2f} s at {plan.link_bytes / 1e9:,.0f} GB/s {where}",
         f"step      {plan.step_seconds:,.2f} s; {plan.samples_per_second:,.0f} samples/s; "

@@ -18,7 +18,7 @@ from coca_scale.model import CoCa, ModelConfig
 from coca_scale.planning.costs import blocks_to_recompute, caption_quantiles, count_costs
 from coca_scale.planning.gpus import GPUS, peak_flops
 from coca_scale.planning.memory import state_bytes
-from coca_scale.planning.plan import make_plan
+from coca_scale.planning.plan import RESERVED_BYTES, make_plan
 from coca_scale.recipe import BatchSplit
 from tests.conftest import tiny_recipe
 from tests.ranks import on_ranks
@@ -261,3 +261,30 @@ def test_padding_recompute_and_accumulation_have_their_price():
     kept = [sum(c.kept_bytes.values()) for c in (full, selective, short)]
     assert kept[0] < kept[1] < kept[2]
     assert selective.step_flops == short.step_flops < full.step_flops
+
+
+MEASURED = Path("benchmarks/results/engine_step_h200.json")
+MENDED = "424a9d4"  # before it, the host went through ZeRO-3's parameters one after the other
+
+
+def rows_of_this_engine():
+    rows = json.loads(MEASURED.read_text())
+    first = next(number for number, row in enumerate(rows) if row["commit"] == MENDED)
+    return [row for row in rows[first:] if row["who"] == "coca-scale"]
+
+
+@pytest.mark.parametrize("row", rows_of_this_engine(), ids=lambda row: f"call {row['call']}")
+def test_a_gpu_took_what_was_planned(row):
+    recipe, batch = settings(
+        row["model"],
+        row["batch"],
+        row["engine"]["activation_checkpointing"],
+        engine__precision="bf16",
+        engine__zero_stage=row["engine"]["zero_stage"],
+        engine__compile=row["engine"]["compile"],
+        data__mean_tokens=20.0,
+    )
+    gpu = GPUS["h200-141gb"]
+    plan = make_plan(recipe, batch, count_costs(recipe, batch), gpu, 1, None)
+    assert plan.total_bytes - RESERVED_BYTES == pytest.approx(row["peak_bytes"], rel=0.03)
+    assert plan.step_seconds == pytest.approx(row["step_seconds"], rel=0.10)
