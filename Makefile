@@ -9,7 +9,7 @@ export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
 export TOKENIZERS_PARALLELISM = false
 
 
-.PHONY: demo test test-docs test-cluster test-gpu test-image bench docs lint clean
+.PHONY: demo test test-docs test-cluster test-gpu test-image bench gpu docs lint clean
 
 $(READY): requirements.lock setup.py
 	@$(PYTHON) -m venv $(VENV) || { echo "cannot make a virtual environment; on Debian: apt-get install python3-venv" >&2; exit 1; }
@@ -45,12 +45,16 @@ test-image: $(READY)
 bench: $(READY)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" python benchmarks/bench.py $(BENCH_ARGS)
 
+# half an hour on a GPU, in parts of under ten minutes: bash benchmarks/gpu.sh
+gpu: $(READY)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" bash benchmarks/gpu.sh all
+
 docs: $(READY)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
 	@echo "built build/site; to read it: $(BIN)/python -m http.server --directory build/site 8000"
 
 lint: $(READY)
-	@PATH="$(CURDIR)/$(BIN):$$PATH" && ruff check . && ruff format --check . && mypy && lint-imports && shellcheck slurm/*.sh docker/*.sh docs/*.sh demo.sh .ci/run && hadolint docker/Dockerfile
+	@PATH="$(CURDIR)/$(BIN):$$PATH" && ruff check . && ruff format --check . && mypy && lint-imports && shellcheck slurm/*.sh docker/*.sh docs/*.sh benchmarks/*.sh demo.sh .ci/run && hadolint docker/Dockerfile
 
 clean:
 	rm -rf $(VENV) runs

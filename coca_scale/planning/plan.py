@@ -121,7 +121,8 @@ def make_plan(
     flops = costs.step_flops * batch.accumulation
     if batch.accumulation > 1:
         flops += costs.tower_flops * batch.accumulation
-    compute = _compute_seconds(recipe, batch, costs, gpu, flops)
+    device, host = _compute_seconds(recipe, batch, costs, gpu, flops)
+    compute = (device**OVERLAP + host**OVERLAP) ** (1 / OVERLAP)
     traffic, in_node = _traffic_bytes(costs, recipe, batch, element, gpus_per_node)
     per_second = gpu.node_bytes if batch.ranks <= gpus_per_node else gpu.network_bytes
     communication = (traffic - in_node) / per_second + in_node / gpu.node_bytes
@@ -129,6 +130,8 @@ def make_plan(
     limit = "memory" if total > gpu.memory_bytes else "compute"
     if limit == "compute" and communication > compute:
         limit = "communication"
+    elif limit == "compute" and host > device:
+        limit = "host"
     seconds = None if steps is None else steps * step
     return Plan(
         parameters_bytes=state.parameters,
@@ -165,15 +168,15 @@ def live_parameters(costs: Costs) -> int:
 
 def _compute_seconds(
     recipe: Recipe, batch: BatchSplit, costs: Costs, gpu: Gpu, flops: float
-) -> float:
-    """Of a step on one device, from what its kernels take and what the host takes to issue them."""
+) -> tuple[float, float]:
+    """Of a step on one device: what its kernels take, and what the host takes to issue them."""
     compiled = COMPILED_UTILIZATION if recipe.engine.compile == "blocks" else 1.0
     device = flops / (gpu.flops * gpu.utilization * compiled)
     passes = batch.accumulation * (1 + FIRST_PASS if batch.accumulation > 1 else 1)
     host = passes * costs.blocks * gpu.block_seconds
     if recipe.engine.zero_stage in (1, 2):
         host *= BLOCK_SECONDS_BELOW_3
-    return float((device**OVERLAP + host**OVERLAP) ** (1 / OVERLAP))
+    return device, host
 
 
 def _buffer_bytes(costs: Costs, recipe: Recipe, batch: BatchSplit, element: int) -> float:

@@ -55,6 +55,8 @@ def _advice(recipe: Recipe, batch: BatchSplit, plan: Plan) -> list[str]:
         if batch.accumulation > 1:
             changes.append("a larger train.micro_batch gathers them less often")
         return [f"traffic is the limit: {'; '.join(changes) or 'use fewer GPUs'}"]
+    if plan.limited_by == "host":
+        return ["the host is the limit: a larger train.micro_batch gives the GPU more at a time"]
     if plan.fits:
         return []
     changes = []

