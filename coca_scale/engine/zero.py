@@ -45,7 +45,7 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 from torch import Tensor, nn
 
 from coca_scale.engine.writing import FileWriter
-from coca_scale.engine.zero3 import ManyAtOnce, remember_parameters
+from coca_scale.engine.zero3 import ManyAtOnce, many_at_once, remember_parameters
 from coca_scale.errors import UserError
 
 STATE_TAG = "state"  # of the one state that a checkpoint folder has
@@ -93,11 +93,7 @@ class ZeroEngine:
             model=model, optimizer=optimizer, config=config
         )
         self._engine.checkpoint_engine = _Handover(writer)
-        section = config["zero_optimization"]
-        elsewhere = ("offload_optimizer", "offload_param", "zero_hpz_partition_size")
-        self._many: ManyAtOnce | None = None
-        if self._stage == 3 and not any(key in section for key in elsewhere):
-            self._many = ManyAtOnce(self._engine.optimizer)
+        self._many = ManyAtOnce(self._engine.optimizer) if many_at_once(config) else None
         # a file beside the writer: on a full disk rank 0 would fail and the others wait for it
         self._engine._copy_recovery_script = lambda _: None
 

@@ -11,7 +11,7 @@ Read against 0.19: names with `_DeepSpeedZeroOptimizer_Stage3` are those of its 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import MethodType
 from typing import Any
 
@@ -25,7 +25,12 @@ from torch import Tensor, nn
 PRIVATE = "_DeepSpeedZeroOptimizer_Stage3"
 OFFLOAD = "_DeepSpeedZeRoOffload"
 COORDINATOR = "_PartitionedParameterCoordinator"
-BUCKETS_IN_FLIGHT = 3  # whose gradients stay in memory when the host is ahead
+OTHER_ZERO_KEYS = (
+    *("offload_optimizer", "offload_param", "zero_hpz_partition_size"),
+    *("zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights"),
+)
+OTHER_KEYS = ("communication_data_type", "gradient_predivide_factor", "prescale_gradients")
+BUCKETS_IN_FLIGHT = 2  # whose gradients stay in memory when the host is ahead
 
 
 def remember_parameters(modules: Sequence[nn.Module]) -> None:
@@ -50,11 +55,21 @@ def remember_parameters(modules: Sequence[nn.Module]) -> None:
         module.named_parameters = MethodType(remembered, module)  # type: ignore[method-assign]
 
 
+def many_at_once(config: Mapping[str, Any]) -> bool:
+    """Whether DeepSpeed's configuration asks for nothing that `ManyAtOnce` does not do."""
+    zero = config["zero_optimization"]
+    return (
+        zero["stage"] == 3
+        and not any(name in zero for name in OTHER_ZERO_KEYS)
+        and not any(name in config for name in OTHER_KEYS)
+    )
+
+
 class ManyAtOnce:
     """What a stage-3 optimizer on its own device does to gradients and weights of a step."""
 
     def __init__(self, optimizer: Any) -> None:
-        """Take over. Nothing may be offloaded, and no node may keep second copies."""
+        """Take over, where `many_at_once`."""
         deepspeed.utils.nvtx.enable_nvtx = False  # a range around every one of 5,000 calls
         self._optimizer = optimizer
         self._parameters = [p for group in optimizer.fp16_groups for p in group]
@@ -128,8 +143,10 @@ class ManyAtOnce:
     def _finish(self) -> None:
         """The backward pass of a micro-batch is through. DeepSpeed makes the host wait here."""
         self._reduce()
-        if self._in_flight:
+        if self._parameters[0].is_cuda:  # DeepSpeed looks for overflow on the other one
             torch.cuda.current_stream().wait_stream(self._stream)
+            self._stream.wait_stream(torch.cuda.current_stream())
+            self._in_flight.clear()
         optimizer = self._optimizer
         optimizer.averaged_gradients = {
             number: [self._partitions[parameter.ds_id] for parameter in group]

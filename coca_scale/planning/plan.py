@@ -16,7 +16,8 @@ from coca_scale.recipe import BatchSplit, Recipe
 
 # what a process takes beside tensors: CUDA context, NCCL's buffers, fragmentation
 RESERVED_BYTES = 2.5e9
-REDUCE_BUCKETS = 2  # one fills while the other travels
+# of gradients: one fills while the other travels; under ZeRO-3 two travel, and one is put together
+REDUCE_BUCKETS = {1: 2, 2: 2, 3: 4}
 # measured on one GPU, as `Gpu.utilization` is
 COMPILED_UTILIZATION = 1.1  # of compiled blocks, against the others
 BLOCK_SECONDS_BELOW_3 = 1.5  # of DeepSpeed's ZeRO 1 and 2, against 3, whose loops are ours
@@ -184,7 +185,7 @@ def _buffer_bytes(costs: Costs, recipe: Recipe, batch: BatchSplit, element: int)
     stage = recipe.engine.zero_stage
     if batch.ranks == 1 or stage == 0:
         return 0.0
-    reduce = REDUCE_BUCKETS * min(costs.bucket, costs.trained) * element
+    reduce = REDUCE_BUCKETS[stage] * min(costs.bucket, costs.trained) * element
     if stage < 3:
         return reduce
     gathered = live_parameters(costs) + costs.largest_layer + costs.bucket
