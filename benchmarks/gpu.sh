@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # What there is to measure on a GPU, in parts of under ten minutes: `make gpu`, or
-#   bash benchmarks/gpu.sh tests|large|small|runs [FOLDER]
+#   PYTHON=python3 bash benchmarks/gpu.sh tests|large|small|runs [FOLDER]
 # Rows and logs go to FOLDER (default runs/gpu); each case has a process and a time limit of its own.
 set -uo pipefail
 
 PART=${1:-all}
 OUT=${2:-runs/gpu}
+PYTHON=${PYTHON:-python}
 mkdir -p "$OUT"
 export DS_SKIP_CUDA_CHECK=1 PYTORCH_ALLOC_CONF=expandable_segments:True TOKENIZERS_PARALLELISM=false
 TRITON=loss.caption_kernel=triton
@@ -14,9 +15,9 @@ COMPILED=engine.compile=blocks
 
 step() { # one case of the table
   echo "== $*"
-  timeout 75 python benchmarks/engine_step.py --warm 5 "$@" --out "$OUT/steps.jsonl" >"$OUT/step.log" 2>&1 ||
+  timeout 75 "$PYTHON" benchmarks/engine_step.py --warm 5 "$@" --out "$OUT/steps.jsonl" >"$OUT/step.log" 2>&1 ||
     { echo "failed, exit code $?"; tail -5 "$OUT/step.log"; return; }
-  tail -1 "$OUT/steps.jsonl" | python -c '
+  tail -1 "$OUT/steps.jsonl" | "$PYTHON" -c '
 import json, sys
 row = json.loads(sys.stdin.read())
 print("{:.1f} ms  {:.0f} samples/s  MFU {:.1%}  peak {:.1f} GB".format(
@@ -24,7 +25,7 @@ print("{:.1f} ms  {:.0f} samples/s  MFU {:.1%}  peak {:.1f} GB".format(
 }
 
 tests() {
-  DS_ACCELERATOR=cuda timeout 580 python -m pytest -q -s -m gpu tests | tee "$OUT/tests.log" | tail -40
+  DS_ACCELERATOR=cuda timeout 580 "$PYTHON" -m pytest -q -s -m gpu tests | tee "$OUT/tests.log" | tail -40
 }
 
 large() { # seven minutes on an H200
@@ -45,13 +46,13 @@ small() { # eight minutes
   step "$COMPILED" --model ViT-B-32 --batch 2048
   step --open-clip pure_bf16 --model coca_ViT-B-32 --batch 768
   step --open-clip pure_bf16 --model ViT-B-32 --batch 2048
-  timeout 90 python benchmarks/losses.py --out "$OUT/losses.json"
-  timeout 120 python benchmarks/generation.py --models ViT-L-14 --out "$OUT/generation.json"
+  timeout 90 "$PYTHON" benchmarks/losses.py --out "$OUT/losses.json"
+  timeout 120 "$PYTHON" benchmarks/generation.py --models ViT-L-14 --out "$OUT/generation.json"
 }
 
 runs() { # drawings: killed after step 250, resumed, to the end; then how good it is
   local folder=$OUT/drawings held_out='synthetic://shapes?split=val&count=256&size=48'
-  local train=(python coca_scale/train.py --recipe recipes/tiny.yaml "run.dir=$folder" engine.precision=bf16
+  local train=("$PYTHON" coca_scale/train.py --recipe recipes/tiny.yaml "run.dir=$folder" engine.precision=bf16
     "$TRITON" checkpoint.every_steps=100 eval.every_steps=1200 eval.scored_captions=0)
   rm -rf "$folder"
   "${train[@]}" >"$OUT/train.log" 2>&1 &
@@ -59,8 +60,8 @@ runs() { # drawings: killed after step 250, resumed, to the end; then how good i
   kill -9 $!
   timeout 400 "${train[@]}" >>"$OUT/train.log" 2>&1
   grep -E '^(resumed|validation|finished|coca-scale:)' "$OUT/train.log"
-  timeout 60 python -m coca_scale eval captioning "$folder" "$held_out"
-  timeout 60 python -m coca_scale eval retrieval "$folder" "$held_out" --equal-captions
+  timeout 60 "$PYTHON" -m coca_scale eval captioning "$folder" "$held_out"
+  timeout 60 "$PYTHON" -m coca_scale eval retrieval "$folder" "$held_out" --equal-captions
 }
 
 case $PART in

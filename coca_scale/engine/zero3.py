@@ -11,7 +11,7 @@ Read against 0.19: names with `_DeepSpeedZeroOptimizer_Stage3` are those of its 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MethodType
 from typing import Any
 
@@ -81,11 +81,16 @@ class ManyAtOnce:
         self._waiting: list[Any] = []
         self._elements = 0
         self._in_flight: deque[tuple[torch.cuda.Event, list[Tensor]]] = deque()
-        optimizer.reduce_ready_partitions_and_remove_grads = self._add
-        setattr(optimizer, f"{PRIVATE}__reduce_and_partition_ipg_grads", lambda _: self._reduce())
-        optimizer.independent_gradient_partition_epilogue = self._finish
-        optimizer._get_norm_groups = lambda: [self._norm()]
-        optimizer._partition_all_parameters = self._release
+        replaced: dict[str, Callable[..., Any]] = {
+            "reduce_ready_partitions_and_remove_grads": self._add,
+            f"{PRIVATE}__reduce_and_partition_ipg_grads": lambda _: self._reduce(),
+            "independent_gradient_partition_epilogue": self._finish,
+            "_get_norm_groups": lambda: [self._norm()],
+            "_partition_all_parameters": self._release,
+        }
+        for name, method in replaced.items():
+            assert hasattr(optimizer, name), f"DeepSpeed's ZeRO-3 has no {name}: see setup.py"
+            setattr(optimizer, name, method)
 
     def _add(self, parameter: Any) -> None:
         """The gradient of a parameter is complete."""
