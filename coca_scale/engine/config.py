@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from coca_scale.errors import UserError
 from coca_scale.model import CoCa
 from coca_scale.model.layers import AttentionalPooler, Block, CrossBlock
 from coca_scale.recipe import BatchSplit, Recipe
+from coca_scale.recipe.schema import EngineSection
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LARGEST_BUCKET = 100_000_000  # elements
@@ -60,6 +62,23 @@ def gathered_whole(model: nn.Module) -> list[nn.Module]:
     """
     frozen = any(not parameter.requires_grad for parameter in model.parameters())
     return [] if frozen else layers(model)
+
+
+def require_compilable(model: nn.Module, engine: EngineSection) -> None:
+    """See that no hook of ZeRO-3 is inside what is compiled.
+
+    Args:
+        model: before it is sharded, with what is frozen marked as such.
+        engine: of the recipe.
+
+    Raises:
+        UserError: blocks are to be compiled, and stage 3 does not gather them whole.
+    """
+    if engine.compile == "blocks" and engine.zero_stage == 3 and not gathered_whole(model):
+        raise UserError(
+            "engine.compile blocks at zero_stage 3 needs every weight to train, and this "
+            "recipe locks some; use zero_stage 2 or engine.compile none"
+        )
 
 
 def deepspeed_config(

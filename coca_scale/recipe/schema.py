@@ -350,16 +350,5 @@ class Recipe(Section):
             raise ValueError("optim.ema_decay needs engine.zero_stage 1, 2 or 3")
         return self
 
-    @model_validator(mode="after")
-    def _compiled_blocks_are_gathered_whole(self) -> Recipe:
-        frozen = self.model.lock_image or self.model.lock_text
-        frozen = frozen or 0.0 in (self.loss.contrastive_weight, self.loss.caption_weight)
-        if self.engine.compile == "blocks" and self.engine.zero_stage == 3 and frozen:
-            raise ValueError(
-                "engine.compile blocks at zero_stage 3 needs every weight to train, and this "
-                "recipe locks some; use zero_stage 2 or engine.compile none"
-            )
-        return self
-
 
 LENGTH_KEYS = ("steps", "samples", "epochs")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from coca_scale.engine.checkpoint import read_constants
+from coca_scale.engine.config import require_compilable
 from coca_scale.engine.world import World
 from coca_scale.errors import UserError
 from coca_scale.inference.load import find_model, pretrained_name
@@ -69,6 +70,7 @@ def _build(
         notes += filled
         require_statistics(coca, has_weights=any("image tower" in line for line in filled))
     freeze(coca, recipe.model, recipe.loss)
+    require_compilable(coca, recipe.engine)
     frozen = sum(p.numel() for p in coca.parameters() if not p.requires_grad)
     if frozen:
         total = sum(p.numel() for p in coca.parameters())
