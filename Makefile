@@ -8,7 +8,6 @@ DEMO := runs/demo
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
 export TOKENIZERS_PARALLELISM = false
 
-
 .PHONY: demo test test-docs test-cluster test-gpu test-image bench gpu docs lint clean
 
 $(READY): requirements.lock setup.py
@@ -33,7 +32,7 @@ test-docs: $(READY)
 test-cluster: $(READY)
 	@PATH="$(CURDIR)/$(BIN):/usr/sbin:$$PATH" OMP_NUM_THREADS=1 python -m pytest -m cluster tests/cluster tests/distributed $(PYTEST_ARGS)
 
-# needs a GPU; three minutes on an H100
+# needs a GPU; over five minutes on an H200
 test-gpu: $(READY)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" DS_ACCELERATOR=cuda python -m pytest -m gpu tests $(PYTEST_ARGS)
 

@@ -28,16 +28,24 @@ from typing import Any
 
 import torch
 import yaml
+from open_clip.loss import ClipLoss, CoCaLoss
+from timing import synchronize
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
+from train_step import (
+    CAPTION_WEIGHT,
+    CONTEXT,
+    CONTRASTIVE_WEIGHT,
+    MEAN_TOKENS,
+    captions,
+    published,
+)
 
-from coca_scale.planning.costs import caption_quantiles, model_flops, plan_run
-from coca_scale.planning.gpus import GPUS, peak_flops
-from coca_scale.planning.plan import RESERVED_BYTES
+from coca_scale.planning.costs import model_flops
+from coca_scale.planning.gpus import peak_flops
 from coca_scale.recipe import BatchSplit, Recipe, recipe_from_dict
 from coca_scale.training.garbage_collection import GarbageCollection
 
-MEAN_TOKENS = 20.0
 LR = 1e-4
 STEPS_PER_ROUND = 4
 Step = Callable[[int], Tensor | float]
@@ -75,15 +83,6 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
     return recipe_from_dict(raw)
 
 
-def captions(count: int, context: int, vocabulary: int) -> Tensor:
-    """Token ids [count, context] on the host, of lengths in random order."""
-    real = caption_quantiles(count, MEAN_TOKENS, context, pad_id=0)[torch.randperm(count)] != 0
-    tokens = torch.randint(1, vocabulary - 2, real.shape) * real
-    tokens[:, 0] = vocabulary - 2
-    tokens[torch.arange(count), real.sum(1) - 1] = vocabulary - 1
-    return tokens
-
-
 def pictures(count: int, side: int, device: torch.device) -> Tensor:
     """Noise, uint8 [count, 3, side, side], in the memory layout of decoded pictures."""
     noise = torch.randint(0, 256, (count, side, side, 3), dtype=torch.uint8)
@@ -106,7 +105,7 @@ def ours(recipe: Recipe, split: BatchSplit, batches: int) -> Step:
     inputs = [
         (
             pictures(count, side, world.device),
-            captions(count, config.context_length, text.vocab_size),
+            captions(count, text.vocab_size, config.context_length),
         )
         for _ in range(batches)
     ]
@@ -120,28 +119,23 @@ def ours(recipe: Recipe, split: BatchSplit, batches: int) -> Step:
 
 def theirs(options: argparse.Namespace, batches: int) -> Step:
     """open_clip's model, losses and training step, without its data loading and logging."""
-    import open_clip
-    from open_clip.loss import ClipLoss, CoCaLoss
-
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = open_clip.create_model(options.model)
+    model = published(options.model)
     is_coca = hasattr(model, "text_decoder")
-    if is_coca:  # open_clip leaves this uninitialised
-        nn.init.normal_(model.text_decoder.text_projection, std=0.03)
     pure = options.open_clip == "pure_bf16"
     model = model.to(device, torch.bfloat16 if pure else torch.float32).train()
     model.set_grad_checkpointing(options.grad_checkpointing)
-    loss = CoCaLoss(2.0, 1.0, pad_id=0) if is_coca else ClipLoss()
+    loss = CoCaLoss(CAPTION_WEIGHT, CONTRASTIVE_WEIGHT, pad_id=0) if is_coca else ClipLoss()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, fused=True)
     run = torch.compile(model) if options.compile else model
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=not pure)
-    side, context = model.visual.image_size, 76 if is_coca else 77
+    side, context = model.visual.image_size, CONTEXT if is_coca else CONTEXT + 1
     side = side[0] if isinstance(side, tuple) else side
     inputs = []
     for _ in range(batches):
         images = pictures(options.batch, side, device).float() / 127.5 - 1
-        tokens = captions(options.batch, 76, 49408).to(device)
-        tokens = nn.functional.pad(tokens, (0, context - 76))
+        tokens = captions(options.batch, 49408).to(device)
+        tokens = nn.functional.pad(tokens, (0, context - CONTEXT))
         inputs.append((images.bfloat16() if pure else images, tokens))
 
     def step(number: int) -> Tensor:
@@ -160,17 +154,11 @@ def theirs(options: argparse.Namespace, batches: int) -> Step:
     return step
 
 
-def wait() -> None:
-    """For the device."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 def timed(step: Step, warm: int, rounds: int) -> dict[str, Any]:
     """Seconds per step of every round, the first losses, memory."""
     started = time.perf_counter()
     losses = [float(step(number)) for number in range(warm)]
-    wait()
+    synchronize()
     found: dict[str, Any] = {"warm_seconds": time.perf_counter() - started, "losses": losses[:6]}
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -179,7 +167,7 @@ def timed(step: Step, warm: int, rounds: int) -> dict[str, Any]:
         started, busy = time.perf_counter(), time.process_time()
         for inner in range(STEPS_PER_ROUND):
             step(warm + number * STEPS_PER_ROUND + inner)
-        wait()
+        synchronize()
         seconds.append((time.perf_counter() - started) / STEPS_PER_ROUND)
         host.append((time.process_time() - busy) / STEPS_PER_ROUND)
     found |= {
@@ -195,52 +183,39 @@ def timed(step: Step, warm: int, rounds: int) -> dict[str, Any]:
     return found
 
 
-def planned(recipe: Recipe) -> dict[str, int]:
-    """Bytes that `coca-scale plan` says, beside what it keeps free."""
-    _, costs, plan = plan_run(recipe, 1, GPUS["h100-80gb"], 1)
-    return {
-        "planned_peak_bytes": plan.total_bytes - int(RESERVED_BYTES),
-        "planned_activation_bytes": costs.peak_bytes,
-    }
-
-
 def kernels(step: Callable[[], object], path: Path) -> dict[str, Any]:
     """Where the device's time in one step goes."""
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         step()
-        wait()
+        synchronize()
     events = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    busy, end = 0.0, 0.0
-    for start, stop in sorted((e.time_range.start, e.time_range.end) for e in events):
-        busy += max(0.0, stop - max(start, end))
-        end = max(end, stop)
+    events.sort(key=lambda event: event.time_range.start)
+    busy, end, before = 0.0, events[0].time_range.start, ""
+    pauses: list[tuple[float, str, str]] = []  # seconds, kernels before and after
     times: Counter[str] = Counter()
+    attention: set[str] = set()
     for event in events:
+        start, stop = event.time_range.start, event.time_range.end
+        if start > end:
+            pauses.append(((start - end) / 1e6, before[:60], event.name[:60]))
+        busy += max(0.0, stop - max(start, end))
+        if stop > end:
+            end, before = stop, event.name
         name = event.name.lower()
         kind = next((k for k, words in KINDS.items() if any(w in name for w in words)), "others")
-        times[kind] += event.time_range.end - event.time_range.start
+        times[kind] += stop - start
+        if kind == "attention":
+            attention.add(event.name[:80])
     averages = profiler.key_averages()
     table = averages.table("self_device_time_total", row_limit=50, max_name_column_width=100)
     path.write_text(table)
-    used = sorted({e.name[:80] for e in events if any(w in e.name for w in KINDS["attention"])})
     return {
         "kernels": len(events),
-        "pauses": pauses(events),
+        "pauses": sorted(pauses, reverse=True)[:15],
         "busy_seconds": busy / 1e6,
         "seconds_by_kind": {kind: value / 1e6 for kind, value in times.most_common()},
-        "attention_kernels": used,
+        "attention_kernels": sorted(attention),
     }
-
-
-def pauses(events: list[Any]) -> list[tuple[float, str, str]]:
-    """The longest times in which the device did nothing: seconds, kernels before and after."""
-    found, end, before = [], None, ""
-    for event in sorted(events, key=lambda e: e.time_range.start):
-        if end is not None and event.time_range.start > end:
-            found.append(((event.time_range.start - end) / 1e6, before[:60], event.name[:60]))
-        if end is None or event.time_range.end > end:
-            end, before = event.time_range.end, event.name
-    return sorted(found, reverse=True)[:15]
 
 
 def driver() -> str:
@@ -261,7 +236,6 @@ def main() -> None:
     parser.add_argument("--grad-checkpointing", action="store_true", help="open_clip's")
     parser.add_argument("--warm", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--plan", action="store_true", help="what `coca-scale plan` says as well")
     parser.add_argument("--profile", type=Path)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -288,8 +262,6 @@ def main() -> None:
         peak = peak_flops(row["device"])
         if peak is not None:
             row["mfu"] = 1e9 * row["gflop_per_sample"] * row["samples_per_second"] / peak
-        if options.plan:
-            row |= planned(recipe)
         if options.profile is not None:
             row |= kernels(lambda: step(0), options.profile)
     else:

@@ -22,6 +22,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from timing import synchronize
 from torch import Tensor
 
 from coca_scale.inference.beam import BeamSearch
@@ -54,13 +55,10 @@ def uncached(coca: CoCa, images: Tensor, special: Any, options: GenerationOption
 
 def measure(step: Callable[[], Tensor]) -> tuple[Tensor, float]:
     """What it returns, and seconds."""
-    on_gpu = torch.cuda.is_available()
-    if on_gpu:
-        torch.cuda.synchronize()
+    synchronize()
     started = time.perf_counter()
     tokens = step()
-    if on_gpu:
-        torch.cuda.synchronize()
+    synchronize()
     return tokens, time.perf_counter() - started
 
 

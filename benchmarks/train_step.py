@@ -93,14 +93,22 @@ class Contender:
         }
 
 
-def captions(batch: int, vocabulary: int) -> Tensor:
-    """Token ids [batch, CONTEXT], of lengths as `coca-scale plan` takes them, in random order."""
-    torch.manual_seed(1)
-    real = caption_quantiles(batch, MEAN_TOKENS, CONTEXT, pad_id=0)[torch.randperm(batch)] != 0
+def captions(batch: int, vocabulary: int, context: int = CONTEXT) -> Tensor:
+    """Token ids [batch, context], of lengths as `coca-scale plan` takes them, in random order."""
+    real = caption_quantiles(batch, MEAN_TOKENS, context, pad_id=0)[torch.randperm(batch)] != 0
     tokens = torch.randint(1, vocabulary - 2, real.shape) * real
     tokens[:, 0] = vocabulary - 2
     tokens[torch.arange(batch), real.sum(1) - 1] = vocabulary - 1
     return tokens
+
+
+def published(name: str) -> Any:
+    """open_clip's model with fresh weights, the same every time."""
+    torch.manual_seed(0)
+    theirs = open_clip.create_model(name)
+    if hasattr(theirs, "text_decoder"):  # open_clip leaves this uninitialised
+        nn.init.normal_(theirs.text_decoder.text_projection, std=0.03)
+    return theirs
 
 
 def contenders(model: str, batch: int, checkpointing: str) -> dict[str, Callable[[], Contender]]:
@@ -111,14 +119,8 @@ def contenders(model: str, batch: int, checkpointing: str) -> dict[str, Callable
     config = load_model_config(f"coca_{model}")
     size = config.vision_cfg.image_size
     images = torch.randn(batch, 3, size, size, device=device, dtype=dtype)
+    torch.manual_seed(1)
     tokens = captions(batch, config.text_cfg.vocab_size)
-
-    def published(name: str) -> Any:
-        torch.manual_seed(0)
-        theirs = open_clip.create_model(name)
-        if hasattr(theirs, "text_decoder"):  # open_clip leaves this uninitialised
-            nn.init.normal_(theirs.text_decoder.text_projection, std=0.03)
-        return theirs
 
     def ours(name: str, kind: str) -> Contender:
         weights = from_openclip(published(name).state_dict())

@@ -1,4 +1,4 @@
-"""All that touches DeepSpeed's inside: its engine, its ZeRO optimizers, its checkpoint formats.
+"""What touches DeepSpeed's inside, with zero3.py: its engine, optimizers, checkpoint formats.
 
 Read against 0.19. A checkpoint of one layout (ranks, ZeRO stage) is brought into a run of another
 by DeepSpeed's own converter, which takes the shards apart into its universal format: one folder per

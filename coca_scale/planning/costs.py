@@ -60,9 +60,9 @@ def count_costs(recipe: Recipe, batch: BatchSplit) -> Costs:
     towers = [*model.image.parameters(), *model.text.parameters()]
     width, dtype = model.config.embed_dim, DTYPES[recipe.engine.precision]
     return Costs(
-        parameters=sum(p.numel() for p in parameters),
-        tower_parameters=sum(p.numel() for p in towers),
-        trained=sum(p.numel() for p in parameters if p.requires_grad),
+        parameters=_numel(parameters),
+        tower_parameters=_numel(towers),
+        trained=_numel(p for p in parameters if p.requires_grad),
         largest_layer=max(
             *(_numel(module.parameters(recurse=False)) for module in model.modules()),
             *(_numel(module.parameters()) for module in gathered_whole(model)),
