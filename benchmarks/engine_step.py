@@ -55,9 +55,9 @@ KINDS = {  # of kernels, by words in their names; the first that fits
     "matrix products": ("gemm", "cutlass", "nvjet", "xmma", "cublas"),
     "communication": ("nccl",),
     "optimizer": ("adam",),
+    "compiled": ("triton",),
     "copies": ("memcpy", "copy", "cat"),
     "norms": ("norm",),
-    "compiled": ("triton",),
     "sums": ("reduce",),
 }
 

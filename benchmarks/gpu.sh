@@ -53,7 +53,8 @@ small() { # eight minutes
 runs() { # drawings: killed after step 250, resumed, to the end; then how good it is
   local folder=$OUT/drawings held_out='synthetic://shapes?split=val&count=256&size=48'
   local train=("$PYTHON" coca_scale/train.py --recipe recipes/tiny.yaml "run.dir=$folder" engine.precision=bf16
-    "$TRITON" checkpoint.every_steps=100 eval.every_steps=1200 eval.scored_captions=0)
+    "$TRITON" train.micro_batch=64 data.workers=8 checkpoint.every_steps=100 eval.every_steps=1200
+    eval.scored_captions=0)
   rm -rf "$folder"
   "${train[@]}" >"$OUT/train.log" 2>&1 &
   until grep -q '^step 250/' "$OUT/train.log" || ! kill -0 $! 2>/dev/null; do sleep 0.2; done

@@ -1,1 +1,1 @@
-"""Sharding, stepping, checkpoints: of it zero.py, zero3.py and launch.py know DeepSpeed."""
+"""Sharding, stepping, checkpoints: of it zero*.py and launch.py know DeepSpeed."""

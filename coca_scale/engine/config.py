@@ -142,10 +142,7 @@ def apply_settings(model: CoCa, recipe: Recipe, recomputed: Collection[str] = ()
         recipe: of the run.
         recomputed: names of blocks that are recomputed as a whole.
     """
-    mode = recipe.engine.activation_checkpointing
-    if recipe.engine.compile != "none" and mode == "selective":
-        mode = "none"  # a compiled layer decides for itself what it computes again
-    model.set_activation_checkpointing(mode, recomputed)
+    model.set_activation_checkpointing(recipe.engine.activation_checkpointing, recomputed)
     if model.caption_head is not None:
         model.caption_head.chunk_rows = recipe.loss.caption_chunk_rows
         model.caption_head.label_smoothing = recipe.loss.label_smoothing

@@ -1,4 +1,4 @@
-"""What touches DeepSpeed's inside, with zero3.py: its engine, optimizers, checkpoint formats.
+"""What touches DeepSpeed's inside, with zero3*.py: its engine, optimizers, checkpoint formats.
 
 Read against 0.19. A checkpoint of one layout (ranks, ZeRO stage) is brought into a run of another
 by DeepSpeed's own converter, which takes the shards apart into its universal format: one folder per
@@ -45,7 +45,8 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 from torch import Tensor, nn
 
 from coca_scale.engine.writing import FileWriter
-from coca_scale.engine.zero3 import ManyAtOnce, many_at_once, remember_parameters
+from coca_scale.engine.zero3 import ManyAtOnce, many_at_once
+from coca_scale.engine.zero3_layers import WholeLayers
 from coca_scale.errors import UserError
 
 STATE_TAG = "state"  # of the one state that a checkpoint folder has
@@ -85,7 +86,8 @@ class ZeroEngine:
         """
         for module in gathered_whole:
             set_z3_leaf_module(module, True)
-        remember_parameters(gathered_whole)
+        names = {module: name for name, module in model.named_modules()}
+        layers = {names[module]: module for module in gathered_whole}
         setattr(model, UNIVERSAL_CHECKPOINT_INFO, {})  # without it checkpoints cannot be resharded
         self._moments = tuple(moments)
         self._stage = int(config["zero_optimization"]["stage"])
@@ -93,7 +95,11 @@ class ZeroEngine:
             model=model, optimizer=optimizer, config=config
         )
         self._engine.checkpoint_engine = _Handover(writer)
-        self._many = ManyAtOnce(self._engine.optimizer) if many_at_once(config) else None
+        self._many = None
+        if many_at_once(config):
+            zero3 = self._engine.optimizer
+            whole = WholeLayers(layers, zero3, config["zero_optimization"])
+            self._many = ManyAtOnce(zero3, whole)
         # a file beside the writer: on a full disk rank 0 would fail and the others wait for it
         self._engine._copy_recovery_script = lambda _: None
 
@@ -108,7 +114,8 @@ class ZeroEngine:
 
     def train(self, mode: bool = True) -> None:
         """Training or evaluation mode. Local."""
-        self._engine.train(mode)
+        if mode != self.module.training:  # a walk over all modules
+            self._engine.train(mode)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The forward pass."""

@@ -3,7 +3,7 @@
 A GPU computes L/14's step faster than the host gets through DeepSpeed's loops over its 790
 parameters: for each of them a copy of the gradient into a bucket, slices of it for all ranks, a
 copy into its partition, a cast and a norm, a release. Replaced here, on one optimizer object and
-with the same result, is what is done per parameter; what is done per module stays DeepSpeed's.
+with the same result, is what is done per parameter; for modules see zero3_layers.py.
 
 Read against 0.19: names with `_DeepSpeedZeroOptimizer_Stage3` are those of its private methods.
 """
@@ -11,8 +11,7 @@ Read against 0.19: names with `_DeepSpeedZeroOptimizer_Stage3` are those of its 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import MethodType
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import deepspeed.comm as dist  # and not torch's: it can log what is sent
@@ -20,7 +19,9 @@ import deepspeed.utils.nvtx
 import torch
 import torch.nn.functional as F
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-from torch import Tensor, nn
+from torch import Tensor
+
+from coca_scale.engine.zero3_layers import WholeLayers
 
 PRIVATE = "_DeepSpeedZeroOptimizer_Stage3"
 OFFLOAD = "_DeepSpeedZeRoOffload"
@@ -31,28 +32,6 @@ OTHER_ZERO_KEYS = (
 )
 OTHER_KEYS = ("communication_data_type", "gradient_predivide_factor", "prescale_gradients")
 BUCKETS_IN_FLIGHT = 2  # whose gradients stay in memory when the host is ahead
-
-
-def remember_parameters(modules: Sequence[nn.Module]) -> None:
-    """Let modules that are gathered whole hand out their parameters without looking for them.
-
-    DeepSpeed asks four times per module and step, and a walk over a block takes longer than a copy.
-    """
-    for module in modules:
-        pairs = list(module.named_parameters())
-
-        def remembered(
-            self: nn.Module,
-            prefix: str = "",
-            recurse: bool = True,
-            remove_duplicate: bool = True,
-            pairs: list[tuple[str, nn.Parameter]] = pairs,
-        ) -> Iterator[tuple[str, nn.Parameter]]:
-            if prefix == "" and recurse and remove_duplicate:
-                return iter(pairs)
-            return nn.Module.named_parameters(self, prefix, recurse, remove_duplicate)
-
-        module.named_parameters = MethodType(remembered, module)  # type: ignore[method-assign]
 
 
 def many_at_once(config: Mapping[str, Any]) -> bool:
@@ -68,12 +47,14 @@ def many_at_once(config: Mapping[str, Any]) -> bool:
 class ManyAtOnce:
     """What a stage-3 optimizer on its own device does to gradients and weights of a step."""
 
-    def __init__(self, optimizer: Any) -> None:
+    def __init__(self, optimizer: Any, layers: WholeLayers) -> None:
         """Take over, where `many_at_once`."""
         deepspeed.utils.nvtx.enable_nvtx = False  # a range around every one of 5,000 calls
         self._optimizer = optimizer
         self._parameters = [p for group in optimizer.fp16_groups for p in group]
-        self._all_parameters = list(optimizer.module.parameters())
+        self._layers = layers
+        in_layers = {id(parameter) for parameter in layers.parameters()}
+        self._others = [p for p in optimizer.module.parameters() if id(p) not in in_layers]
         self._partitions = getattr(optimizer, f"{PRIVATE}__param_id_to_grad_partition")
         self._group = optimizer.dp_process_group
         self._ranks = dist.get_world_size(self._group)
@@ -180,19 +161,29 @@ class ManyAtOnce:
         """Let go of every weight that is whole, before the optimizer changes it."""
         coordinator = self._optimizer.parameter_offload.get_param_coordinator()
         in_flight = getattr(coordinator, f"{COORDINATOR}__inflight_param_registry")
+        self._layers.forget()
+        for parameter in self._layers.parameters():
+            _let_go(parameter)
         released = 0
-        for parameter in self._all_parameters:
+        for parameter in self._others:
             if in_flight and parameter in in_flight:
                 in_flight.pop(parameter).wait()
             parameter.ds_active_sub_modules.clear()
-            if parameter.ds_status == ZeroParamStatus.AVAILABLE:
-                if parameter.is_cuda:  # it may come from the stream that gathers
-                    parameter.data.record_stream(torch.cuda.current_stream())
-                parameter.data = parameter.new_empty(0)
-                parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE
+            if _let_go(parameter):
                 released += parameter.ds_numel
         name = f"{COORDINATOR}__n_available_params"
         setattr(coordinator, name, getattr(coordinator, name) - released)
+
+
+def _let_go(parameter: Any) -> bool:
+    """Of a whole weight; whether it was whole."""
+    if parameter.ds_status != ZeroParamStatus.AVAILABLE:
+        return False
+    if parameter.is_cuda:  # it may come from the stream that gathers
+        parameter.data.record_stream(torch.cuda.current_stream())
+    parameter.data = parameter.new_empty(0)
+    parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE
+    return True
 
 
 def _rows(gradient: Tensor, ranks: int) -> Tensor:

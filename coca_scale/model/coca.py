@@ -147,8 +147,10 @@ class CoCa(nn.Module):
             Packed unit features [B, 2, embed_dim] (image, text), and summed losses by name:
             `caption`, over the tokens that count, unless there is no decoder or `features_only`.
         """
-        image_embedding, image_tokens = self.image(images, sample_ids)
+        # the large tower last: the host is ahead of a GPU when it comes to the decoder, and after
+        # the decoder's backward pass it has the image's to get ahead again
         text_embedding, text_ND = self.text(captions)
+        image_embedding, image_tokens = self.image(images, sample_ids)
         features = torch.stack([unit(image_embedding), unit(text_embedding)], dim=1)
         if features_only:
             return features, {}

@@ -89,7 +89,8 @@ LAYOUTS = {  # by the number of ranks, each with a name
         "ZeRO-3": layout(3, 8),
         "ZeRO-3, full, offloaded": layout(3, 2, **FULL, engine__offload="all"),
         "ZeRO-3, selective": layout(3, 8, **SELECTIVE),
-        "ZeRO-3, compiled": layout(3, 8, engine__compile="blocks"),
+        "ZeRO-3, full, let go": layout(3, 4, **FULL, engine__deepspeed=LET_GO),
+        "ZeRO-3, compiled": layout(3, 8, engine__compile="blocks", **SELECTIVE),
         "ZeRO-3, fast": layout(3, 8, **FAST),
         "ZeRO-3, fast, again": layout(3, 8, **FAST),
         "ZeRO-3, losses in pieces": layout(

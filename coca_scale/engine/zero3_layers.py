@@ -1,0 +1,294 @@
+"""Layers whose weights ZeRO-3 gathers whole, with two hooks of ours for DeepSpeed's six.
+
+DeepSpeed's cost the host more than the layer itself: per call six hooks, four functions of autograd
+and a walk over all parameters. What is done for a layer is the same: its weights are gathered
+before they are needed, those of the next layers on the way, and let go unless they are needed again
+soon; its gradients are handed on when the backward pass has left it. Layers follow each other as
+they did when they were last used, which is the same on every rank.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import Any, NamedTuple
+
+import deepspeed.comm as dist  # and not torch's: it can log what is sent
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from torch import Tensor, nn
+
+LET_GO_IN_FLIGHT = 4  # layers whose memory the device still uses when the host gathers another
+
+
+class Phase(Enum):
+    """What a layer is used for."""
+
+    INFERENCE = auto()
+    FORWARD = auto()
+    BACKWARD = auto()
+
+
+@dataclass(eq=False)
+class _Layer:
+    """One of them.
+
+    Attributes:
+        tower: to which it belongs; nothing is gathered ahead from one tower into another.
+        parameters: all of its parameters.
+        sharded: those that are let go.
+        elements: of these.
+        reduce: DeepSpeed's hook that takes the gradients.
+        phase: of its last use.
+        in_flight: what makes the weights available, once it has come.
+    """
+
+    tower: str
+    parameters: list[Any]
+    sharded: list[Any]
+    elements: int
+    reduce: Callable[..., None]
+    phase: Phase = Phase.INFERENCE
+    in_flight: _Gather | None = None
+    missing: list[Any] = field(default_factory=list)
+
+
+class _Use(NamedTuple):
+    layer: _Layer
+    phase: Phase
+
+
+class _Gather(NamedTuple):
+    """A collective under way: [ranks, n] elements of the partitions of `missing`."""
+
+    work: Any
+    gathered: Tensor
+
+
+class WholeLayers:
+    """What a stage-3 optimizer's module does around its layers."""
+
+    def __init__(
+        self, layers: Mapping[str, nn.Module], optimizer: Any, zero: Mapping[str, Any]
+    ) -> None:
+        """Take over from DeepSpeed's hooks.
+
+        Args:
+            layers: DeepSpeed's leaf modules, by name.
+            optimizer: DeepSpeed's.
+            zero: section `zero_optimization` of its configuration.
+        """
+        self._stream = optimizer.parameter_offload._DeepSpeedZeRoOffload__allgather_stream
+        self._group = optimizer.dp_process_group
+        self._ranks = dist.get_world_size(self._group)
+        self._ahead = zero["stage3_prefetch_bucket_size"]
+        self._distance = zero["stage3_max_reuse_distance"]
+        self._most = zero["stage3_max_live_parameters"]
+        self._live = 0
+        self._next: dict[_Use, _Use] = {}
+        self._last: _Use | None = None
+        self._stays: dict[_Use, bool] = {}
+        self._let_go: deque[torch.cuda.Event] = deque()
+        self._layers = [self._take_over(name, module) for name, module in layers.items()]
+        self._nothing = {p.dtype: p.new_empty(0) for p in self.parameters()}
+
+    def parameters(self) -> Iterator[Any]:
+        """Of all layers."""
+        return (parameter for layer in self._layers for parameter in layer.parameters)
+
+    def forget(self) -> None:
+        """Every weight is let go by others; wait for those that are on their way."""
+        for layer in self._layers:
+            self._wait(layer)
+        self._live = 0
+
+    def _take_over(self, name: str, module: nn.Module) -> _Layer:
+        (reduce,) = module._backward_hooks.values()
+        for hooks in (module._forward_pre_hooks, module._forward_hooks, module._backward_hooks):
+            hooks.clear()
+        parameters: list[Any] = list(module.parameters())
+        sharded = [p for p in parameters if not p.ds_persist]
+        elements = sum(p.ds_numel for p in sharded)
+        layer = _Layer(name.split(".")[0], parameters, sharded, elements, reduce)
+
+        def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            return self._before(layer, args)
+
+        def after(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+            return self._after(layer, output)
+
+        module.register_forward_pre_hook(before)
+        module.register_forward_hook(after)
+        return layer
+
+    def _before(self, layer: _Layer, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Ahead of a forward pass, which may be one more inside the backward pass."""
+        gradients = torch.is_grad_enabled()
+        if layer.phase != Phase.BACKWARD:
+            self._fetch(layer, Phase.FORWARD if gradients else Phase.INFERENCE)
+        if not gradients:
+            return args
+        places = [n for n, x in enumerate(args) if isinstance(x, Tensor) and x.requires_grad]
+        outputs = _EndBackward.apply(self, layer, *(args[n] for n in places))
+        changed = list(args)
+        for place, output in zip(places, outputs, strict=True):
+            changed[place] = output
+        return tuple(changed)
+
+    def _after(self, layer: _Layer, output: Tensor) -> Tensor:
+        if layer.phase != Phase.BACKWARD:
+            self._release(layer)
+        if not output.requires_grad:
+            return output
+        made: Tensor = _BeginBackward.apply(self, layer, output)
+        return made
+
+    def begin_backward(self, layer: _Layer) -> None:
+        """The gradient of its output is there."""
+        self._fetch(layer, Phase.BACKWARD)
+
+    def end_backward(self, layer: _Layer) -> None:
+        """The gradients of its inputs are there, and so are those of its weights."""
+        layer.reduce(None, None, None)
+        self._release(layer)
+        layer.phase = Phase.INFERENCE
+
+    @torch.no_grad()
+    def _fetch(self, layer: _Layer, phase: Phase) -> None:
+        """Have its weights, and begin to gather those of the layers behind it."""
+        use = _Use(layer, phase)
+        layer.phase = phase
+        self._learn(use)
+        self._gather(layer)
+        self._wait(layer)
+        if self._ranks == 1:
+            return
+        ahead = 0
+        following = self._next.get(use)
+        while (
+            following is not None
+            and following.phase == phase
+            and following.layer.tower == layer.tower
+            and following.layer is not layer
+            and ahead < self._ahead
+            and self._live + following.layer.elements <= self._most
+        ):
+            ahead += following.layer.elements
+            self._gather(following.layer)
+            following = self._next.get(following)
+
+    def _learn(self, use: _Use) -> None:
+        last, self._last = self._last, use
+        if last is not None and self._next.get(last) != use:
+            self._next[last] = use
+            self._stays.clear()
+
+    def _gather(self, layer: _Layer) -> None:
+        """Begin; on one rank there is nothing to wait for."""
+        if layer.in_flight is not None:
+            return
+        missing = [p for p in layer.parameters if p.ds_status != ZeroParamStatus.AVAILABLE]
+        if not missing:
+            return
+        self._live += sum(p.ds_numel for p in missing)
+        if self._ranks == 1:
+            for parameter in missing:
+                parameter.data = parameter.ds_tensor.view(parameter.ds_shape)
+                parameter.ds_status = ZeroParamStatus.AVAILABLE
+            return
+        self._hold_back()
+        with get_accelerator().stream(self._stream):
+            own = torch.cat([p.ds_tensor for p in missing])
+            gathered = own.new_empty(self._ranks, len(own))
+            work = dist.allgather_fn(gathered.view(-1), own, group=self._group, async_op=True)
+        for parameter in missing:
+            parameter.ds_status = ZeroParamStatus.INFLIGHT
+        layer.missing, layer.in_flight = missing, _Gather(work, gathered)
+
+    def _wait(self, layer: _Layer) -> None:
+        """What was begun is there for what the device does next."""
+        if layer.in_flight is None:
+            return
+        work, gathered = layer.in_flight
+        layer.in_flight = None
+        sizes = [p.ds_tensor.numel() for p in layer.missing]
+        with get_accelerator().stream(self._stream):
+            work.wait()
+            parts = gathered.new_empty(gathered.numel()).split([self._ranks * n for n in sizes])
+            rows = [part.view(self._ranks, -1) for part in parts]
+            torch.split_with_sizes_copy(gathered, sizes, dim=1, out=rows)
+        if gathered.is_cuda:
+            torch.cuda.current_stream().wait_stream(self._stream)
+        for parameter, part in zip(layer.missing, parts, strict=True):
+            parameter.data = part[: parameter.ds_numel].view(parameter.ds_shape)
+            parameter.ds_status = ZeroParamStatus.AVAILABLE
+
+    def _hold_back(self) -> None:
+        """Wait where the host is far ahead: what it let go is not free before the device is."""
+        while self._let_go and self._let_go[0].query():
+            self._let_go.popleft()
+        if len(self._let_go) > LET_GO_IN_FLIGHT:
+            self._let_go.popleft().synchronize()
+
+    @torch.no_grad()
+    def _release(self, layer: _Layer) -> None:
+        """Let go of the weights, unless they are needed again soon."""
+        use = _Use(layer, layer.phase)
+        if use not in self._stays:
+            self._stays[use] = self._needed_soon(use)
+        if self._stays[use] and self._live <= self._most:
+            return
+        shared = layer.sharded[0].is_cuda and self._ranks > 1 if layer.sharded else False
+        for parameter in layer.sharded:
+            if shared:  # it comes from the stream that gathers
+                parameter.data.record_stream(torch.cuda.current_stream())
+            parameter.data = self._nothing[parameter.dtype]
+            parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE
+        self._live -= layer.elements
+        if shared:
+            self._let_go.append(torch.cuda.current_stream().record_event())
+
+    def _needed_soon(self, use: _Use) -> bool:
+        """Whether few enough elements are used before it is used again."""
+        elements = 0
+        following = self._next.get(use)
+        while following is not None and following.layer is not use.layer:
+            elements += following.layer.elements
+            if elements > self._distance:
+                return False
+            following = self._next.get(following)
+        return following is not None
+
+
+class _EndBackward(torch.autograd.Function):
+    """Its inputs; their gradients say that the backward pass has left a layer."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, layers: WholeLayers, layer: _Layer, *inputs: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.layers, ctx.layer = layers, layer
+        ctx.set_materialize_grads(False)
+        return tuple(x.detach() for x in inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        ctx.layers.end_backward(ctx.layer)
+        return None, None, *grads
+
+
+class _BeginBackward(torch.autograd.Function):
+    """Its input, whose gradient says that the backward pass comes to a layer."""
+
+    @staticmethod
+    def forward(ctx: Any, layers: WholeLayers, layer: _Layer, output: Tensor) -> Tensor:
+        ctx.layers, ctx.layer = layers, layer
+        return output.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        ctx.layers.begin_backward(ctx.layer)
+        return None, None, grads[0]
