@@ -56,16 +56,24 @@ def count_costs(recipe: Recipe, batch: BatchSplit) -> Costs:
         with torch.no_grad():
             tower_flops = flops(lambda: model(*case.inputs, features_only=True))
         step_flops = flops(lambda: case.forward().backward())
+    bytes_per_flop = case.bytes_per_flop()
     parameters = list(model.parameters())
     towers = [*model.image.parameters(), *model.text.parameters()]
     width, dtype = model.config.embed_dim, DTYPES[recipe.engine.precision]
+    whole = gathered_whole(model)
+    engine = recipe.engine
+    ours = whole if engine.offload == "none" and not engine.secondary_shard else []
+    in_towers = {id(p) for p in towers}
+    in_layers = [p for module in ours for p in module.parameters()]
     return Costs(
         parameters=_numel(parameters),
         tower_parameters=_numel(towers),
         trained=_numel(p for p in parameters if p.requires_grad),
+        layer_parameters=_numel(in_layers),
+        tower_layer_parameters=_numel(p for p in in_layers if id(p) in in_towers),
         largest_layer=max(
             *(_numel(module.parameters(recurse=False)) for module in model.modules()),
-            *(_numel(module.parameters()) for module in gathered_whole(model)),
+            *(_numel(module.parameters()) for module in whole),
         ),
         bucket=transfers(model).bucket,
         features_bytes=batch.samples_per_rank * 2 * width * dtype.itemsize,
@@ -75,6 +83,7 @@ def count_costs(recipe: Recipe, batch: BatchSplit) -> Costs:
         peak_bytes=peak,
         tower_flops=tower_flops,
         step_flops=step_flops,
+        bytes_per_flop=bytes_per_flop,
         loss_bytes=_contrastive_bytes(recipe, batch, width, dtype),
     )
 
@@ -159,6 +168,13 @@ class _Case:
             kept = live.by_part()
             surrogate.backward()
         return kept, live.peak
+
+    def bytes_per_flop(self) -> float:
+        """Bytes that are kept for each FLOP where all are kept. Nothing is recomputed hereafter."""
+        self.model.set_activation_checkpointing("none")
+        kept, _ = self.bytes(_named_parts(self.model))
+        with self.fake:
+            return sum(kept.values()) / flops(lambda: self.forward().backward())
 
     def savings(self) -> tuple[dict[str, int], int]:
         """What every block keeps beside its output, and most alive."""

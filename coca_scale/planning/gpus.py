@@ -14,7 +14,8 @@ class Gpu:
         flops: per second, dense, with 16-bit inputs.
         node_bytes: per second and direction to the other devices of a node.
         network_bytes: per second and direction to other nodes, its share of the node's adapters.
-        utilization: share of `flops` that is reached while the device computes.
+        memory_rate: bytes per second between the device and its memory.
+        utilization: share of `flops` that matrix products reach.
         block_seconds: that the host takes to issue a block forward and backward under ZeRO-3.
     """
 
@@ -22,10 +23,11 @@ class Gpu:
     flops: float
     node_bytes: float
     network_bytes: float
-    # of an H200 under torch 2.11, with L/14 at 384 samples, and of the host that it came with,
-    # with B/32 at 512 (benchmarks/README.md); other GPUs are assumed to be alike
-    utilization: float = 0.38
-    block_seconds: float = 4.6e-3
+    memory_rate: float
+    # of an H100 under torch 2.11, and of the host that it came with (benchmarks/README.md); other
+    # GPUs are assumed to be alike
+    utilization: float = 0.80
+    block_seconds: float = 3.8e-3
 
 
 def peak_flops(device_name: str) -> float | None:
@@ -37,11 +39,11 @@ def peak_flops(device_name: str) -> float | None:
 
 
 GPUS = {
-    "a100-40gb": Gpu(39.5e9, 312e12, 300e9, 25e9),
-    "a100-80gb": Gpu(79.1e9, 312e12, 300e9, 25e9),
-    "h100-80gb": Gpu(79.1e9, 989e12, 450e9, 50e9),
-    "h200-141gb": Gpu(139.8e9, 989e12, 450e9, 50e9),
-    "b200-180gb": Gpu(178.4e9, 2250e12, 900e9, 50e9),
-    # two cores of a virtual machine, as the benchmarks here measured them in fp32
-    "cpu": Gpu(12e9, 0.16e12, 1e9, 1e9, utilization=0.75, block_seconds=0.0),
+    "a100-40gb": Gpu(39.5e9, 312e12, 300e9, 25e9, 1.56e12),
+    "a100-80gb": Gpu(79.1e9, 312e12, 300e9, 25e9, 2.04e12),
+    "h100-80gb": Gpu(79.1e9, 989e12, 450e9, 50e9, 3.35e12),
+    "h200-141gb": Gpu(139.8e9, 989e12, 450e9, 50e9, 4.8e12),
+    "b200-180gb": Gpu(178.4e9, 2250e12, 900e9, 50e9, 8e12),
+    # two cores of a virtual machine, as the benchmarks here measured them in fp32: all in one
+    "cpu": Gpu(12e9, 0.16e12, 1e9, 1e9, float("inf"), utilization=0.75, block_seconds=0.0),
 }

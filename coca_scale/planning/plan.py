@@ -19,8 +19,9 @@ RESERVED_BYTES = 2.5e9
 # of gradients: one fills while the other travels; under ZeRO-3 two travel, and one is put together
 REDUCE_BUCKETS = {1: 2, 2: 2, 3: 4}
 # measured on one GPU, as `Gpu.utilization` is
-COMPILED_UTILIZATION = 1.1  # of compiled blocks, against the others
-BLOCK_SECONDS_BELOW_3 = 1.5  # of DeepSpeed's ZeRO 1 and 2, against 3, whose loops are ours
+TRAFFIC = 11  # times that what is kept for the backward pass goes through the device's memory
+COMPILED_BLOCK = 0.6  # of the host's time for a block
+BLOCK_BELOW_3 = 1.9  # of DeepSpeed's ZeRO 1 and 2, against 3, whose loops are ours
 FIRST_PASS = 1 / 3  # of forward and backward
 OVERLAP = 3  # device and host hide behind each other: (a³ + b³)^⅓
 
@@ -33,6 +34,8 @@ class Costs:
         parameters: of the model.
         tower_parameters: of them, those of the towers.
         trained: of all, those that are not locked.
+        layer_parameters: of those in layers that zero3_layers.py gathers; 0 if DeepSpeed does.
+        tower_layer_parameters: of them, those of the towers.
         largest_layer: parameters of the largest module that ZeRO-3 gathers at once.
         bucket: elements that ZeRO moves at a time.
         features_bytes: of this rank's samples in the global batch.
@@ -42,12 +45,15 @@ class Costs:
         peak_bytes: most bytes of activations and gradients of activations alive.
         tower_flops: of the forward pass of both towers, per micro-batch.
         step_flops: of forward and backward of everything, per micro-batch.
+        bytes_per_flop: of activations per FLOP where nothing is computed again.
         loss_bytes: most bytes alive in the contrastive loss of the global batch.
     """
 
     parameters: int
     tower_parameters: int
     trained: int
+    layer_parameters: int
+    tower_layer_parameters: int
     largest_layer: int
     bucket: int
     features_bytes: int
@@ -57,6 +63,7 @@ class Costs:
     peak_bytes: int
     tower_flops: int
     step_flops: int
+    bytes_per_flop: float
     loss_bytes: int
 
 
@@ -171,12 +178,14 @@ def _compute_seconds(
     recipe: Recipe, batch: BatchSplit, costs: Costs, gpu: Gpu, flops: float
 ) -> tuple[float, float]:
     """Of a step on one device: what its kernels take, and what the host takes to issue them."""
-    compiled = COMPILED_UTILIZATION if recipe.engine.compile == "blocks" else 1.0
-    device = flops / (gpu.flops * gpu.utilization * compiled)
+    per_flop = 1 / (gpu.flops * gpu.utilization) + TRAFFIC * costs.bytes_per_flop / gpu.memory_rate
+    device = flops * per_flop
     passes = batch.accumulation * (1 + FIRST_PASS if batch.accumulation > 1 else 1)
     host = passes * costs.blocks * gpu.block_seconds
+    if recipe.engine.compile == "blocks":
+        host *= COMPILED_BLOCK
     if recipe.engine.zero_stage in (1, 2):
-        host *= BLOCK_SECONDS_BELOW_3
+        host *= BLOCK_BELOW_3
     return device, host
 
 
@@ -192,6 +201,23 @@ def _buffer_bytes(costs: Costs, recipe: Recipe, batch: BatchSplit, element: int)
     return reduce + min(costs.parameters, gathered) * element
 
 
+def _gathered(costs: Costs, passes: int) -> tuple[int, int]:
+    """Elements that are made whole in a step, and those that are once more for a backward pass."""
+    layers, towers = costs.layer_parameters, costs.tower_layer_parameters
+    others, tower_others = costs.parameters - layers, costs.tower_parameters - towers
+    if layers == 0:
+        # and a block that DeepSpeed fetches for the backward pass that does not come
+        first_pass = tower_others + costs.largest_layer if passes > 1 else 0
+        kept = live_parameters(costs) if passes == 1 else 0
+        return passes * (first_pass + others), passes * (others - kept)
+    dropped = layers - min(layers, LIVE // 2)  # where the passes turn
+    if passes == 1:
+        return others + layers, dropped
+    first_pass = passes * towers if towers > LIVE else 0
+    turns = 2 * passes - 1
+    return passes * (2 * others + tower_others) + layers + first_pass, turns * dropped
+
+
 def _traffic_bytes(
     costs: Costs, recipe: Recipe, batch: BatchSplit, element: int, ranks_per_node: int
 ) -> tuple[float, float]:
@@ -204,13 +230,8 @@ def _traffic_bytes(
     weights, gradients = costs.parameters * element, costs.trained * element
     again, in_node = 0.0, 0.0
     if stage >= 3:
-        passes = batch.accumulation
-        # and a block that DeepSpeed fetches for the backward pass that does not come
-        ahead = costs.tower_parameters + costs.largest_layer
-        first_pass = ahead * element if passes > 1 else 0
-        kept = live_parameters(costs) * element if passes == 1 else 0
-        sent = passes * (first_pass + weights + gradients)
-        again = passes * (weights - kept)  # for the backward pass
+        whole, again = (n * element for n in _gathered(costs, batch.accumulation))
+        sent = whole + batch.accumulation * gradients
         if recipe.engine.secondary_shard and ranks > ranks_per_node:
             in_node = again * (ranks_per_node - 1) / ranks_per_node
             again = 0.0

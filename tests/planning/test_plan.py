@@ -263,17 +263,20 @@ def test_padding_recompute_and_accumulation_have_their_price():
     assert selective.step_flops == short.step_flops < full.step_flops
 
 
-MEASURED = Path("benchmarks/results/engine_step_h200.json")
-MENDED = "424a9d4"  # before it, the host went through ZeRO-3's parameters one after the other
+MEASURED = Path("benchmarks/results/engine_step_h100.json")
+OLD = "62f51e3"  # DeepSpeed's hooks took more of the host
 
 
 def rows_of_this_engine():
     rows = json.loads(MEASURED.read_text())
-    first = next(number for number, row in enumerate(rows) if row["commit"] == MENDED)
-    return [row for row in rows[first:] if row["who"] == "coca-scale"]
+    return [row for row in rows if row["who"] == "coca-scale" and row["commit"] != OLD]
 
 
-@pytest.mark.parametrize("row", rows_of_this_engine(), ids=lambda row: f"call {row['call']}")
+def name_of(row):
+    return f"{row['model']} {row['batch']} {row['engine']['compile']}"
+
+
+@pytest.mark.parametrize("row", rows_of_this_engine(), ids=name_of)
 def test_a_gpu_took_what_was_planned(row):
     recipe, batch = settings(
         row["model"],
@@ -284,7 +287,8 @@ def test_a_gpu_took_what_was_planned(row):
         engine__compile=row["engine"]["compile"],
         data__mean_tokens=20.0,
     )
-    gpu = GPUS["h200-141gb"]
+    gpu = GPUS["h100-80gb"]
     plan = make_plan(recipe, batch, count_costs(recipe, batch), gpu, 1, None)
-    assert plan.total_bytes - RESERVED_BYTES == pytest.approx(row["peak_bytes"], rel=0.03)
+    more = (plan.total_bytes - RESERVED_BYTES) / row["peak_bytes"] - 1
+    assert -0.02 < more < 0.06  # compiled code and the Triton kernel hold less for a moment
     assert plan.step_seconds == pytest.approx(row["step_seconds"], rel=0.10)
