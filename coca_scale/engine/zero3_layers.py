@@ -103,11 +103,14 @@ class WholeLayers:
         """Every weight is let go by others; wait for those that are on their way."""
         for layer in self._layers:
             self._wait(layer)
+            layer.phase = Phase.INFERENCE
         self._live = 0
 
     def _take_over(self, name: str, module: nn.Module) -> _Layer:
+        kinds = (module._forward_pre_hooks, module._forward_hooks, module._backward_hooks)
+        assert [len(hooks) for hooks in kinds] == [2, 2, 1], "DeepSpeed's hooks: see setup.py"
         (reduce,) = module._backward_hooks.values()
-        for hooks in (module._forward_pre_hooks, module._forward_hooks, module._backward_hooks):
+        for hooks in kinds:
             hooks.clear()
         parameters: list[Any] = list(module.parameters())
         sharded = [p for p in parameters if not p.ds_persist]

@@ -114,7 +114,7 @@ OPTIONS: dict[str, Option] = {
     "force_patch_dropout": _taken("model.patch_dropout"),
     "force_custom_text": _needless("weights mean the same with and without"),
     "torchscript": _left("nothing like it"),
-    "torchcompile": _left("nothing like it; blocks gain nothing where it was measured"),
+    "torchcompile": _differs("engine.compile", "blocks one by one, unless weights are locked"),
     "trace": _left("nothing like it"),
     "accum_freq": _differs("train.global_batch", "follows from global and micro-batch, exactly"),
     "device": _needless("the accelerator that is there, or the CPU"),

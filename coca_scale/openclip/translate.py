@@ -372,6 +372,8 @@ def _engine(args: Namespace) -> dict[str, Any]:
     section = {"precision": _PRECISIONS.get(args.precision, "bf16")}
     if args.grad_checkpointing:
         section["activation_checkpointing"] = "full"
+    if args.torchcompile and not (args.lock_image or args.lock_text):
+        section["compile"] = "blocks"
     return section
 
 

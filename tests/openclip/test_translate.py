@@ -126,6 +126,8 @@ def test_particulars(tmp_path):
     assert "--gather-with-grad" in large.report() and "exact" in large.report()
     roberta = translate(ROBERTA).recipe["model"]
     assert (roberta["lock_text"], roberta["text_unlocked_groups"]) == (True, 10)
+    assert translate(f"{BASIC} --torchcompile").recipe["engine"]["compile"] == "blocks"
+    assert "compile" not in translate(f"{ROBERTA} --torchcompile").recipe["engine"]
     clip = translate(BASIC.replace("coca_ViT-B-32", "ViT-B-32")).recipe
     assert clip["loss"] == {"contrastive_weight": 1.0, "caption_weight": 0.0}
     forgot = translate(COCO.replace("--pretrained laion2b_s13b_b90k", ""))
