@@ -61,10 +61,8 @@ def count_costs(recipe: Recipe, batch: BatchSplit) -> Costs:
     towers = [*model.image.parameters(), *model.text.parameters()]
     width, dtype = model.config.embed_dim, DTYPES[recipe.engine.precision]
     whole = gathered_whole(model)
-    engine = recipe.engine
-    ours = whole if engine.offload == "none" and not engine.secondary_shard else []
+    in_layers = _layer_parameters(whole, recipe)
     in_towers = {id(p) for p in towers}
-    in_layers = [p for module in ours for p in module.parameters()]
     return Costs(
         parameters=_numel(parameters),
         tower_parameters=_numel(towers),
@@ -172,9 +170,13 @@ class _Case:
     def bytes_per_flop(self) -> float:
         """Bytes that are kept for each FLOP where all are kept. Nothing is recomputed hereafter."""
         self.model.set_activation_checkpointing("none")
-        kept, _ = self.bytes(_named_parts(self.model))
+        with self.fake, LiveBytes() as live:
+            live.ignore([*self.model.parameters(), *self.model.buffers()])
+            surrogate = self.forward()
+            kept = sum(live.by_part().values())
+            del surrogate
         with self.fake:
-            return sum(kept.values()) / flops(lambda: self.forward().backward())
+            return kept / flops(lambda: self.forward().backward())
 
     def savings(self) -> tuple[dict[str, int], int]:
         """What every block keeps beside its output, and most alive."""
@@ -209,6 +211,12 @@ def caption_quantiles(captions: int, mean_tokens: float, context: int, pad_id: i
 
 def _numel(parameters: Iterable[Tensor]) -> int:
     return sum(parameter.numel() for parameter in parameters)
+
+
+def _layer_parameters(whole: list[nn.Module], recipe: Recipe) -> list[nn.Parameter]:
+    """Those that zero3_layers.py gathers, and not DeepSpeed."""
+    deepspeeds = recipe.engine.offload != "none" or recipe.engine.secondary_shard
+    return [] if deepspeeds else [p for module in whole for p in module.parameters()]
 
 
 def _named_parts(model: CoCa) -> dict[str, nn.Module]:

@@ -38,6 +38,8 @@ def _curves(rank, ranks, layouts):
         engine = TrainEngine(model, LogitScale(), recipe, plan, here)
         copied: list[bool] = []
         model.caption_head.register_forward_hook(partial(note_second_copies, model, copied))
+        whole: list[float] = []
+        model.caption_head.register_forward_hook(partial(note_whole_layers, model, whole))
         curve = []
         rows = slice(rank * BATCH // ranks, (rank + 1) * BATCH // ranks)
         fast = recipe.optim.lr == HIGH
@@ -46,6 +48,12 @@ def _curves(rank, ranks, layouts):
             result = engine.step(images[rows], tokens[rows], recipe.optim.lr)
             curve.append((result.loss, result.grad_norm, result.logit_scale))
         assert any(copied) == recipe.engine.secondary_shard
+        deepspeeds = recipe.engine.offload != "none" or recipe.engine.secondary_shard
+        if recipe.engine.zero_stage == 3 and not deepspeeds:
+            if recipe.engine.deepspeed == LET_GO:  # the last layers, which are used again at once
+                assert whole[-1] < 0.3, (name, whole)
+            else:
+                assert whole[-1] == 1, (name, whole)
         engine.close()
         curves[name] = curve
     return curves
@@ -55,6 +63,15 @@ def note_second_copies(model, copied, *_):
     """DeepSpeed makes them when it lets go of a weight in the forward pass."""
     parameters = model.parameters()
     copied.append(any(getattr(p, "ds_secondary_tensor", None) is not None for p in parameters))
+
+
+def note_whole_layers(model, whole, *_):
+    """The share of the blocks' and poolers' weights that is there when the decoder is through."""
+    from coca_scale.engine.config import layers
+
+    parameters = [p for layer in layers(model) for p in layer.parameters()]
+    there = sum(p.numel() for p in parameters)
+    whole.append(there / sum(getattr(p, "ds_numel", p.numel()) for p in parameters))
 
 
 def layout(stage, micro, **changes):
