@@ -5,7 +5,7 @@ Of DeepSpeed every key is written that a run relies on.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,13 @@ LARGEST_BUCKET = 100_000_000  # elements
 # elements of weights; what is used again before so many others is not gathered again. DeepSpeed's
 # own value: of a pass forward and back, the last half of it stays
 LIVE = 1_000_000_000
+
+
+OTHER_ZERO_KEYS = (
+    *("offload_optimizer", "offload_param", "zero_hpz_partition_size"),
+    *("zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights"),
+)
+OTHER_KEYS = ("communication_data_type", "gradient_predivide_factor", "prescale_gradients")
 
 
 @dataclass(frozen=True)
@@ -132,6 +139,16 @@ def deepspeed_config(
         "wall_clock_breakdown": False,
     }
     return _merge(config, recipe.engine.deepspeed)
+
+
+def many_at_once(config: Mapping[str, Any]) -> bool:
+    """Whether DeepSpeed's configuration asks for nothing that `ManyAtOnce` does not do."""
+    zero = config["zero_optimization"]
+    return (
+        zero["stage"] == 3
+        and not any(name in zero for name in OTHER_ZERO_KEYS)
+        and not any(name in config for name in OTHER_KEYS)
+    )
 
 
 def apply_settings(model: CoCa, recipe: Recipe, recomputed: Collection[str] = ()) -> None:

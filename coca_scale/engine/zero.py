@@ -44,8 +44,9 @@ from deepspeed.utils import (
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from torch import Tensor, nn
 
+from coca_scale.engine.config import many_at_once
 from coca_scale.engine.writing import FileWriter
-from coca_scale.engine.zero3 import ManyAtOnce, many_at_once
+from coca_scale.engine.zero3 import ManyAtOnce
 from coca_scale.engine.zero3_layers import WholeLayers
 from coca_scale.errors import UserError
 

@@ -11,37 +11,20 @@ Read against 0.19: names with `_DeepSpeedZeroOptimizer_Stage3` are those of its 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import deepspeed.comm as dist  # and not torch's: it can log what is sent
 import deepspeed.utils.nvtx
 import torch
 import torch.nn.functional as F
-from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor
 
-from coca_scale.engine.zero3_layers import WholeLayers
+from coca_scale.engine.zero3_layers import WholeLayers, let_go
 
 PRIVATE = "_DeepSpeedZeroOptimizer_Stage3"
-OFFLOAD = "_DeepSpeedZeRoOffload"
 COORDINATOR = "_PartitionedParameterCoordinator"
-OTHER_ZERO_KEYS = (
-    *("offload_optimizer", "offload_param", "zero_hpz_partition_size"),
-    *("zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights"),
-)
-OTHER_KEYS = ("communication_data_type", "gradient_predivide_factor", "prescale_gradients")
 BUCKETS_IN_FLIGHT = 2  # whose gradients stay in memory when the host is ahead
-
-
-def many_at_once(config: Mapping[str, Any]) -> bool:
-    """Whether DeepSpeed's configuration asks for nothing that `ManyAtOnce` does not do."""
-    zero = config["zero_optimization"]
-    return (
-        zero["stage"] == 3
-        and not any(name in zero for name in OTHER_ZERO_KEYS)
-        and not any(name in config for name in OTHER_KEYS)
-    )
 
 
 class ManyAtOnce:
@@ -143,8 +126,7 @@ class ManyAtOnce:
     def order_streams(self) -> None:
         """Weights are gathered on a stream of their own, and not before they are updated."""
         if self._parameters[0].is_cuda:
-            stream = getattr(self._optimizer.parameter_offload, f"{OFFLOAD}__allgather_stream")
-            stream.wait_stream(torch.cuda.current_stream())
+            self._layers.stream.wait_stream(torch.cuda.current_stream())
 
     @torch.no_grad()
     def _norm(self) -> Tensor:
@@ -161,29 +143,16 @@ class ManyAtOnce:
         """Let go of every weight that is whole, before the optimizer changes it."""
         coordinator = self._optimizer.parameter_offload.get_param_coordinator()
         in_flight = getattr(coordinator, f"{COORDINATOR}__inflight_param_registry")
-        self._layers.forget()
-        for parameter in self._layers.parameters():
-            _let_go(parameter)
+        self._layers.let_go()
         released = 0
         for parameter in self._others:
             if in_flight and parameter in in_flight:
                 in_flight.pop(parameter).wait()
             parameter.ds_active_sub_modules.clear()
-            if _let_go(parameter):
+            if let_go(parameter):
                 released += parameter.ds_numel
         name = f"{COORDINATOR}__n_available_params"
         setattr(coordinator, name, getattr(coordinator, name) - released)
-
-
-def _let_go(parameter: Any) -> bool:
-    """Of a whole weight; whether it was whole."""
-    if parameter.ds_status != ZeroParamStatus.AVAILABLE:
-        return False
-    if parameter.is_cuda:  # it may come from the stream that gathers
-        parameter.data.record_stream(torch.cuda.current_stream())
-    parameter.data = parameter.new_empty(0)
-    parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE
-    return True
 
 
 def _rows(gradient: Tensor, ranks: int) -> Tensor:

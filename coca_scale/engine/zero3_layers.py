@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any, NamedTuple
 
@@ -53,7 +53,6 @@ class _Layer:
     reduce: Callable[..., None]
     phase: Phase = Phase.INFERENCE
     in_flight: _Gather | None = None
-    missing: list[Any] = field(default_factory=list)
 
 
 class _Use(NamedTuple):
@@ -66,10 +65,15 @@ class _Gather(NamedTuple):
 
     work: Any
     gathered: Tensor
+    missing: list[Any]
 
 
 class WholeLayers:
-    """What a stage-3 optimizer's module does around its layers."""
+    """What a stage-3 optimizer's module does around its layers.
+
+    Attributes:
+        stream: on which weights are gathered, those outside the layers too; None on CPUs.
+    """
 
     def __init__(
         self, layers: Mapping[str, nn.Module], optimizer: Any, zero: Mapping[str, Any]
@@ -81,7 +85,7 @@ class WholeLayers:
             optimizer: DeepSpeed's.
             zero: section `zero_optimization` of its configuration.
         """
-        self._stream = optimizer.parameter_offload._DeepSpeedZeRoOffload__allgather_stream
+        self.stream = optimizer.parameter_offload._DeepSpeedZeRoOffload__allgather_stream
         self._group = optimizer.dp_process_group
         self._ranks = dist.get_world_size(self._group)
         self._ahead = zero["stage3_prefetch_bucket_size"]
@@ -93,17 +97,18 @@ class WholeLayers:
         self._stays: dict[_Use, bool] = {}
         self._let_go: deque[torch.cuda.Event] = deque()
         self._layers = [self._take_over(name, module) for name, module in layers.items()]
-        self._nothing = {p.dtype: p.new_empty(0) for p in self.parameters()}
 
     def parameters(self) -> Iterator[Any]:
         """Of all layers."""
         return (parameter for layer in self._layers for parameter in layer.parameters)
 
-    def forget(self) -> None:
-        """Every weight is let go by others; wait for those that are on their way."""
+    def let_go(self) -> None:
+        """Of every weight, small ones and those that are on their way included."""
         for layer in self._layers:
             self._wait(layer)
             layer.phase = Phase.INFERENCE
+        for parameter in self.parameters():
+            let_go(parameter)
         self._live = 0
 
     def _take_over(self, name: str, module: nn.Module) -> _Layer:
@@ -203,29 +208,29 @@ class WholeLayers:
                 parameter.ds_status = ZeroParamStatus.AVAILABLE
             return
         self._hold_back()
-        with get_accelerator().stream(self._stream):
+        with get_accelerator().stream(self.stream):
             own = torch.cat([p.ds_tensor for p in missing])
             gathered = own.new_empty(self._ranks, len(own))
             work = dist.allgather_fn(gathered.view(-1), own, group=self._group, async_op=True)
         for parameter in missing:
             parameter.ds_status = ZeroParamStatus.INFLIGHT
-        layer.missing, layer.in_flight = missing, _Gather(work, gathered)
+        layer.in_flight = _Gather(work, gathered, missing)
 
     def _wait(self, layer: _Layer) -> None:
         """What was begun is there for what the device does next."""
         if layer.in_flight is None:
             return
-        work, gathered = layer.in_flight
+        work, gathered, missing = layer.in_flight
         layer.in_flight = None
-        sizes = [p.ds_tensor.numel() for p in layer.missing]
-        with get_accelerator().stream(self._stream):
+        sizes = [p.ds_tensor.numel() for p in missing]
+        with get_accelerator().stream(self.stream):
             work.wait()
             parts = gathered.new_empty(gathered.numel()).split([self._ranks * n for n in sizes])
             rows = [part.view(self._ranks, -1) for part in parts]
             torch.split_with_sizes_copy(gathered, sizes, dim=1, out=rows)
         if gathered.is_cuda:
-            torch.cuda.current_stream().wait_stream(self._stream)
-        for parameter, part in zip(layer.missing, parts, strict=True):
+            torch.cuda.current_stream().wait_stream(self.stream)
+        for parameter, part in zip(missing, parts, strict=True):
             parameter.data = part[: parameter.ds_numel].view(parameter.ds_shape)
             parameter.ds_status = ZeroParamStatus.AVAILABLE
 
@@ -244,14 +249,8 @@ class WholeLayers:
             self._stays[use] = self._needed_soon(use)
         if self._stays[use] and self._live <= self._most:
             return
-        shared = layer.sharded[0].is_cuda and self._ranks > 1 if layer.sharded else False
-        for parameter in layer.sharded:
-            if shared:  # it comes from the stream that gathers
-                parameter.data.record_stream(torch.cuda.current_stream())
-            parameter.data = self._nothing[parameter.dtype]
-            parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE
-        self._live -= layer.elements
-        if shared:
+        self._live -= sum(p.ds_numel for p in layer.sharded if let_go(p))
+        if self._ranks > 1 and layer.parameters[0].is_cuda:
             self._let_go.append(torch.cuda.current_stream().record_event())
 
     def _needed_soon(self, use: _Use) -> bool:
@@ -264,6 +263,17 @@ class WholeLayers:
                 return False
             following = self._next.get(following)
         return following is not None
+
+
+def let_go(parameter: Any) -> bool:
+    """Of a whole weight; whether it was whole."""
+    if parameter.ds_status != ZeroParamStatus.AVAILABLE:
+        return False
+    if parameter.is_cuda:  # it may come from the stream that gathers
+        parameter.data.record_stream(torch.cuda.current_stream())
+    parameter.data = parameter.new_empty(0)
+    parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE
+    return True
 
 
 class _EndBackward(torch.autograd.Function):

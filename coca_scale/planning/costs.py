@@ -61,7 +61,7 @@ def count_costs(recipe: Recipe, batch: BatchSplit) -> Costs:
     towers = [*model.image.parameters(), *model.text.parameters()]
     width, dtype = model.config.embed_dim, DTYPES[recipe.engine.precision]
     whole = gathered_whole(model)
-    in_layers = _layer_parameters(whole, recipe)
+    in_layers = [p for module in whole for p in module.parameters()]
     in_towers = {id(p) for p in towers}
     return Costs(
         parameters=_numel(parameters),
@@ -211,12 +211,6 @@ def caption_quantiles(captions: int, mean_tokens: float, context: int, pad_id: i
 
 def _numel(parameters: Iterable[Tensor]) -> int:
     return sum(parameter.numel() for parameter in parameters)
-
-
-def _layer_parameters(whole: list[nn.Module], recipe: Recipe) -> list[nn.Parameter]:
-    """Those that zero3_layers.py gathers, and not DeepSpeed."""
-    deepspeeds = recipe.engine.offload != "none" or recipe.engine.secondary_shard
-    return [] if deepspeeds else [p for module in whole for p in module.parameters()]
 
 
 def _named_parts(model: CoCa) -> dict[str, nn.Module]:

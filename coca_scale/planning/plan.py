@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from coca_scale.engine.config import LIVE
+from coca_scale.engine.config import LIVE, Transfers, deepspeed_config, many_at_once
 from coca_scale.planning.gpus import Gpu
 from coca_scale.planning.memory import state_bytes
 from coca_scale.recipe import BatchSplit, Recipe
@@ -34,7 +34,7 @@ class Costs:
         parameters: of the model.
         tower_parameters: of them, those of the towers.
         trained: of all, those that are not locked.
-        layer_parameters: of those in layers that zero3_layers.py gathers; 0 if DeepSpeed does.
+        layer_parameters: of those in layers that ZeRO-3 gathers whole.
         tower_layer_parameters: of them, those of the towers.
         largest_layer: parameters of the largest module that ZeRO-3 gathers at once.
         bucket: elements that ZeRO moves at a time.
@@ -201,9 +201,12 @@ def _buffer_bytes(costs: Costs, recipe: Recipe, batch: BatchSplit, element: int)
     return reduce + min(costs.parameters, gathered) * element
 
 
-def _gathered(costs: Costs, passes: int) -> tuple[int, int]:
-    """Elements that are made whole in a step, and those that are once more for a backward pass."""
-    layers, towers = costs.layer_parameters, costs.tower_layer_parameters
+def _gathered(costs: Costs, passes: int, layers: int) -> tuple[int, int]:
+    """Elements that are made whole in a step, and those that are once more for a backward pass.
+
+    `layers` of them are zero3_layers.py's, which keeps them over passes.
+    """
+    towers = costs.tower_layer_parameters if layers else 0
     others, tower_others = costs.parameters - layers, costs.tower_parameters - towers
     if layers == 0:
         # and a block that DeepSpeed fetches for the backward pass that does not come
@@ -230,7 +233,9 @@ def _traffic_bytes(
     weights, gradients = costs.parameters * element, costs.trained * element
     again, in_node = 0.0, 0.0
     if stage >= 3:
-        whole, again = (n * element for n in _gathered(costs, batch.accumulation))
+        config = deepspeed_config(recipe, batch, Transfers(costs.bucket, 0), ranks_per_node)
+        layers = costs.layer_parameters if many_at_once(config) else 0
+        whole, again = (n * element for n in _gathered(costs, batch.accumulation, layers))
         sent = whole + batch.accumulation * gradients
         if recipe.engine.secondary_shard and ranks > ranks_per_node:
             in_node = again * (ranks_per_node - 1) / ranks_per_node

@@ -7,7 +7,7 @@ import torch
 import torch._dynamo
 
 from coca_scale.engine.compiling import compile_layers
-from coca_scale.engine.config import require_compilable
+from coca_scale.engine.config import gathered_whole, layers, require_compilable
 from coca_scale.errors import UserError
 from coca_scale.model import CoCa, load_model_config
 from coca_scale.model.freeze import freeze
@@ -21,6 +21,7 @@ def require(name="coca_tiny", **changes):
     model = CoCa(load_model_config(name))
     freeze(model, recipe.model, recipe.loss)
     require_compilable(model, recipe.engine)
+    return model
 
 
 @pytest.mark.parametrize("locked", [{"model__lock_text": True}, {"loss__contrastive_weight": 0.0}])
@@ -32,7 +33,8 @@ def test_compiled_blocks_that_are_not_gathered_whole_are_refused(locked):
 
 
 def test_a_clip_without_captions_to_learn_can_be_compiled():
-    require("clip_tiny", loss__caption_weight=0.0)
+    model = require("clip_tiny", loss__caption_weight=0.0)
+    assert gathered_whole(model) == layers(model) == list(model.blocks().values())
 
 
 def kept_and_found(compiled, selective):

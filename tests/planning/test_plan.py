@@ -290,5 +290,8 @@ def test_a_gpu_took_what_was_planned(row):
     gpu = GPUS["h100-80gb"]
     plan = make_plan(recipe, batch, count_costs(recipe, batch), gpu, 1, None)
     more = (plan.total_bytes - RESERVED_BYTES) / row["peak_bytes"] - 1
-    assert -0.02 < more < 0.06  # compiled code and the Triton kernel hold less for a moment
+    engine = row["engine"]
+    # compiled blocks keep the projections of captions packed, which are counted padded
+    packed = engine["compile"] == "blocks" and engine["activation_checkpointing"] == "selective"
+    assert -0.03 < more < (0.06 if packed and row["model"].startswith("coca") else 0.03)
     assert plan.step_seconds == pytest.approx(row["step_seconds"], rel=0.10)
