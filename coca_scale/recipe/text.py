@@ -1,0 +1,48 @@
+"""Text from outside: how bytes become text, and what of a text may be kept or shown."""
+
+from __future__ import annotations
+
+import re
+
+_UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+# of terminals: colours and cursors (CSI), titles and links (OSC … BEL or ST), and short ones
+_ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[ -/]*[0-~])")
+_SURROGATES = re.compile(r"[\ud800-\udfff]")
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and new line
+
+
+def decoded(data: bytes, encoding: str | None = None) -> str:
+    """Text of a file that others wrote; new lines as `\\n`. The locale is never asked.
+
+    Args:
+        data: UTF-8 with or without a byte order mark, or UTF-16 with one.
+        encoding: what it is instead, as somebody says who knows.
+
+    Raises:
+        UnicodeError: it is something else; a NUL is no text either.
+    """
+    if encoding is None:
+        encoding = "utf-16" if data.startswith(_UTF16_MARKS) else "utf-8-sig"
+    text = data.decode(encoding)
+    if "\0" in text:
+        raise UnicodeError("it has NUL characters")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def cleaned(text: str) -> str:
+    """A caption as it may be tokenised, written into files and shown.
+
+    Escape sequences go, other control characters become spaces, and halves of surrogate pairs,
+    which no encoding can write, become U+FFFD.
+    """
+    text = _ESCAPES.sub("", text)
+    return _SURROGATES.sub("\ufffd", _CONTROLS.sub(" ", text))
+
+
+def visible(text: str) -> str:
+    """A message for a terminal: what would steer it is written out, as in `\\x1b`."""
+    return _SURROGATES.sub(_written_out, _CONTROLS.sub(_written_out, text))
+
+
+def _written_out(character: re.Match[str]) -> str:
+    return character[0].encode("unicode_escape").decode()

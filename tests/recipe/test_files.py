@@ -1,0 +1,84 @@
+"""Text and JSON from outside: read as what they are, or refused in one sentence."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from coca_scale.errors import UserError
+from coca_scale.recipe.files import json_lines, parse_json, read_text, validated
+from coca_scale.recipe.text import cleaned, decoded, visible
+
+ANY_TEXT = st.text(st.characters(exclude_categories=()))
+WORDS = "café “Le Vin” – a red circle 😀"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+def test_unicode_is_read_whoever_wrote_it(encoding, tmp_path):
+    mark = {"utf-16-le": b"\xff\xfe", "utf-16-be": b"\xfe\xff"}.get(encoding, b"")
+    path = tmp_path / "a.txt"
+    path.write_bytes(mark + WORDS.encode(encoding))
+    assert read_text(path) == WORDS
+
+
+def test_other_encodings_are_refused_unless_named(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes("café".encode("cp1252"))
+    with pytest.raises(UserError, match="not a text in UTF-8"):
+        read_text(path)
+    assert decoded(path.read_bytes(), "cp1252") == "café"
+    with pytest.raises(UnicodeError):
+        decoded("a circle".encode("utf-16-le"))  # without its mark: every second byte is a NUL
+
+
+@given(ANY_TEXT)
+def test_a_cleaned_text_can_be_written_and_steers_no_terminal(text):
+    for harmless in (cleaned(text), visible(text)):
+        harmless.encode()
+        assert not any(c < " " or "\x7f" <= c < "\xa0" for c in harmless if c not in "\t\n")
+
+
+@given(st.text(st.characters(exclude_categories=("Cc", "Cs"))))
+def test_a_text_without_controls_stays_as_it_is(text):
+    assert cleaned(text) == visible(text) == text
+
+
+def test_what_steers_a_terminal_goes_and_what_is_said_stays():
+    assert cleaned("a \x1b[31mred\x1b[0m \x1b]0;title\x07cat \ud83d\x00") == "a red cat \ufffd "
+    assert visible("\x1b[2Jgone\ud800") == "\\x1b[2Jgone\\ud800"
+
+
+@given(ANY_TEXT | st.binary())
+def test_whatever_is_no_json_is_one_sentence(text):
+    try:
+        parse_json(text, "a.json")
+    except UserError as error:
+        assert str(error).startswith("a.json: ")
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "9" * 5000, '{"a": 1', "\ufeff{", b"\xff"])
+def test_json_that_breaks_parsers_is_one_sentence(text):
+    with pytest.raises(UserError, match=r"^a\.json: not "):
+        parse_json(text, "a.json")
+
+
+@given(st.recursive(st.none() | st.booleans() | st.floats() | ANY_TEXT, st.lists, max_leaves=5))
+def test_another_type_than_meant_is_one_sentence(content):
+    with pytest.raises(UserError, match=r"^a\.json: "):
+        validated(content, dict[str, int], "a.json")
+
+
+def test_the_place_of_the_fault_is_named():
+    with pytest.raises(UserError, match=r"^m\.json: b: input should be a valid integer.*null|None"):
+        validated({"a": 1, "b": None}, dict[str, int], "m.json")
+
+
+@pytest.mark.parametrize("line", [b"\xff\xfe\n", b"[1]\n", b"{\n"])
+def test_a_line_that_is_no_object_is_named(line, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(json.dumps({"a": 1}).encode() + b"\n" + line)
+    with pytest.raises(UserError, match="line 2"):
+        list(json_lines(path))
