@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from coca_scale.engine.config import (
     layers,
     transfers,
 )
+from coca_scale.engine.host import available_bytes, memory_bytes, release_freed
 from coca_scale.engine.objective import Counts, FeatureTerms, Objective, Tally
 from coca_scale.engine.optimizer import ADAMW, kind_of, make_optimizer, make_scale_optimizer
 from coca_scale.engine.weight_average import AVERAGE_FOLDER, WeightAverage
@@ -111,12 +113,14 @@ class TrainEngine:
         self._optimizer_kind = kind_of(recipe.optim)
         self._updates = 0
         config = deepspeed_config(recipe, batch_split, transfers(model), world.ranks_per_node)
-        self._writer = FileWriter()
+        in_background = recipe.checkpoint.background
+        self._writer = FileWriter(partial(_room_for_copies, world.ranks_per_node, in_background))
         whole = gathered_whole(model) if recipe.engine.zero_stage == 3 else []
         self._zero = ZeroEngine(
             model, optimizer, self._optimizer_kind.moments, config, self._writer, whole
         )
         self.module: CoCa = self._zero.module
+        release_freed()
         cast_statistics(self.module, self.dtype)
         if recipe.engine.compile == "blocks":
             compile_layers(layers(self.module))
@@ -312,6 +316,16 @@ class TrainEngine:
                 self._average.load(folder, self.world.rank)
             else:
                 self._average.load_resharded(folder)
+
+
+def _room_for_copies(ranks_here: int, in_background: bool) -> int:
+    """Bytes that a rank may copy for a save; a tenth of the host stays free for what training does.
+
+    Without a background every save is written before training goes on, and nothing is copied.
+    """
+    if not in_background:
+        return 0
+    return max(0, round(available_bytes() - memory_bytes() / 10)) // ranks_here
 
 
 def _adam_steps(state: dict[str, Any]) -> int:

@@ -6,7 +6,7 @@ import copy
 import hashlib
 import os
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,29 +15,35 @@ from torch.utils._pytree import tree_map
 
 Entries = dict[str, dict[str, Any]]
 MODEL_STATES = "model_states.pt"
+PIECE_BYTES = 2**16  # smaller tensors are always copied
 
 
 class FileWriter:
     """Tensors are copied to the host at once, a thread does the rest.
 
     So a save costs the run a copy of each rank's shard; the disk's time passes while it trains.
+    Tensors for whose copy there is no room are not copied: then `start` writes everything before
+    it returns, piece by piece, and the run waits for the disk.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, room_bytes: Callable[[], int]) -> None:
+        """`room_bytes` says how much memory copies may take from now on."""
+        self._room_bytes = room_bytes
+        self._uncopied = False
         self._waiting: list[tuple[Path, Callable[[Any], Any]]] = []
         self._pool = ThreadPoolExecutor(1, "checkpoint")
 
     def save(self, state: Any, path: Path) -> None:
-        """Copy `state` now; `start` writes it."""
-        copied = tree_map(_host_copy, state, is_leaf=_is_size)
-        self.add(path, lambda file: torch.save(copied, file))
+        """Copy `state` now; `start` writes it. It must not change in between."""
+        kept = tree_map(self._kept, state, is_leaf=_is_size)
+        self.add(path, lambda file: torch.save(kept, file))
 
     def add(self, path: Path, write: Callable[[Any], Any]) -> None:
         """Let `write(file)` make one more file; it must not depend on what training changes."""
         self._waiting.append((path, write))
 
     def start(self, folder: Path, model_states_too: Path | None = None) -> Future[Entries]:
-        """Write everything that was saved into `folder` and below it, in a thread.
+        """Write everything that was saved into `folder` and below it, in a thread if it can wait.
 
         Args:
             folder: of the checkpoint.
@@ -47,17 +53,30 @@ class FileWriter:
             `bytes` and `sha256` of this rank's files, by name. An OSError in it is the disk's.
         """
         waiting, self._waiting = self._waiting, []
-        return self._pool.submit(_write_all, waiting, folder, model_states_too)
+        at_once, self._uncopied = self._uncopied, False
+        written = self._pool.submit(_write_all, waiting, folder, model_states_too)
+        if at_once:
+            wait([written])
+        return written
+
+    def _kept(self, leaf: Any) -> Any:
+        """A copy, or the tensor itself."""
+        if not isinstance(leaf, torch.Tensor):
+            return copy.deepcopy(leaf)
+        large = leaf.nbytes >= PIECE_BYTES and _fills_its_storage(leaf)
+        if large and leaf.nbytes > self._room_bytes():
+            self._uncopied = True
+            return leaf.detach()
+        return leaf.detach().to("cpu", copy=True)
 
 
 def _is_size(node: Any) -> bool:
     return isinstance(node, torch.Size)  # pytree would make a plain tuple of it
 
 
-def _host_copy(leaf: Any) -> Any:
-    if isinstance(leaf, torch.Tensor):
-        return leaf.detach().to("cpu", copy=True)
-    return copy.deepcopy(leaf)
+def _fills_its_storage(tensor: torch.Tensor) -> bool:
+    """Whether a file of the tensor would hold little else: torch writes whole storages."""
+    return tensor.nbytes >= 0.9 * tensor.untyped_storage().nbytes()
 
 
 def _write_all(

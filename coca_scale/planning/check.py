@@ -11,7 +11,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 
 from coca_scale.data.loader import decode_sample
@@ -19,12 +18,14 @@ from coca_scale.data.sample import BadSample, Source, causes_text
 from coca_scale.data.shards import ShardSource, missing_numbers, missing_shards
 from coca_scale.data.sources import open_source, train_crop
 from coca_scale.data.tokens import Tokenizer, make_tokenizer
+from coca_scale.engine.host import memory_bytes
 from coca_scale.errors import UserError
 from coca_scale.evaluation.zeroshot import open_labelled
 from coca_scale.inference.load import pretrained_name
 from coca_scale.model import CoCa, ModelConfig
 from coca_scale.model.freeze import freeze
-from coca_scale.planning.memory import state_bytes
+from coca_scale.planning.costs import plan_run
+from coca_scale.planning.gpus import GPUS
 from coca_scale.recipe import BatchSplit, Recipe
 from coca_scale.recipe.data import WeightedShards
 
@@ -57,7 +58,9 @@ def check(recipe: Recipe, ranks: int, device_bytes: int | None = None) -> Report
     if (fault := tracking_fault(recipe)) is not None:
         report.faults.append(fault)
     batch = _batch(recipe, ranks, report)
-    config = _model(recipe, ranks, device_bytes or _memory_here(ranks), report)
+    config = _model(recipe, report)
+    if config is not None and batch is not None:
+        _memory(recipe, ranks, device_bytes, report)
     tokenizer = _tokenizer(config, recipe, report) if config is not None else None
     for name in ("train", "val"):
         spec = getattr(recipe.data, name)
@@ -93,7 +96,7 @@ def _batch(recipe: Recipe, ranks: int, report: Report) -> BatchSplit | None:
     return batch
 
 
-def _model(recipe: Recipe, ranks: int, device_bytes: int, report: Report) -> ModelConfig | None:
+def _model(recipe: Recipe, report: Report) -> ModelConfig | None:
     try:
         config = ModelConfig.from_recipe(recipe.model)
         with torch.device("meta"):
@@ -104,27 +107,49 @@ def _model(recipe: Recipe, ranks: int, device_bytes: int, report: Report) -> Mod
         return None
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    engine = recipe.engine
-    need = state_bytes(recipe, total, trained, ranks, ranks).total
-    text = (
-        f"memory: weights, gradients and optimizer take {need / 1e9:,.2f} GB of "
-        f"{device_bytes / 1e9:,.1f} GB per rank, activations not counted"
-    )
     report.fine.append(f"model: {recipe.model.name}, {total:,} parameters, {trained:,} trained")
-    if need > device_bytes:
-        hint = "more ranks" if engine.zero_stage == 3 else "engine.zero_stage=3 or more ranks"
-        report.faults.append(f"{text}; use {hint}")
-    else:
-        report.fine.append(text)
     if recipe.model.pretrained is not None:
         report.notes.append(f"model: weights {pretrained_name(recipe.model)} were not read")
     return config
 
 
-def _memory_here(ranks: int) -> int:
-    if torch.cuda.is_available():
-        return int(torch.cuda.get_device_properties(0).total_memory)
-    return int(psutil.virtual_memory().total) // ranks
+def _memory(recipe: Recipe, ranks: int, device_bytes: int | None, report: Report) -> None:
+    """What a rank needs, against what is said to be there, or is here."""
+    gpus, cores = torch.cuda.device_count(), len(os.sched_getaffinity(0))
+    on_cpu = device_bytes is None and not gpus and ranks <= cores
+    elsewhere = device_bytes is not None or not (gpus or on_cpu)
+    try:
+        _, _, plan = plan_run(recipe, ranks, GPUS["cpu" if on_cpu else "a100-80gb"], gpus or ranks)
+    except UserError as error:
+        report.faults.append(f"memory: {error}")
+        return
+    if not on_cpu:
+        if not elsewhere:
+            device_bytes = int(torch.cuda.get_device_properties(0).total_memory)
+        _fits("a GPU", plan.total_bytes, device_bytes, "", recipe, report)
+    if elsewhere and device_bytes is None:
+        report.notes.append("memory: not compared with a GPU, as there is none; --device-gigabytes")
+    host = plan.host
+    parts = (
+        f" ({host.process / 1e9:.2f} the process itself, {host.loaders / 1e9:.2f} loaders, "
+        f"{host.building / 1e9:.2f} while the model is built, {host.training / 1e9:.2f} training; "
+        f"a save copies {host.saving / 1e9:.2f} where there is room, or waits for the disk)"
+    )
+    limit = None if elsewhere else memory_bytes() // min(ranks, gpus or ranks)
+    _fits("the host", host.total, limit, parts, recipe, report)
+
+
+def _fits(
+    where: str, need: int, limit: int | None, parts: str, recipe: Recipe, report: Report
+) -> None:
+    of = "" if limit is None else f" of {limit / 1e9:,.1f} GB"
+    text = f"memory: {need / 1e9:,.2f} GB{of} of {where} per rank{parts}"
+    if limit is None or need <= limit:
+        report.fine.append(text)
+        return
+    more = "more ranks" if where != "the host" else "fewer ranks on a node"
+    hint = more if recipe.engine.zero_stage == 3 else f"engine.zero_stage=3 or {more}"
+    report.faults.append(f"{text}; use {hint}")
 
 
 def _tokenizer(config: ModelConfig, recipe: Recipe, report: Report) -> Tokenizer | None:

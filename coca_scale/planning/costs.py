@@ -65,6 +65,7 @@ def count_costs(recipe: Recipe, batch: BatchSplit) -> Costs:
     in_towers = {id(p) for p in towers}
     return Costs(
         parameters=_numel(parameters),
+        image_size=model.config.vision_cfg.image_size,
         tower_parameters=_numel(towers),
         trained=_numel(p for p in parameters if p.requires_grad),
         layer_parameters=_numel(in_layers),

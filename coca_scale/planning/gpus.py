@@ -17,6 +17,7 @@ class Gpu:
         memory_rate: bytes per second between the device and its memory.
         utilization: share of `flops` that matrix products reach.
         block_seconds: that the host takes to issue a block forward and backward under ZeRO-3.
+        is_host: whether its memory is that of the host.
     """
 
     memory_bytes: float
@@ -28,6 +29,7 @@ class Gpu:
     # GPUs are assumed to be alike
     utilization: float = 0.80
     block_seconds: float = 3.8e-3
+    is_host: bool = False
 
 
 def peak_flops(device_name: str) -> float | None:
@@ -45,5 +47,5 @@ GPUS = {
     "h200-141gb": Gpu(139.8e9, 989e12, 450e9, 50e9, 4.8e12),
     "b200-180gb": Gpu(178.4e9, 2250e12, 900e9, 50e9, 8e12),
     # two cores of a virtual machine, as the benchmarks here measured them in fp32: all in one
-    "cpu": Gpu(12e9, 0.16e12, 1e9, 1e9, float("inf"), utilization=0.75, block_seconds=0.0),
+    "cpu": Gpu(12e9, 0.16e12, 1e9, 1e9, float("inf"), 0.75, 0.0, is_host=True),
 }

@@ -1,25 +1,45 @@
-"""Bytes of weights, gradients and optimizer state under ZeRO (Rajbhandari et al. 2020)."""
+"""Bytes of a rank: of weights, gradients and optimizer state under ZeRO, and in its host.
+
+ZeRO: Rajbhandari et al. 2020, arXiv:1910.02054.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from coca_scale.data.shards import WINDOW_BYTES
 from coca_scale.engine.optimizer import kind_of
-from coca_scale.recipe import Recipe
+from coca_scale.recipe import BatchSplit, Recipe
 
 MOMENT_BYTES = 4
 MASTER_BYTES = 4
 AVERAGE_BYTES = 4
+# measured on CPU ranks, tiny.yaml, torch 2.15: 1.0 GB; on GPUs an estimate, as CUDA adds its own
+PROCESS_BYTES = 1.0e9
+LOADER_BYTES = (
+    0.1e9  # of a loader process, an estimate: 15 MB at first, and what it writes to later
+)
+SAMPLE_BYTES = 50e3  # of a picture as img2dataset leaves it at 256 px, an estimate
+BATCHES_AHEAD = 4  # two pieces per loader process, one whole step put together, one in use
 
 
 @dataclass(frozen=True)
 class StateBytes:
-    """Bytes of one rank: three kinds on its device, and what waits in the memory of the host."""
+    """Bytes of one rank.
+
+    Attributes:
+        parameters: on its device.
+        gradients: on its device.
+        optimizer: on its device.
+        offloaded: of all three, what waits in the memory of the host.
+        saved: what of it goes into a checkpoint.
+    """
 
     parameters: int
     gradients: int
     optimizer: int
-    host: int
+    offloaded: int
+    saved: int
 
     @property
     def total(self) -> int:
@@ -48,13 +68,68 @@ def state_bytes(
     weights = parameters * element / (ranks if stage >= 3 else 1)
     gradients = trained * element / (ranks if stage >= 2 else 1)
     optimizer = trained * moments / (ranks if stage >= 1 else 1)
-    host = 0.0
+    saved = optimizer
+    if engine.precision == "fp32":  # weights are their own masters
+        saved += trained * element / (ranks if stage >= 1 else 1)
+    if stage < 3:  # of one rank, in the precision of the run
+        saved += parameters * element
+    offloaded = 0.0
     if engine.offload != "none":
-        host += gradients + optimizer
+        offloaded += gradients + optimizer
         gradients = optimizer = 0.0
     if engine.offload == "all":
-        host += weights
+        offloaded += weights
         weights = 0.0
     if engine.secondary_shard and ranks > ranks_per_node:
         weights += parameters * element / ranks_per_node
-    return StateBytes(round(weights), round(gradients), round(optimizer), round(host))
+    kinds = (weights, gradients, optimizer, offloaded, saved)
+    return StateBytes(*(round(size) for size in kinds))
+
+
+@dataclass(frozen=True)
+class HostBytes:
+    """Bytes of one rank in the memory of its host.
+
+    Attributes:
+        process: interpreter and libraries.
+        loaders: loader processes, raw samples that are shuffled, batches ahead.
+        building: the model in fp32 before it is sharded.
+        training: state and activations that are kept there: all of them where it is the device.
+        saving: what a save copies, where there is room; training waits for the disk otherwise.
+    """
+
+    process: int
+    loaders: int
+    building: int
+    training: int
+    saving: int
+
+    @property
+    def total(self) -> int:
+        """Most at a time, without the copy of a save."""
+        return self.process + self.loaders + max(self.building, self.training)
+
+
+def host_bytes(
+    recipe: Recipe,
+    batch: BatchSplit,
+    image_size: int,
+    parameters: int,
+    training: int,
+    saving: int,
+) -> HostBytes:
+    """What a rank takes of its host.
+
+    Args:
+        recipe: of the run.
+        batch: its batch over the ranks.
+        image_size: pixels per side.
+        parameters: of the model.
+        training: bytes that training keeps in the host.
+        saving: bytes of a rank's share of a checkpoint.
+    """
+    workers = min(recipe.data.workers, batch.lanes_per_rank)
+    pixels = BATCHES_AHEAD * batch.samples_per_rank * 3 * image_size**2
+    window = batch.lanes_per_rank * recipe.data.shuffle_window * SAMPLE_BYTES
+    loaders = workers * LOADER_BYTES + pixels + min(window, WINDOW_BYTES / batch.ranks)
+    return HostBytes(round(PROCESS_BYTES), round(loaders), 4 * parameters, training, saving)

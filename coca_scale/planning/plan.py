@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 
 from coca_scale.engine.config import LIVE, Transfers, deepspeed_config, many_at_once
 from coca_scale.planning.gpus import Gpu
-from coca_scale.planning.memory import state_bytes
+from coca_scale.planning.memory import HostBytes, host_bytes, state_bytes
 from coca_scale.recipe import BatchSplit, Recipe
 
 # what a process takes beside tensors: CUDA context, NCCL's buffers, fragmentation
@@ -36,6 +36,7 @@ class Costs:
         trained: of all, those that are not locked.
         layer_parameters: of those in layers that ZeRO-3 gathers whole.
         tower_layer_parameters: of them, those of the towers.
+        image_size: pixels per side.
         largest_layer: parameters of the largest module that ZeRO-3 gathers at once.
         bucket: elements that ZeRO moves at a time.
         features_bytes: of this rank's samples in the global batch.
@@ -54,6 +55,7 @@ class Costs:
     trained: int
     layer_parameters: int
     tower_layer_parameters: int
+    image_size: int
     largest_layer: int
     bucket: int
     features_bytes: int
@@ -71,6 +73,7 @@ class Costs:
 class Plan:
     """A run on N devices; bytes are of one of them, `flops_per_sample` of the whole step.
 
+    `host` is beside the device, except on CPUs, where it is all there is and the total.
     `utilization` is the share of the device's FLOPs that is used while it need not wait for others.
     """
 
@@ -81,7 +84,7 @@ class Plan:
     loss_bytes: int
     buffers_bytes: int
     total_bytes: int
-    host_bytes: int
+    host: HostBytes
     device_bytes: int
     flops_per_sample: float
     communication_bytes_per_step: float
@@ -103,7 +106,7 @@ class Plan:
 
     def json(self) -> dict[str, object]:
         """All numbers."""
-        return {**asdict(self), "fits": self.fits}
+        return {**asdict(self), "host_bytes": self.host.total, "fits": self.fits}
 
 
 def make_plan(
@@ -124,7 +127,12 @@ def make_plan(
     buffers = _buffer_bytes(costs, recipe, batch, element)
     activations = costs.peak_bytes
     reserved = RESERVED_BYTES if gpu.memory_bytes > 30e9 else 0
-    total = state.total + activations + costs.loss_bytes + buffers + reserved
+    total = round(state.total + activations + costs.loss_bytes + buffers + reserved)
+    here = total if gpu.is_host else 0
+    in_host = host_bytes(
+        recipe, batch, costs.image_size, costs.parameters, state.offloaded + here, state.saved
+    )
+    total = in_host.total if gpu.is_host else total
 
     flops = costs.step_flops * batch.accumulation
     if batch.accumulation > 1:
@@ -148,8 +156,8 @@ def make_plan(
         activations_bytes=activations,
         loss_bytes=costs.loss_bytes,
         buffers_bytes=round(buffers + reserved),
-        total_bytes=round(total),
-        host_bytes=state.host,
+        total_bytes=total,
+        host=in_host,
         device_bytes=round(gpu.memory_bytes),
         flops_per_sample=flops / batch.samples_per_rank,
         communication_bytes_per_step=traffic,

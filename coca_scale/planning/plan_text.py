@@ -27,7 +27,7 @@ def plan_page(
         f"{_gb(plan.activations_bytes):>18} activations ({parts}){again}",
         f"{_gb(plan.loss_bytes):>18} contrastive loss, gathered features included",
         f"{_gb(plan.buffers_bytes):>18} gathered layers, buckets, CUDA and NCCL",
-        *([f"{_gb(plan.host_bytes):>18} per GPU in the host"] if plan.host_bytes else []),
+        *_host(plan, gpu),
         f"compute   {_number(plan.flops_per_sample / 1e9)} GFLOP per sample; "
         f"{plan.compute_seconds:,.2f} s per step, {plan.utilization:.0%} of "
         f"{_number(gpu.flops / 1e12)} TFLOP/s",
@@ -44,6 +44,24 @@ def plan_page(
             f"{plan.gpu_hours:,.0f} GPU-hours"
         )
     return "\n".join([*lines, *_advice(recipe, batch, plan)])
+
+
+def _host(plan: Plan, gpu: Gpu) -> list[str]:
+    """What a rank takes of its host, by part."""
+    host = plan.host
+    beside = f"a save copies {_gb(host.saving)} more where there is room, or waits for the disk"
+    if gpu.is_host:
+        return [
+            f"{_gb(host.process):>18} the process itself",
+            f"{_gb(host.loaders):>18} loader processes, pictures to be shuffled, batches ahead",
+            f"          {_gb(host.building)} while the model is built; {beside}",
+        ]
+    offloaded = f", {_gb(host.training)} offloaded" if host.training else ""
+    return [
+        f"host      {_gb(host.total)} per GPU: {_gb(host.process)} the process itself, "
+        f"{_gb(host.loaders)} loaders, {_gb(host.building)} while the model is built{offloaded}; "
+        f"{beside}"
+    ]
 
 
 def _advice(recipe: Recipe, batch: BatchSplit, plan: Plan) -> list[str]:

@@ -251,7 +251,9 @@ class CheckpointSection(Section):
         None, description="Checkpoints of these steps are kept for good."
     )
     background: bool = Field(
-        True, description="Write while training goes on; false waits for the disk."
+        True,
+        description="Write while training goes on, from a copy in the host's memory; false, or no "
+        "room for a copy, waits for the disk.",
     )
     resume: str = Field(
         "auto",

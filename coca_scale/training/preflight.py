@@ -7,8 +7,12 @@ import shutil
 from pathlib import Path
 
 from coca_scale.data.sample import Source
+from coca_scale.engine.host import memory_bytes
 from coca_scale.engine.world import World
 from coca_scale.errors import UserError
+from coca_scale.model import CoCa
+from coca_scale.planning.memory import host_bytes, state_bytes
+from coca_scale.recipe import BatchSplit, Recipe
 
 PROBE = ".probe"
 BYTES_PER_PARAMETER = 14  # fp32 master and two moments, and the parameter in 16 bits
@@ -58,6 +62,23 @@ def room_for_checkpoints(folder: Path, parameters: int) -> str | None:
     if free >= 2 * needed:
         return None
     return f"warning: {free / 1e9:.1f} GB free for checkpoints of about {needed / 1e9:.1f} GB each"
+
+
+def room_in_host(recipe: Recipe, batch: BatchSplit, model: CoCa, world: World) -> str | None:
+    """A warning if the ranks of this node will need more memory than it has."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    parameters, trained = (sum(n for n, t in sizes if t or not only) for only in (False, True))
+    state = state_bytes(recipe, parameters, trained, world.size, world.ranks_per_node)
+    kept = state.offloaded + (state.total if world.device.type == "cpu" else 0)
+    image_size = model.config.vision_cfg.image_size
+    need = host_bytes(recipe, batch, image_size, parameters, kept, state.saved)
+    total, there = need.total * world.ranks_per_node, memory_bytes()
+    if total <= there:
+        return None
+    return (
+        f"warning: the {world.ranks_per_node} ranks of this node need {total / 1e9:.1f} GB of its "
+        f"{there / 1e9:.1f} GB of memory, activations not counted; coca-scale plan shows the parts"
+    )
 
 
 def _look(folder: Path, token: str, sources: list[Source]) -> None:

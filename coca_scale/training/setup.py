@@ -30,7 +30,7 @@ from coca_scale.recipe import BatchSplit, Recipe, dump_recipe
 from coca_scale.recipe.run_folder import CHECKPOINTS, RECIPE, VERSIONS
 from coca_scale.recipe.total_steps import total_steps
 from coca_scale.training.initial import initial_model
-from coca_scale.training.preflight import preflight, room_for_checkpoints
+from coca_scale.training.preflight import preflight, room_for_checkpoints, room_in_host
 from coca_scale.training.validation import Validation
 from coca_scale.version import __version__
 
@@ -128,7 +128,8 @@ def set_up(recipe: Recipe, world: World) -> Setup:
     resumed = _agreed_checkpoint(prepared, world, notes)
     coca, logit_scale = initial_model(recipe, prepared.config, resumed, world, notes)
     room = room_for_checkpoints(folder, sum(p.numel() for p in coca.parameters()))
-    notes += [room] if room is not None else []
+    crowded = room_in_host(recipe, prepared.batch_split, coca, world)
+    notes += [note for note in (room, crowded) if note is not None]
     samples_at_peak = _samples_at_peak(prepared, world)
     recomputed = world.on_first(lambda: blocks_to_recompute(recipe, prepared.batch_split))
     if recomputed:

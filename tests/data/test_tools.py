@@ -189,9 +189,7 @@ def test_check_of_a_good_recipe(tmp_path):
     assert "fault" not in output
     assert "decoded 64 of the first 64 samples" in output
     assert "3 shards for 64 lanes" in output
-    too_small = ["--gpus", "1", "--device-gigabytes", "1"]
-    result = CliRunner().invoke(
-        app, ["check", "recipes/large.yaml", f"data.train={train}", *too_small]
-    )
+    larger = ("recipes/small.yaml", f"data.train={train}", "train.global_batch=512")
+    result = CliRunner().invoke(app, ["check", *larger, "--device-gigabytes", "1"])
     assert result.exit_code == 1
-    assert "10.22 GB of 1.0 GB" in result.output
+    assert "GB of 1.0 GB of a GPU per rank; use" in result.output

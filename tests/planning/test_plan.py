@@ -87,8 +87,8 @@ def test_activations_are_those_of_a_real_step(mode, budget):
     assert most == pytest.approx(costs.peak_bytes, rel=0.05)
 
 
-def measured_state(_rank, ranks, recipe):
-    """Bytes of weights, gradients and optimizer on this rank, read off DeepSpeed's optimizer."""
+def measured_state(_rank, ranks, recipe, folder):
+    """Bytes of weights, gradients, optimizer on this rank and of what it saves, as they are."""
     from coca_scale.engine.launch import end_world, start_world
     from coca_scale.engine.train_engine import TrainEngine
     from coca_scale.model import LogitScale
@@ -116,20 +116,20 @@ def measured_state(_rank, ranks, recipe):
     optimizer = sum(t.nbytes for t in moments if torch.is_tensor(t) and t.numel() > 1)
     if recipe.engine.precision != "fp32":
         optimizer += sum(t.nbytes for t in sharded.fp32_partitioned_groups_flat)
+    saved = sum(entry["bytes"] for entry in engine.save_state(folder).result().values())
     end_world()
-    return count, weights, gradients, optimizer, whole[-1]
+    return count, weights, gradients, optimizer, saved, whole[-1]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_state_is_that_of_a_real_engine(precision):
+def test_state_is_that_of_a_real_engine(precision, tmp_path):
     recipe, _ = settings("coca_tiny", 4, "none", ranks=2, engine__precision=precision)
-    for count, weights, gradients, optimizer, whole in on_ranks(measured_state, 2, recipe):
+    for count, *found, whole in on_ranks(measured_state, 2, recipe, tmp_path):
         planned = state_bytes(recipe, count, count, 2, 2)
-        found = (weights, gradients, optimizer)
-        expected = (planned.parameters, planned.gradients, planned.optimizer)
+        expected = (planned.parameters, planned.gradients, planned.optimizer, planned.saved)
         print(precision, [f"{a / b - 1:+.2%}" for a, b in zip(found, expected, strict=True)])
-        assert found == pytest.approx(expected, rel=0.05)
+        assert found == pytest.approx(list(expected), rel=0.05)
         assert whole == count < LIVE // 2  # none is gathered again for the backward pass
 
 
@@ -197,7 +197,20 @@ def test_traffic_is_that_of_a_real_step():
 def test_offload_empties_the_device_on_paper():
     recipe, _ = settings("coca_tiny", 4, "none", ranks=2, engine__offload="all")
     planned = state_bytes(recipe, 1000, 1000, 2, 2)
-    assert (planned.total, planned.host) == (0, 1000 * (4 + 4 + 8) // 2)
+    assert (planned.total, planned.offloaded) == (0, 1000 * (4 + 4 + 8) // 2)
+
+
+def test_a_cpu_has_everything_in_the_host_and_a_gpu_what_is_beside_it():
+    recipe, batch = settings("coca_ViT-B-32", 4, "none", ranks=2, data__workers=2)
+    costs = count_costs(recipe, batch)
+    on_cpu = make_plan(recipe, batch, costs, GPUS["cpu"], 2, None)
+    on_gpu = make_plan(recipe, batch, costs, GPUS["a100-40gb"], 2, None)
+    beside = on_gpu.host
+    assert beside.total == beside.process + beside.loaders + 4 * costs.parameters
+    assert on_cpu.total_bytes == on_cpu.host.total
+    tensors = on_gpu.total_bytes - RESERVED_BYTES
+    assert on_cpu.total_bytes == beside.process + beside.loaders + tensors
+    assert on_cpu.json()["host_bytes"] == on_cpu.total_bytes
 
 
 @pytest.mark.parametrize(
