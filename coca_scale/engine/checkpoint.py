@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import secrets
 import shutil
 from collections.abc import Iterator
 from functools import partial
@@ -45,13 +46,12 @@ _DAMAGED = ".damaged"  # kept for a person to look at
 
 
 def begin_folder(final: Path) -> Path:
-    """An empty folder to write the checkpoint `final` into.
+    """An empty folder to write the checkpoint `final` into, which no other job writes into.
 
     Raises:
         OSError: of the disk.
     """
-    temporary = final.with_name(final.name + _TEMPORARY)
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = final.with_name(f"{final.name}.{secrets.token_hex(4)}{_TEMPORARY}")
     temporary.mkdir(parents=True)
     return temporary
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import hashlib
 import os
 from collections.abc import Callable
@@ -85,6 +86,8 @@ def _write_all(
     written: Entries = {}
     while waiting:
         path, write = waiting.pop(0)  # memory goes back file by file
+        if not folder.is_dir():  # swept away by a job that took over: it is not to come back
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
         entry = written[str(path.relative_to(folder))] = write_hashed(path, write)
         if second is not None and path.name.endswith(MODEL_STATES):
             other = second / path.name

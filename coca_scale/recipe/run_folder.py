@@ -11,4 +11,5 @@ TENSORBOARD = "tensorboard"
 CHECKPOINTS = "checkpoints"
 EXPORT = "export"  # model folder of the end of the run
 PROFILE = "profile"
+LOCK = "lock"  # who trains into the folder
 STACKS = "stacks"  # of every rank, where a run hung

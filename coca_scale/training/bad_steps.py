@@ -13,6 +13,7 @@ from coca_scale.errors import AgreedError
 from coca_scale.recipe.run_folder import BAD_STEPS
 from coca_scale.recipe.schema import HealthSection
 from coca_scale.training.appending import append
+from coca_scale.training.ownership import Owner
 
 HORIZON_STEPS = 100
 SETTLED_STEPS = 50
@@ -25,11 +26,14 @@ class Rollback(Exception):
 class BadSteps:
     """Counts, lists and judges bad steps; all methods give the same on every rank."""
 
-    def __init__(self, world: World, folder: Path, health: HealthSection, rollbacks: int) -> None:
+    def __init__(
+        self, world: World, owner: Owner, folder: Path, health: HealthSection, rollbacks: int
+    ) -> None:
         """`rollbacks`: how many are left."""
         self.skipped = 0
         self.spikes = 0
         self._world = world
+        self._owner = owner
         self._path = folder / BAD_STEPS
         self._health = health
         self._rollbacks = rollbacks
@@ -74,7 +78,7 @@ class BadSteps:
         shown = keys if not result.finite_here or not ranks else []
         found = self._world.gather(shown)
         named = ", ".join(self._world.name_of(r) for r in ranks[:4]) or "the gradient alone"
-        if self._world.rank == 0:
+        if self._owner.holds():
             samples = {str(r): k for r, k in enumerate(found) if k}
             about = {"step": step, "ranks": ranks, "samples": samples}
             append(self._path, json.dumps(about) + "\n")

@@ -28,6 +28,7 @@ from coca_scale.recipe.run_folder import (
     VALIDATION,
 )
 from coca_scale.training.appending import append, warn_once
+from coca_scale.training.ownership import Owner
 from coca_scale.training.tracking import Tracker
 from coca_scale.training.validation import ValidationResult
 
@@ -35,8 +36,9 @@ from coca_scale.training.validation import ValidationResult
 class RunLog:
     """Writes the run folder's logs; on ranks other than 0 it does nothing."""
 
-    def __init__(self, recipe: Recipe, steps: int, active: bool) -> None:
+    def __init__(self, recipe: Recipe, steps: int, active: bool, owner: Owner) -> None:
         self._active = active
+        self._owner = owner
         self._steps = steps
         self._losses = [name for name in LABELS if recipe.loss.weight(name)]
         self._folder = folder = recipe.run.folder
@@ -74,7 +76,7 @@ class RunLog:
 
     def resume_at(self, step: int) -> None:
         """Forget what was written about steps after `step`, which will be run again."""
-        if self._active:
+        if self._owner.holds():
             for name in (METRICS, VALIDATION, BAD_SAMPLES, BAD_STEPS):
                 _forget_after(self._folder / name, step)
 
@@ -88,7 +90,7 @@ class RunLog:
 
     def metrics(self, values: dict[str, Any]) -> None:
         """One line of metrics.jsonl, scalars, and the progress display."""
-        if not self._active:
+        if not self._owner.holds():
             return
         append(self._folder / METRICS, json.dumps(values) + "\n")
         self._scalars("train", values["step"], values)
@@ -125,7 +127,7 @@ class RunLog:
 
     def validation(self, step: int, result: ValidationResult) -> None:
         """A line of validation.jsonl, scalars, and a sheet of captioned pictures."""
-        if not self._active:
+        if not self._owner.holds():
             return
         scores = result.scores
         told = "; ".join(found.headline() for found in result.results if found.scores)

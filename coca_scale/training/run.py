@@ -27,6 +27,7 @@ from coca_scale.model.freeze import freeze
 from coca_scale.recipe import BatchSplit, Recipe, load_recipe
 from coca_scale.recipe.exits import CRASHED
 from coca_scale.training.bad_steps import Rollback
+from coca_scale.training.ownership import owned
 from coca_scale.training.trainer import Trainer
 
 USUAL_RANKS = (1, 2, 8, 64, 384, 512, 4096)
@@ -64,18 +65,19 @@ def train(recipe: Recipe) -> int:
 def _with_rollbacks(recipe: Recipe, world: World, watchdog: Watchdog | NoWatchdog) -> int:
     """Train, and after a bad stretch again from the last checkpoint, with the data behind it."""
     left, lanes = recipe.health.rollbacks, None
-    while True:
-        trainer = Trainer(recipe, world, watchdog, left, lanes)
-        try:
-            return trainer.run()
-        except Rollback as bad:
-            left -= 1
-            lanes = trainer.lanes
-            if world.rank == 0:
-                print(f"going back to the last checkpoint: {bad}", file=sys.stderr, flush=True)
-            trainer.close()
-            again = recipe.checkpoint.model_copy(update={"resume": "auto"})
-            recipe = recipe.model_copy(update={"checkpoint": again})
+    with owned(recipe.run.folder, world) as owner:
+        while True:
+            trainer = Trainer(recipe, world, watchdog, left, lanes, owner)
+            try:
+                return trainer.run()
+            except Rollback as bad:
+                left -= 1
+                lanes = trainer.lanes
+                if world.rank == 0:
+                    print(f"going back to the last checkpoint: {bad}", file=sys.stderr, flush=True)
+                trainer.close()
+                again = recipe.checkpoint.model_copy(update={"resume": "auto"})
+                recipe = recipe.model_copy(update={"checkpoint": again})
 
 
 def train_recipe(recipe: Recipe | str | Path, *overrides: str) -> Path:
@@ -90,7 +92,8 @@ def train_recipe(recipe: Recipe | str | Path, *overrides: str) -> Path:
 
     Raises:
         RecipeError: the recipe cannot be used.
-        AgreedError: data or weights cannot be used, or the loss is not finite.
+        AgreedError: data or weights cannot be used, the loss is not finite, or another job trains
+            into the run folder.
     """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe, overrides)

@@ -19,6 +19,7 @@ from coca_scale.engine.writing import Entries
 from coca_scale.errors import AgreedError, UserError
 from coca_scale.recipe.schema import CheckpointSection
 from coca_scale.training.log import RunLog
+from coca_scale.training.ownership import Owner
 
 
 @dataclass
@@ -46,6 +47,7 @@ class Saver:
         section: CheckpointSection,
         progress: Callable[[], dict[str, Any]],
         log: RunLog,
+        owner: Owner,
         watchdog: Watchdog | NoWatchdog,
         timeout_seconds: float,
     ) -> None:
@@ -57,6 +59,7 @@ class Saver:
             section: when, and what to keep.
             progress: JSON data of the training loop; its "step" names the checkpoint.
             log: is told of every save.
+            owner: of the run folder; a job that lost it saves nothing.
             watchdog: limits the time of every save.
             timeout_seconds: the limit.
         """
@@ -65,6 +68,7 @@ class Saver:
         self._section = section
         self._progress = progress
         self._log = log
+        self._owner = owner
         self._watchdog = watchdog
         self._timeout = timeout_seconds
         self._pending: _Pending | None = None
@@ -80,9 +84,17 @@ class Saver:
         every = self._section.every_steps
         return every is not None and step % every == 0
 
-    def save(self) -> None:
-        """Save now; with `checkpoint.background` the disk is not waited for."""
+    def save(self) -> str | None:
+        """Save now; with `checkpoint.background` the disk is not waited for.
+
+        Returns:
+            Why that failed at once.
+
+        Raises:
+            AgreedError: another job has taken the run folder over.
+        """
         self.finish()
+        self._engine.world.on_first(self._owner.require)
         with self._watchdog.phase("saving", self._timeout):
             progress = self._progress()
             failure = self._begin(progress)
@@ -90,10 +102,15 @@ class Saver:
         if failure is not None:
             self._log.say(f"warning: step_{progress['step']:08d} could not be saved: {failure}")
         elif not self._section.background:
-            self.finish()
+            failure = self.finish()
+        return failure
 
     def finish(self) -> str | None:
-        """Wait for the save under way, if there is one; returns why it failed."""
+        """Wait for the save under way, if there is one; returns why it failed.
+
+        Raises:
+            AgreedError: another job has taken the run folder over; nothing more is written there.
+        """
         if self._pending is None:
             return None
         pending, self._pending = self._pending, None
@@ -120,8 +137,7 @@ class Saver:
         """
         if self.finish() is None and self._newest == step:
             return
-        self.save()
-        failure = self.finish()
+        failure = self.save() or self.finish()
         if failure is not None:
             raise AgreedError(
                 f"the last checkpoint cannot be saved: {failure}; make room, and start the "
@@ -147,17 +163,19 @@ class Saver:
     def _complete(self, pending: _Pending) -> tuple[int, str | None]:
         """Make the pending save a checkpoint if all of it is on the disk: its bytes, or why not."""
         world = self._engine.world
+        world.on_first(self._owner.require)
         try:
             mine = world.agree(lambda: _written(pending, world.rank))
             files = {name: entry for part in world.gather(mine) for name, entry in part.items()}
             world.on_first(lambda: self._into_place(pending, files))
         except AgreedError as error:
-            if world.rank == 0:
+            if self._owner.holds():
                 shutil.rmtree(pending.temporary, ignore_errors=True)
             return 0, str(error)
         return sum(entry["bytes"] for entry in files.values()), None
 
     def _into_place(self, pending: _Pending, files: Entries) -> None:
+        self._owner.require()  # writing may have taken long
         complete_folder(pending.temporary, pending.final, files)
         drop_old(self._parent, self._section.keep, self._section.keep_every_steps)
 

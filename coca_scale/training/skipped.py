@@ -13,6 +13,7 @@ from coca_scale.engine.world import World
 from coca_scale.errors import AgreedError
 from coca_scale.recipe.run_folder import BAD_SAMPLES
 from coca_scale.training.appending import append
+from coca_scale.training.ownership import Owner
 
 MAX_LISTED = 1_000_000
 MIN_SAMPLES_FOR_BAD_FRACTION = 256
@@ -25,11 +26,12 @@ class SkipLog:
     filter that leaves out half of the data costs no more than a number per step.
     """
 
-    def __init__(self, world: World, folder: Path, max_bad_fraction: float) -> None:
+    def __init__(self, world: World, owner: Owner, folder: Path, max_bad_fraction: float) -> None:
         self.bad = 0
         self.filtered = 0
         self.causes: Counter[str] = Counter()
         self._world = world
+        self._owner = owner
         self._path = folder / BAD_SAMPLES
         self._limit = max_bad_fraction
         self._filtered_here: Counter[str] = Counter()
@@ -83,7 +85,7 @@ class SkipLog:
                 lines.append(json.dumps({"step": step, **about, "samples": sample.lost}))
         lines = lines[: max(0, MAX_LISTED - self._listed)]
         self._listed += len(lines)
-        if lines and self._world.rank == 0:
+        if lines and self._owner.holds():
             append(self._path, "\n".join(lines) + "\n")
 
     def summary(self) -> str:

@@ -10,12 +10,11 @@ from typing import Any
 
 from coca_scale.data.loader import LaneStates, StepBatch, deal_lanes
 from coca_scale.data.prefetch import Prefetcher
-from coca_scale.data.sample import DataError
 from coca_scale.engine.checkpoint import find_checkpoint, fitting_state, read_progress
 from coca_scale.engine.train_engine import StepResult
 from coca_scale.engine.watchdog import NoWatchdog, Watchdog
 from coca_scale.engine.world import World
-from coca_scale.errors import AgreedError
+from coca_scale.errors import AgreedError, UserError
 from coca_scale.inference.export import export
 from coca_scale.inference.load import load_model
 from coca_scale.recipe import Recipe
@@ -25,6 +24,7 @@ from coca_scale.training.bad_steps import BadSteps, Rollback
 from coca_scale.training.garbage_collection import GarbageCollection
 from coca_scale.training.log import RunLog, peak_memory_bytes
 from coca_scale.training.meter import Meter
+from coca_scale.training.ownership import Owner
 from coca_scale.training.profiling import StepProfiler
 from coca_scale.training.requests import Asked, Requests
 from coca_scale.training.saving import Saver
@@ -43,6 +43,7 @@ class Trainer:
         watchdog: Watchdog | NoWatchdog | None = None,
         rollbacks: int = 0,
         lanes: LaneStates | None = None,
+        owner: Owner | None = None,
     ) -> None:
         """Prepare everything, resuming if the recipe says so.
 
@@ -52,6 +53,7 @@ class Trainer:
             watchdog: limits the time of every phase; None limits nothing.
             rollbacks: how often a stretch of bad steps may raise `Rollback` from `run`.
             lanes: where this rank's data goes on, and not where the checkpoint says.
+            owner: of the run folder; None where nothing else trains into it.
 
         Raises:
             AgreedError: the recipe does not fit the model, the data or the number of ranks, or
@@ -63,8 +65,9 @@ class Trainer:
         self.folder = recipe.run.folder
         self.step = 0
         self.lanes: LaneStates = {}
-        self.skips = SkipLog(world, self.folder, recipe.data.max_bad_fraction)
-        self.bad_steps = BadSteps(world, self.folder, recipe.health, rollbacks)
+        self.owner = owner or Owner(None, world.rank == 0)
+        self.skips = SkipLog(world, self.owner, self.folder, recipe.data.max_bad_fraction)
+        self.bad_steps = BadSteps(world, self.owner, self.folder, recipe.health, rollbacks)
         self._step_seconds = recipe.engine.step_timeout_minutes * 60
         self._slow_seconds = recipe.engine.save_timeout_minutes * 60
         with self.watchdog.phase("starting", recipe.engine.start_timeout_minutes * 60):
@@ -87,13 +90,14 @@ class Trainer:
             Exit code: 0, or REQUEUE if the job is to be started again.
 
         Raises:
-            AgreedError: data cannot be used, too many steps are bad, or the disk is full.
+            AgreedError: data cannot be used, too many steps are bad, the disk is full, or another
+                job has taken the run folder over.
             Rollback: too many steps are bad, and the recipe wants to go back.
         """
-        active, steps = self.world.rank == 0, self.prepared.steps
-        if active:
+        steps = self.prepared.steps
+        if self.owner.holds():
             self.prepared.write(self.world.size)
-        log = RunLog(self.recipe, steps, active)
+        log = RunLog(self.recipe, steps, self.world.rank == 0, self.owner)
         log.resume_at(self.step)
         requests = Requests(self.folder, self.recipe.checkpoint.every_minutes, self.world.rank)
         with log, requests:
@@ -172,13 +176,15 @@ class Trainer:
         The one place where ranks agree on what comes next; saves begin and end here.
 
         Raises:
-            AgreedError: the data of a rank cannot be used, or too many samples are bad.
+            AgreedError: the data of a rank cannot be used, too many samples are bad, or another
+                job has taken the run folder over.
         """
         batch, error = None, None
         with meter.waiting_for_data():
             try:
                 batch = next(batches)
-            except DataError as fault:
+                self.owner.require()
+            except UserError as fault:
                 error = str(fault)
         here = self.skips.add(batch.skipped) if batch is not None else (0, 0)
         mine = requests.poll()
@@ -216,6 +222,7 @@ class Trainer:
 
     def _export(self) -> str | None:
         """Write the end of the run as a model folder; returns why OpenCLIP cannot have it."""
+        self.owner.require()
         final = find_checkpoint(self.prepared.checkpoints) or self.setup.resumed
         return export(load_model(str(final)), self.folder / EXPORT)
 
@@ -243,7 +250,7 @@ class Trainer:
     def _make_saver(self, log: RunLog) -> Saver:
         section, parent = self.recipe.checkpoint, self.prepared.checkpoints
         limits = (self.watchdog, self._slow_seconds)
-        return Saver(self.engine, parent, section, self._progress, log, *limits)
+        return Saver(self.engine, parent, section, self._progress, log, self.owner, *limits)
 
     def _progress(self) -> dict[str, Any]:
         """What a checkpoint keeps of the loop. A collective."""

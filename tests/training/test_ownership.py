@@ -1,0 +1,247 @@
+"""A run folder has one owner, whoever else starts, dies, sleeps or comes back."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from coca_scale.errors import UserError
+from coca_scale.training.ownership import Lock
+from tests.distributed.launching import start
+from tests.json_lines import curve, lines_of
+from tests.ranks import FORKED
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from coca_scale.training.ownership import Lock
+lock = Lock.take(Path(sys.argv[1]), 60)
+print("mine", flush=True)
+for line in sys.stdin:
+    while line.strip() == "wait" and lock.holds():
+        time.sleep(0.1)
+    print("holds" if lock.holds() else lock.lost, flush=True)
+"""
+
+
+@pytest.fixture
+def other(tmp_path):
+    """Another process that has the run folder; asked by a line, it says whether it still has.
+
+    On the line "wait" once it has not.
+    """
+    command = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+    )
+    assert process.stdout.readline() == "mine\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+@pytest.fixture
+def take(tmp_path):
+    """Take the run folder here; given back at the end of the test."""
+    locks = []
+
+    def take_it(watch_seconds=60.0):
+        locks.append(Lock.take(tmp_path, watch_seconds))
+        return locks[-1]
+
+    yield take_it
+    for lock in locks:
+        lock.release()
+
+
+def owner_file(folder: Path) -> Path:
+    (path,) = (folder / "lock").iterdir()
+    return path
+
+
+def elsewhere(folder: Path, **changes) -> None:
+    """Make the owner a process of another machine."""
+    path = owner_file(folder)
+    holder = json.loads(path.read_text()) | {"host": "n7", "boot": "another"} | changes
+    path.write_text(json.dumps(holder))
+
+
+def test_an_owner_that_lives_keeps_the_folder(other, take, tmp_path):
+    before = owner_file(tmp_path).read_text()
+    with pytest.raises(UserError, match=rf"is in use by process {other.pid} on .*another run\.dir"):
+        take()
+    assert owner_file(tmp_path).read_text() == before
+    print(file=other.stdin)
+    assert other.stdout.readline() == "holds\n"
+
+
+def test_a_dead_owner_is_not_waited_for(other, take, capfd):
+    other.kill()  # it stays a zombie, as a child that nobody waits for
+    assert take(10_000).holds()
+    assert f"from process {other.pid} on" in capfd.readouterr().err
+
+
+def test_a_number_that_another_process_has_now_is_not_the_owner(other, take, tmp_path, capfd):
+    path = owner_file(tmp_path)
+    holder = json.loads(path.read_text())
+    other.kill()
+    path.write_text(json.dumps(holder | {"pid": os.getpid()}))
+    assert take(10_000).holds()
+    assert "which is dead" in capfd.readouterr().err
+
+
+def test_an_owner_that_ended_in_order_leaves_nothing_to_say(take, tmp_path, capfd):
+    for number in range(1, 4):
+        take().release()
+        assert owner_file(tmp_path).name == f"{number}.json"
+    assert capfd.readouterr().err == ""
+
+
+def test_an_owner_elsewhere_is_watched_until_it_counts_as_gone(take, tmp_path, capfd):
+    take().release()
+    elsewhere(tmp_path, released=False)
+    assert take(1.0).holds()
+    assert "on n7" in (said := capfd.readouterr().err)
+    assert "no sign of life for 1 s" in said
+
+
+def test_an_owner_elsewhere_that_shows_life_keeps_the_folder(take, tmp_path):
+    take().release()
+    elsewhere(tmp_path, released=False)
+    path, over = owner_file(tmp_path), threading.Event()
+
+    def beat():
+        while not over.wait(0.2):
+            os.utime(path)
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    try:
+        with pytest.raises(UserError, match=r"in use by process .* on n7"):
+            take()
+    finally:
+        over.set()
+        thread.join()
+
+
+@pytest.mark.parametrize(("job", "restart", "at_once"), [("7", 1, True), ("7", 0, False)])
+def test_a_job_that_slurm_starts_again_does_not_wait_for_itself(
+    job, restart, at_once, take, tmp_path, monkeypatch, capfd
+):
+    take().release()
+    elsewhere(tmp_path, released=False, job="7", restart=0)
+    monkeypatch.setenv("SLURM_JOB_ID", job)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+    assert take(10_000 if at_once else 1).holds()
+    assert ("an earlier start of this job" in capfd.readouterr().err) == at_once
+
+
+def test_an_owner_that_slept_finds_the_folder_taken(other, take):
+    os.kill(other.pid, signal.SIGSTOP)
+    lock = take(1.0)
+    os.kill(other.pid, signal.SIGCONT)
+    print("wait", file=other.stdin)
+    assert f"was taken over by process {os.getpid()}" in other.stdout.readline()
+    assert lock.holds()
+
+
+def test_a_folder_that_somebody_removes_stays_ones_own(take, tmp_path):
+    lock = take()
+    owner_file(tmp_path).unlink()
+    (tmp_path / "lock").rmdir()
+    lock._beat()
+    assert lock.holds()
+    assert owner_file(tmp_path).is_file()
+
+
+def at_the_same_moment(folder, ready, results):
+    ready.wait()
+    try:
+        lock = Lock.take(folder, 60.0)
+    except UserError as error:
+        results.put(str(error))
+    else:
+        results.put("mine")
+        ready.wait()  # the others have their answers
+        lock.release()
+
+
+def test_of_several_at_the_same_moment_one_wins(tmp_path):
+    ready, results = FORKED.Barrier(5), FORKED.Queue()
+    jobs = [
+        FORKED.Process(target=at_the_same_moment, args=(tmp_path, ready, results)) for _ in range(5)
+    ]
+    for job in jobs:
+        job.start()
+    answers = sorted(results.get(timeout=120) for _ in jobs)
+    for job in jobs:
+        job.kill()
+        job.join()
+    assert answers.count("mine") == 1
+    assert all("is in use by process" in answer for answer in answers if answer != "mine")
+
+
+@given(
+    st.binary(max_size=60) | st.dictionaries(st.text(), st.integers() | st.text()).map(json.dumps)
+)
+def test_a_damaged_lock_is_watched_like_any_other(tmp_path_factory, content):
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "lock").mkdir()
+    data = content if isinstance(content, bytes) else content.encode()
+    (folder / "lock" / "41.json").write_bytes(data)
+    lock = Lock.take(folder, 0.0)
+    assert owner_file(folder).name == "42.json"
+    lock.release()
+
+
+def wait_for_steps(folder, job, steps):
+    deadline = time.monotonic() + 300
+    while (
+        not (folder / "metrics.jsonl").exists() or len(lines_of(folder / "metrics.jsonl")) < steps
+    ):
+        assert job.alive and time.monotonic() < deadline, job.output[-3000:]
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_of_two_jobs_the_second_ends_and_a_requeue_goes_on(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    long = ("train.steps=100000", "checkpoint.every_steps=2", "checkpoint.keep=null")
+    first = start(folder, *long)
+    wait_for_steps(folder, first, 3)
+    written = (folder / "recipe.yaml").stat(), (folder / "versions.json").stat()
+
+    second = start(folder, *long, "optim.lr=1e-4")  # its log is the same file
+    assert second.wait() == 1
+    assert first.alive
+    assert first.output.count("is in use by process") == 1
+    assert "Traceback" not in first.output
+    assert written == ((folder / "recipe.yaml").stat(), (folder / "versions.json").stat())
+
+    for process in first.processes:  # a node that is lost, and comes back
+        os.kill(process.pid, signal.SIGSTOP)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    steps = len(lines_of(folder / "metrics.jsonl")) + 4
+    third = start(folder, f"train.steps={steps}")
+    assert third.wait() == 0, third.output[-3000:]
+    metrics = (folder / "metrics.jsonl").read_text()
+    kept = sorted(p.name for p in (folder / "checkpoints").iterdir())
+    for process in first.processes:
+        os.kill(process.pid, signal.SIGCONT)
+    assert first.wait() == 1
+    assert first.output.count("was taken over by process") == 1
+    assert "Traceback" not in first.output
+    assert (folder / "metrics.jsonl").read_text() == metrics
+    assert [line[0] for line in curve(folder, steps)]
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == kept
