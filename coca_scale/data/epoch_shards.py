@@ -8,6 +8,7 @@ from __future__ import annotations
 import glob
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
@@ -108,6 +109,11 @@ class EpochShards:
         self._turns = np.random.default_rng([seed]).permutation(len(weights)) / len(weights)
         if weights.sum() < 1 or not len(self.order(0)):
             raise DataError("the weights in data.train give an epoch less than one shard")
+
+    def identity(self) -> str:
+        """Digest of all that decides the order, but for the seed and the names."""
+        counts = b"" if self._counts is None else self._counts.tobytes()
+        return sha256(self._weights.tobytes() + counts + bytes([self._replacement])).hexdigest()
 
     @property
     def counted(self) -> bool:

@@ -101,6 +101,10 @@ class Source(Protocol):
         """Samples per epoch, None where nobody knows."""
         ...
 
+    def identity(self) -> str:
+        """What makes it the same data, wherever it lies; a position means nothing in others."""
+        ...
+
     def lane(
         self, lane: int, lanes: int, start: Position
     ) -> Iterator[tuple[Position, RawSample | BadSample]]:

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
@@ -106,6 +107,14 @@ class ShardSource:
     def count(self) -> int | None:
         """Samples of an epoch, if each shard is listed in a manifest beside it."""
         return self.epochs.samples()
+
+    def identity(self) -> str:
+        """Digest of the shards' names without their folders, their sizes and weights."""
+        digest = sha256(self.epochs.identity().encode())
+        for url in self.urls:
+            name = url.partition("?")[0].rpartition("/")[2]  # signatures change
+            digest.update(f"{name}\n".encode())
+        return digest.hexdigest()
 
     def lane(
         self, lane: int, lanes: int, start: Position

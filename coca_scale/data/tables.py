@@ -96,6 +96,10 @@ class IndexedSource:
         """Number of items."""
         return len(self._items)
 
+    def identity(self) -> str:
+        """The number of items: their order follows from it and the seed."""
+        return str(len(self._items))
+
     def lane(
         self, lane: int, lanes: int, start: Position
     ) -> Iterator[tuple[Position, RawSample | BadSample]]:

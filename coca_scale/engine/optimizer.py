@@ -6,7 +6,8 @@ planned, what a checkpoint carries into a run of another layout, and what the mo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +50,15 @@ def _adamw(groups: Groups, optim: OptimSection) -> torch.optim.Optimizer:
 
 
 ADAMW = OptimizerKind("adamw", "AdamW", ("exp_avg", "exp_avg_sq"), _adamw)  # Loshchilov & Hutter
+
+
+@contextmanager
+def own_settings(optimizer: Any) -> Iterator[None]:
+    """Let the recipe's betas and decay stand, whatever the state that is loaded inside brings."""
+    kept = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    yield
+    for group, own in zip(optimizer.param_groups, kept, strict=True):
+        group.update(own)
 
 
 def kind_of(_: OptimSection) -> OptimizerKind:

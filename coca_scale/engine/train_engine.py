@@ -34,7 +34,13 @@ from coca_scale.engine.config import (
 )
 from coca_scale.engine.host import available_bytes, memory_bytes, release_freed
 from coca_scale.engine.objective import Counts, FeatureTerms, Objective, Tally
-from coca_scale.engine.optimizer import ADAMW, kind_of, make_optimizer, make_scale_optimizer
+from coca_scale.engine.optimizer import (
+    ADAMW,
+    kind_of,
+    make_optimizer,
+    make_scale_optimizer,
+    own_settings,
+)
 from coca_scale.engine.weight_average import AVERAGE_FOLDER, WeightAverage
 from coca_scale.engine.world import World
 from coca_scale.engine.writing import Entries, FileWriter
@@ -305,7 +311,8 @@ class TrainEngine:
         if kind != own:
             raise UserError(f"{folder} was written with the optimizer {kind}, this run has {own}")
         self._logit_scale.load_state_dict(saved["model"])
-        self._scale_optimizer.load_state_dict(saved["optimizer"])
+        with own_settings(self._scale_optimizer):
+            self._scale_optimizer.load_state_dict(saved["optimizer"])
         self._updates = saved["updates"] if "updates" in saved else _adam_steps(saved["optimizer"])
         if universal is None:
             self._zero.load(folder)

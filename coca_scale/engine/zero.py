@@ -45,6 +45,7 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 from torch import Tensor, nn
 
 from coca_scale.engine.config import many_at_once
+from coca_scale.engine.optimizer import own_settings
 from coca_scale.engine.writing import FileWriter
 from coca_scale.engine.zero3 import ManyAtOnce
 from coca_scale.engine.zero3_layers import WholeLayers
@@ -169,8 +170,13 @@ class ZeroEngine:
         self._engine.save_checkpoint(str(folder), tag=STATE_TAG, save_latest=False)
 
     def load(self, folder: Path) -> None:
-        """Read what a run of this layout saved."""
-        self._engine.load_checkpoint(str(folder), tag=STATE_TAG)
+        """Read what a run of this layout saved; settings stay those of this one."""
+        optimizer = self._engine.optimizer
+        clip_norm = getattr(optimizer, "clip_grad", None)
+        with own_settings(optimizer):
+            self._engine.load_checkpoint(str(folder), tag=STATE_TAG)
+        if clip_norm is not None:
+            optimizer.clip_grad = clip_norm
 
     def load_universal(self, folder: Path, optimizer_steps: int) -> None:
         """Fill weights and optimizer state of a new engine from the universal format."""

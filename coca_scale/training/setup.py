@@ -17,7 +17,13 @@ from coca_scale.data.loader import LaneStates, TrainDataset, TrainLoader
 from coca_scale.data.sample import Source
 from coca_scale.data.sources import open_source, train_crop
 from coca_scale.data.tokens import FastTokenizer, Tokenizer, make_tokenizer
-from coca_scale.engine.checkpoint import find_checkpoint, newest_intact, sweep, verify_together
+from coca_scale.engine.checkpoint import (
+    find_checkpoint,
+    newest_intact,
+    read_progress,
+    sweep,
+    verify_together,
+)
 from coca_scale.engine.train_engine import TrainEngine
 from coca_scale.engine.world import World
 from coca_scale.errors import AgreedError, UserError
@@ -29,6 +35,7 @@ from coca_scale.planning.gpus import peak_flops
 from coca_scale.recipe import BatchSplit, Recipe, dump_recipe
 from coca_scale.recipe.run_folder import CHECKPOINTS, RECIPE, VERSIONS
 from coca_scale.recipe.total_steps import total_steps
+from coca_scale.training.identity import Identity, compare, identify
 from coca_scale.training.initial import initial_model
 from coca_scale.training.preflight import preflight, room_for_checkpoints, room_in_host
 from coca_scale.training.validation import Validation
@@ -103,6 +110,7 @@ class Setup:
         prepared: of the run.
         resumed: checkpoint to load, None for a new run.
         engine: with the model that the run begins with.
+        identity: what the run is, for its checkpoints.
         samples_at_peak: samples per second if this device computed all the time; None for one not
             known, and on ranks other than 0.
         notes: what a user should know.
@@ -111,6 +119,7 @@ class Setup:
     prepared: Prepared
     resumed: Path | None
     engine: TrainEngine
+    identity: Identity
     samples_at_peak: float | None
     notes: list[str]
 
@@ -119,13 +128,19 @@ def set_up(recipe: Recipe, world: World) -> Setup:
     """Prepare everything. A collective.
 
     Raises:
-        AgreedError: the recipe does not fit the model, the data or the number of ranks, or weights
-            cannot be loaded.
+        AgreedError: the recipe does not fit the model, the data or the number of ranks, the
+            checkpoint is of another run, or weights cannot be loaded.
     """
     prepared = world.agree(lambda: prepare(recipe, world))
     folder, notes = recipe.run.folder, list[str]()
     preflight(world, folder, prepared.sources)
     resumed = _agreed_checkpoint(prepared, world, notes)
+    identity = world.on_first(
+        lambda: identify(recipe, world.size, prepared.tokenizer, prepared.source)
+    )
+    if resumed is not None:
+        about = (identity, prepared.config, prepared.batch_split.lanes)
+        notes += world.on_first(lambda: compare(resumed, read_progress(resumed), *about))
     coca, logit_scale = initial_model(recipe, prepared.config, resumed, world, notes)
     room = room_for_checkpoints(folder, sum(p.numel() for p in coca.parameters()))
     crowded = room_in_host(recipe, prepared.batch_split, coca, world)
@@ -135,7 +150,7 @@ def set_up(recipe: Recipe, world: World) -> Setup:
     if recomputed:
         notes.append(f"recomputing {len(recomputed)} blocks to keep to the activation budget")
     engine = TrainEngine(coca, logit_scale, recipe, prepared.batch_split, world, recomputed)
-    return Setup(prepared, resumed, engine, samples_at_peak, notes)
+    return Setup(prepared, resumed, engine, identity, samples_at_peak, notes)
 
 
 def prepare(recipe: Recipe, world: World) -> Prepared:

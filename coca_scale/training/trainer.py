@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import asdict
 from typing import Any
 
 from coca_scale.data.loader import LaneStates, StepBatch, deal_lanes
@@ -263,6 +264,7 @@ class Trainer:
             "skips": self.skips.state(),
             "lanes": [list(lanes[lane]) for lane in sorted(lanes)],
             "model_cfg": self.prepared.config.to_dict(),
+            "identity": asdict(self.setup.identity),
         }
 
     def _load(self) -> None:
