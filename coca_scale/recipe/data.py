@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, Field
 
-from coca_scale.recipe.section import Fraction, NonNegativeInt, PositiveInt, Section
+from coca_scale.recipe.section import Fraction, NonNegativeInt, PositiveInt, SampleCount, Section
 
 
 class WeightedShards(Section):
@@ -15,7 +15,7 @@ class WeightedShards(Section):
     shards: str | Annotated[list[str], Field(min_length=1)] = Field(
         description="Patterns as in data.train."
     )
-    weight: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = Field(
+    weight: Annotated[float, Field(gt=0.0, le=1e6, allow_inf_nan=False)] = Field(
         1.0, description="Upsampling factor; for a fraction, shards take turns."
     )
 
@@ -79,12 +79,12 @@ class DataSection(Section):
     val: Sources | None = Field(
         None, description="Validation data, same forms; null turns validation off."
     )
-    mean_tokens: Annotated[float, Field(ge=2.0)] = Field(
+    mean_tokens: Annotated[float, Field(ge=2.0, le=2**16)] = Field(
         20.0,
         description="Tokens of a caption on average, start and end included, as `coca-scale data "
         "inspect` counts them; what is planned depends on it, training does not.",
     )
-    train_samples: PositiveInt | None = Field(
+    train_samples: SampleCount | None = Field(
         None, description="Samples per epoch, needed for train.epochs where it cannot be counted."
     )
     workers: NonNegativeInt = Field(
@@ -103,7 +103,7 @@ class DataSection(Section):
         False,
         description="Draw the shards of an epoch with replacement, weights as chances.",
     )
-    captions: dict[str, Annotated[float, Field(gt=0.0, allow_inf_nan=False)]] = Field(
+    captions: dict[str, Annotated[float, Field(gt=0.0, le=1e6, allow_inf_nan=False)]] = Field(
         default_factory=dict,
         description="Sampling weights of several captions per picture: txt, or a field of the "
         ".json (text or list of texts): {txt: 0.5, recaption: 0.5}. Empty: .txt, else the field "
@@ -115,11 +115,11 @@ class DataSection(Section):
         "as {similarity: {min: 0.28}, LANGUAGE: {one_of: [en]}}.",
     )
     retries: NonNegativeInt = Field(5, description="Further attempts to read a part of a shard.")
-    timeout_seconds: Annotated[float, Field(gt=0.0)] = Field(
+    timeout_seconds: Annotated[float, Field(gt=0.0, le=1e6)] = Field(
         60.0, description="Longest wait for 4 MiB of a remote shard."
     )
     cache_dir: str | None = Field(None, description="Keep copies of remote shards in this folder.")
-    cache_gigabytes: Annotated[float, Field(gt=0.0)] | None = Field(
+    cache_gigabytes: Annotated[float, Field(gt=0.0, le=1e9)] | None = Field(
         None, description="Most that is kept in cache_dir; further shards are streamed."
     )
     image_column: str = Field("filepath", description="CSV/TSV column with the image path.")

@@ -12,7 +12,15 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from coca_scale.recipe.data import DataSection
-from coca_scale.recipe.section import NonNegativeInt, PositiveInt, Section
+from coca_scale.recipe.section import (
+    MAX_STEPS,
+    Minutes,
+    NonNegativeInt,
+    PositiveInt,
+    SampleCount,
+    Section,
+    Seed,
+)
 
 
 class RunSection(Section):
@@ -20,7 +28,7 @@ class RunSection(Section):
 
     name: str = Field(min_length=1, description="Name of the run.")
     dir: str | None = Field(None, description="Run folder; default runs/NAME.")
-    seed: NonNegativeInt = Field(0, description="Seed of weights, sample order and augmentation.")
+    seed: Seed = Field(0, description="Seed of weights, sample order and augmentation.")
 
     @property
     def folder(self) -> Path:
@@ -32,10 +40,10 @@ class ModelSection(Section):
     """The model."""
 
     name: str = Field(description="An OpenCLIP config name (coca_ViT-L-14) or a path to its JSON.")
-    image_size: PositiveInt | None = Field(
+    image_size: Annotated[int, Field(ge=1, le=2**14)] | None = Field(
         None, description="Pixels per side; default from the model config."
     )
-    context_length: Annotated[int, Field(ge=3)] | None = Field(
+    context_length: Annotated[int, Field(ge=3, le=2**16)] | None = Field(
         None,
         description="Tokens per caption with start and end; default from the model config.",
     )
@@ -146,8 +154,10 @@ class ScheduleSection(Section):
 class TrainSection(Section):
     """Length of the run and batch arithmetic."""
 
-    steps: PositiveInt | None = Field(None, description="Length in optimizer steps.")
-    samples: PositiveInt | None = Field(None, description="Length in samples seen.")
+    steps: Annotated[int, Field(ge=1, le=MAX_STEPS)] | None = Field(
+        None, description="Length in optimizer steps."
+    )
+    samples: SampleCount | None = Field(None, description="Length in samples seen.")
     epochs: Annotated[float, Field(gt=0.0)] | None = Field(
         None, description="Length in passes over the training data."
     )
@@ -179,7 +189,7 @@ class EngineSection(Section):
         "selective: norms and activation functions, cheap and 40 % of what a block keeps; full: "
         "every transformer block.",
     )
-    activation_budget_gb: Annotated[float, Field(gt=0.0)] | None = Field(
+    activation_budget_gb: Annotated[float, Field(gt=0.0, le=1e6)] | None = Field(
         None,
         description="Most memory for activations on a rank, in GB: as few blocks as that takes are "
         "recomputed as a whole. Counts captions of data.mean_tokens.",
@@ -204,13 +214,13 @@ class EngineSection(Section):
         description="Steps between Python's garbage collections, on all ranks together; null "
         "leaves them to Python, and then ranks wait for each other's.",
     )
-    start_timeout_minutes: Annotated[float, Field(gt=0.0)] = Field(
+    start_timeout_minutes: Minutes = Field(
         30.0, description="Longest wait for all ranks to come together and build the model."
     )
-    step_timeout_minutes: Annotated[float, Field(gt=0.0)] = Field(
+    step_timeout_minutes: Minutes = Field(
         10.0, description="Longest step; a longer one is a hang, and ends the run."
     )
-    save_timeout_minutes: Annotated[float, Field(gt=0.0)] = Field(
+    save_timeout_minutes: Minutes = Field(
         60.0, description="Longest save, load, validation or export."
     )
     deepspeed: dict[str, Any] = Field(
@@ -241,7 +251,7 @@ class CheckpointSection(Section):
     every_steps: PositiveInt | None = Field(
         1000, description="Steps between checkpoints; null saves at the end only."
     )
-    every_minutes: Annotated[float, Field(gt=0.0)] | None = Field(
+    every_minutes: Minutes | None = Field(
         None, description="Also save when so many minutes have passed since the last save."
     )
     keep: PositiveInt | None = Field(

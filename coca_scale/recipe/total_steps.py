@@ -6,13 +6,15 @@ import math
 
 from coca_scale.errors import UserError
 from coca_scale.recipe.schema import TrainSection
+from coca_scale.recipe.section import MAX_STEPS
 
 
 def total_steps(train: TrainSection, samples_per_epoch: int | None) -> int:
     """Optimizer steps of the run, from train.steps, train.samples or train.epochs.
 
     Raises:
-        UserError: epochs are asked for and nobody knows how long one is.
+        UserError: epochs are asked for and nobody knows how long one is, or there are more steps
+            than a checkpoint's name can count.
     """
     if train.steps is not None:
         return train.steps
@@ -25,4 +27,7 @@ def total_steps(train: TrainSection, samples_per_epoch: int | None) -> int:
                 "or use train.steps or train.samples"
             )
         samples = math.ceil(train.epochs * samples_per_epoch)
-    return math.ceil(samples / train.global_batch)
+    steps = math.ceil(samples / train.global_batch)
+    if steps > MAX_STEPS:
+        raise UserError(f"the run has {steps:,} steps; at most {MAX_STEPS:,} can be counted")
+    return steps

@@ -1,12 +1,17 @@
 """Recipes: what is accepted, what is refused, and with which words."""
 
+import json
+import re
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from coca_scale.errors import UserError
 from coca_scale.recipe import BatchSplit, RecipeError, dump_recipe, load_recipe, recipe_from_dict
-from coca_scale.recipe.load import parse_yaml
+from coca_scale.recipe.load import parse_yaml, schema_json
+from coca_scale.recipe.total_steps import total_steps
 from tests.conftest import tiny_recipe
 
 RECIPES = sorted(Path("recipes").glob("*.yaml"))
@@ -42,6 +47,40 @@ def test_key_in_the_wrong_section_is_pointed_to():
 def test_wrong_values_are_refused(override, message):
     with pytest.raises(RecipeError, match=message):
         load_recipe("recipes/tiny.yaml", [override])
+
+
+def numeric_keys(node, path=()):
+    """Paths of all keys of the schema that take a number, with what is said of it."""
+    for name, field in node.get("properties", {}).items():
+        for form in (field, *field.get("anyOf", ())):
+            if form.get("type") in ("integer", "number") and "enum" not in form:
+                yield (*path, name), form
+            if (target := form.get("$ref")) is not None:
+                yield from numeric_keys(SCHEMA["$defs"][target.rpartition("/")[2]], (*path, name))
+
+
+SCHEMA = json.loads(schema_json())
+NUMBERS = dict(numeric_keys(SCHEMA))
+
+
+@pytest.mark.parametrize("path", [p for p, form in NUMBERS.items() if form["type"] == "integer"])
+@settings(max_examples=5)
+@given(st.integers(min_value=2**63) | st.integers(max_value=-1))
+def test_integers_have_ranges(path, number):
+    assert "maximum" in NUMBERS[path]
+    with pytest.raises(RecipeError, match=rf"{re.escape('.'.join(path))}: .*than or equal to"):
+        load_recipe("recipes/tiny.yaml", [f"{'.'.join(path)}={number}"])
+
+
+@pytest.mark.parametrize("name", ["start", "step", "save"])
+def test_a_time_limit_is_one_that_can_be_waited_for(name):
+    with pytest.raises(RecipeError, match="less than or equal to 1000000"):
+        load_recipe("recipes/tiny.yaml", [f"engine.{name}_timeout_minutes=1e300"])
+
+
+def test_a_run_is_no_longer_than_names_of_checkpoints_can_count():
+    with pytest.raises(UserError, match="at most 99,999,999 can be counted"):
+        total_steps(tiny_recipe(train__steps=None, train__epochs=1e300).train, 10**6)
 
 
 def test_all_faults_are_listed_at_once():
