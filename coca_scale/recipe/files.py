@@ -101,11 +101,25 @@ def json_lines(path: Path) -> Iterator[dict[str, Any]]:
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if line.endswith(b"\n"):
-                origin = f"{path}: line {number}"
-                content = parse_json(line, origin)
-                if not isinstance(content, dict):
-                    raise UserError(f"{origin}: not an object")
-                yield content
+                yield _object(line, f"{path}: line {number}")
+
+
+def readable_lines(path: Path) -> Iterator[dict[str, Any] | None]:
+    """The same of a file that a fault of a disk may have damaged: None for a line that is none."""
+    with path.open("rb") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                try:
+                    yield _object(line, str(path))
+                except UserError:
+                    yield None
+
+
+def _object(line: bytes, origin: str) -> dict[str, Any]:
+    content = parse_json(line, origin)
+    if not isinstance(content, dict):
+        raise UserError(f"{origin}: not an object")
+    return content
 
 
 def _first_fault(error: ValidationError | RecursionError) -> str:

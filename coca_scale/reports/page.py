@@ -7,7 +7,7 @@ import json
 import math
 import statistics
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.resources import files
@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
+from pydantic import BaseModel
 
 from coca_scale.errors import UserError
 from coca_scale.evaluation.kinds import flat_scores
 from coca_scale.losses import LABELS
-from coca_scale.recipe.files import json_lines, read_json
+from coca_scale.recipe.files import read_json_as, readable_lines
 from coca_scale.recipe.load import read_sections
 from coca_scale.recipe.run_folder import (
     BAD_SAMPLES,
@@ -64,6 +65,7 @@ class RunRecord:
         recipe: resolved, flattened to dotted keys.
         about: versions, commit, ranks.
         bad: bad samples by cause.
+        damaged: lines of its files that cannot be read.
     """
 
     name: str
@@ -73,6 +75,15 @@ class RunRecord:
     recipe: dict[str, Any]
     about: dict[str, Any]
     bad: Counter[str]
+    damaged: int
+
+
+class _About(BaseModel):
+    """What versions.json says."""
+
+    versions: dict[str, str] = {}
+    git_commit: str | None = None
+    ranks: int | None = None
 
 
 def read_run(folder: Path) -> RunRecord:
@@ -85,7 +96,12 @@ def read_run(folder: Path) -> RunRecord:
     if not recipe.is_file():
         raise UserError(f"{folder} is no run: it has no recipe.yaml")
     sections = read_sections(recipe)
-    metrics = list(_lines(folder / METRICS))
+    names = (METRICS, VALIDATION, BAD_SAMPLES)
+    found = [readable_lines(folder / n) if (folder / n).is_file() else () for n in names]
+    damaged = Counter[str]()
+    metrics, validation, bad = (
+        list(_sound(lines, damaged, name)) for lines, name in zip(found, names, strict=True)
+    )
     if not metrics:
         raise UserError(f"{folder} has logged nothing yet: metrics.jsonl is empty or not there")
     versions = folder / VERSIONS
@@ -93,10 +109,11 @@ def read_run(folder: Path) -> RunRecord:
         name=folder.resolve().name,
         folder=folder,
         metrics=metrics,
-        validation=list(_lines(folder / VALIDATION)),
+        validation=validation,
         recipe=dict(_flat(sections)),
-        about=read_json(versions) if versions.is_file() else {},
-        bad=Counter(line["cause"] for line in _lines(folder / BAD_SAMPLES)),
+        about=_about(versions) if versions.is_file() else {},
+        bad=Counter(str(line.get("cause")) for line in bad),
+        damaged=damaged.total(),
     )
 
 
@@ -134,24 +151,27 @@ def last_sheet(run: RunRecord) -> Path | None:
 def _facts(run: RunRecord) -> dict[str, str]:
     """What a run is and how it went, in a few words each."""
     last, recipe = run.metrics[-1], run.recipe
-    rates = [line["samples_per_second"] for line in run.metrics[len(run.metrics) // 10 :]]
-    peak = max(line["peak_memory_bytes"] or 0 for line in run.metrics)
+    tail = run.metrics[len(run.metrics) // 10 :]
+    rates = [rate for line in tail if (rate := line.get("samples_per_second")) is not None]
+    peak = max(line.get("peak_memory_bytes") or 0 for line in run.metrics)
     facts = {
         "model": str(recipe.get("model.name", "")),
         "ranks": str(run.about.get("ranks", "")),
-        "global batch": f"{last['global_batch']:,}",
+        "global batch": _count(last.get("global_batch")),
         "precision": f"{recipe.get('engine.precision')}, ZeRO {recipe.get('engine.zero_stage')}",
         "steps": f"{last['step']:,}",
-        "samples seen": f"{last['samples_seen']:,}",
-        "last loss": _number(last["loss"]),
-        "samples per second": _number(statistics.median(r for r in rates if r is not None)),
+        "samples seen": _count(last.get("samples_seen")),
+        "last loss": _number(last.get("loss")),
+        "samples per second": _number(statistics.median(rates) if rates else None),
         "peak memory": f"{peak / 2**30:.2f} GiB per rank",
-        "skipped steps": f"{last['skipped_steps']:,}",
-        "bad samples": f"{last['bad_samples']:,}",
+        "skipped steps": _count(last.get("skipped_steps")),
+        "bad samples": _count(last.get("bad_samples")),
     }
+    if run.damaged:
+        facts["damaged lines"] = f"{_count(run.damaged)}, left out"
     if run.validation:
         final = run.validation[-1]
-        facts["validation pairs"] = f"{final['samples']:,}"
+        facts["validation pairs"] = _count(final.get("samples"))
         for name, _, score in flat_scores():
             if score.headline and final.get(name) is not None:
                 unit = " %" if score.percent else ""
@@ -214,9 +234,28 @@ def _flat(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{key}", value
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Objects of a file that a run may not have written yet."""
-    return json_lines(path) if path.is_file() else iter(())
+def _about(versions: Path) -> dict[str, Any]:
+    return read_json_as(versions, _About).model_dump(exclude_unset=True)
+
+
+def _sound(
+    lines: Iterable[dict[str, Any] | None], damaged: Counter[str], name: str
+) -> Iterator[dict[str, Any]]:
+    """Lines about a step, without values that are neither numbers that can be drawn nor texts."""
+    for line in lines:
+        if line is None or not _drawable(line.get("step")):
+            damaged[name] += 1
+        else:
+            yield {k: v for k, v in line.items() if isinstance(v, str) or _drawable(v)}
+
+
+def _drawable(value: object) -> bool:
+    """Whether it is a number, and one that a chart can have."""
+    return isinstance(value, int | float) and abs(value) < 1e300
+
+
+def _count(value: float | None) -> str:
+    return "none" if value is None else f"{value:,}"
 
 
 def _number(value: float | None) -> str:

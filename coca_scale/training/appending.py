@@ -1,9 +1,16 @@
-"""Lines added to a run's files; a full disk must not end the run for the sake of its log."""
+"""Lines of a run's files: added, and taken back where a run goes on from an earlier step.
+
+Neither a full disk nor a damaged line must end a run for the sake of its log.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
+
+from coca_scale.errors import UserError
+from coca_scale.recipe.files import parse_json
 
 _failed: set[Path] = set()
 
@@ -25,3 +32,56 @@ def warn_once(path: Path, error: OSError) -> None:
     if path not in _failed:
         _failed.add(path)
         print(f"warning: {path} is not being written: {error}", file=sys.stderr, flush=True)
+
+
+def forget_after(path: Path, step: int) -> str | None:
+    """Drop lines of later steps, and a last line that a killed run did not finish.
+
+    Returns:
+        What is to be said if whole lines that cannot be read were dropped as well.
+    """
+    if not path.is_file():
+        return None
+    unreadable = scattered = end = at = 0
+    with path.open("rb") as lines:
+        for line in lines:
+            at += len(line)
+            found = _step_of(line)
+            if found is not None and found <= step:
+                scattered += end + len(line) != at  # something before it goes
+                end = at
+            unreadable += found is None and line.endswith(b"\n")
+    try:
+        if scattered:
+            _rewrite(path, step)
+        elif end < at:
+            os.truncate(path, end)  # needs no room
+    except OSError as error:
+        warn_once(path, error)
+        return None
+    if unreadable:
+        lines_are = "line is" if unreadable == 1 else "lines are"
+        return f"warning: {path}: {unreadable} damaged {lines_are} left out"
+    return None
+
+
+def _rewrite(path: Path, step: int) -> None:
+    temporary = path.with_suffix(".tmp")
+    with path.open("rb") as lines, temporary.open("wb") as kept:
+        for line in lines:
+            found = _step_of(line)
+            if found is not None and found <= step:
+                kept.write(line)
+    temporary.replace(path)
+
+
+def _step_of(line: bytes) -> int | None:
+    """The step that a whole line is about; None if it cannot be read."""
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        content = parse_json(line, "line")
+    except UserError:
+        return None
+    step = content.get("step") if isinstance(content, dict) else None
+    return step if isinstance(step, int) else None

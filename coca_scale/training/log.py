@@ -8,7 +8,6 @@ import resource
 import sys
 from collections.abc import Mapping
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from coca_scale.recipe.run_folder import (
     TENSORBOARD,
     VALIDATION,
 )
-from coca_scale.training.appending import append, warn_once
+from coca_scale.training.appending import append, forget_after, warn_once
 from coca_scale.training.ownership import Owner
 from coca_scale.training.tracking import Tracker
 from coca_scale.training.validation import ValidationResult
@@ -78,7 +77,9 @@ class RunLog:
         """Forget what was written about steps after `step`, which will be run again."""
         if self._owner.holds():
             for name in (METRICS, VALIDATION, BAD_SAMPLES, BAD_STEPS):
-                _forget_after(self._folder / name, step)
+                note = forget_after(self._folder / name, step)
+                if note is not None:
+                    self.say(note)
 
     def say(self, message: str) -> None:
         """One line for the person watching."""
@@ -167,18 +168,3 @@ def peak_memory_bytes() -> int:
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _forget_after(path: Path, step: int) -> None:
-    """Drop lines of later steps, and the last line of a run that was killed while writing it."""
-    if not path.is_file():
-        return
-    temporary = path.with_suffix(".tmp")
-    with path.open() as lines, temporary.open("w") as kept:
-        for line in lines:
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.write(line)
-            except (json.JSONDecodeError, KeyError):
-                continue
-    temporary.replace(path)
