@@ -14,10 +14,11 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, Field, field_validator
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -34,15 +35,70 @@ from coca_scale.engine.zero import (
 )
 from coca_scale.errors import AgreedError, UserError
 from coca_scale.model.weights import LOGIT_SCALE
-from coca_scale.recipe.files import read_json, sha256_of
+from coca_scale.recipe.files import read_json_as, sha256_of
 
 MANIFEST = "manifest.json"
 PROGRESS = "progress.json"
 LATEST = "latest"
+_Count = Annotated[int, Field(ge=0, lt=2**63)]
 _NAME = re.compile(r"step_(\d{8})")
 _TEMPORARY = ".incomplete"  # swept away
 _REPLACED = ".replaced"  # put back, or swept away once its successor is in place
 _DAMAGED = ".damaged"  # kept for a person to look at
+
+
+class _Entry(BaseModel):
+    bytes: _Count
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class _Manifest(BaseModel):
+    """What was saved."""
+
+    files: dict[str, _Entry]
+
+    @field_validator("files")
+    @classmethod
+    def _of_this_folder(cls, files: dict[str, _Entry]) -> dict[str, _Entry]:
+        for name in files:
+            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+                raise ValueError(f"{name!r} lies outside the checkpoint")
+        if missing := {PROGRESS, SCALE_FILE} - files.keys():
+            raise ValueError(f"it does not list {', '.join(sorted(missing))}")
+        return files
+
+
+class _BadSteps(BaseModel):
+    skipped: _Count
+    spikes: _Count
+    spread: tuple[_Count, float, float]
+
+
+class _Skips(BaseModel):
+    bad: _Count
+    filtered: _Count
+    causes: dict[str, _Count]
+    listed: _Count
+
+
+class _Identity(BaseModel):
+    recipe: dict[str, Any]
+    ranks: _Count
+    tokenizer: str
+    data: str
+    samples: str | None
+
+
+class _Progress(BaseModel):
+    """State of the training loop; `identity` came later than the rest."""
+
+    step: Annotated[int, Field(ge=0, lt=10**8)]
+    samples_seen: _Count
+    bad_steps: _BadSteps
+    skips: _Skips
+    lanes: Annotated[list[list[_Count]], Field(min_length=1)]
+    model_cfg: dict[str, Any]
+    identity: _Identity | None = None
 
 
 def begin_folder(final: Path) -> Path:
@@ -157,18 +213,23 @@ def verify_checkpoint(folder: Path, share: int = 0, shares: int = 1) -> None:
     """Compare every `shares`-th file, from number `share` on, with the manifest.
 
     Raises:
-        UserError: not a complete checkpoint, or a file is missing or changed.
+        UserError: not a complete checkpoint, a file is missing or changed, or what the training
+            loop keeps there is not what it keeps.
     """
-    try:
-        files = json.loads((folder / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder}: not a complete checkpoint (no {MANIFEST})") from error
-    for name, entry in list(files.items())[share::shares]:
+    for name, entry in list(_manifest(folder).files.items())[share::shares]:
         path = folder / name
-        if not path.is_file() or path.stat().st_size != entry["bytes"]:
+        if not path.is_file() or path.stat().st_size != entry.bytes:
             raise UserError(f"{folder}: {name} is missing or has another size than when saved")
-        if sha256_of(path) != entry["sha256"]:
+        if sha256_of(path) != entry.sha256:
             raise UserError(f"{folder}: {name} is damaged (its checksum differs)")
+    read_progress(folder)
+
+
+def _manifest(folder: Path) -> _Manifest:
+    try:
+        return read_json_as(folder / MANIFEST, _Manifest)
+    except OSError as error:
+        raise UserError(f"{folder}: not a complete checkpoint (no {MANIFEST})") from error
 
 
 @contextlib.contextmanager
@@ -212,9 +273,12 @@ def saved_layout(folder: Path) -> Layout:
 
 
 def read_progress(folder: Path) -> dict[str, Any]:
-    """The training loop's own state."""
-    progress: dict[str, Any] = read_json(folder / PROGRESS)
-    return progress
+    """The training loop's own state.
+
+    Raises:
+        UserError: it is something else.
+    """
+    return read_json_as(folder / PROGRESS, _Progress).model_dump(exclude_unset=True)
 
 
 def read_weights(folder: Path, raw: bool = False) -> dict[str, Tensor]:
