@@ -254,16 +254,37 @@ def fitting_state(
         )
     target = scratch / f"{checkpoint.name}.universal{_TEMPORARY}"
     universal = target / STATE_TAG  # the converter leaves a file beside its folder
+    try:
+        world.on_first(lambda: _convert(checkpoint, saved, universal))
+        yield universal
+        world.barrier()
+    finally:
+        if world.rank == 0:
+            shutil.rmtree(target, ignore_errors=True)
 
-    def convert() -> None:
-        shutil.rmtree(target, ignore_errors=True)
+
+def _convert(checkpoint: Path, saved: Layout, universal: Path) -> None:
+    """Write the state of a checkpoint in the universal format, where there is room for it."""
+    shutil.rmtree(universal.parent, ignore_errors=True)
+    universal.parent.mkdir(parents=True)
+    files = _manifest(checkpoint).files.items()
+    size = sum(entry.bytes for name, entry in files if name.startswith(f"{STATE_TAG}/"))
+    needed = 2 * size  # its pieces and, for a while, what they are put together to
+    message = (
+        f"to change the layout of {checkpoint} takes {needed / 1e9:.2f} GB for a while, and "
+        f"{universal.parents[1]} has {{:.2f}} GB free; make room, or start on {saved}, as it was "
+        "saved"
+    )
+    free = shutil.disk_usage(universal.parent).free
+    if free < needed:
+        raise UserError(message.format(free / 1e9))
+    try:
         to_universal(checkpoint / STATE_TAG, universal)
-
-    world.on_first(convert)
-    yield universal
-    world.barrier()
-    if world.rank == 0:
-        shutil.rmtree(target, ignore_errors=True)
+    except UserError as error:
+        free = shutil.disk_usage(universal.parent).free
+        if free < size:  # something else took it meanwhile
+            raise UserError(message.format(free / 1e9)) from error
+        raise
 
 
 def saved_layout(folder: Path) -> Layout:

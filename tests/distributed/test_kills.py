@@ -93,3 +93,19 @@ def test_a_full_disk_leaves_the_run_alive_and_old_checkpoints_whole(small_disk, 
         verify_checkpoint(folder)
     left = {p.name for p in Path(small_disk / "run" / "checkpoints").iterdir()}
     assert left == {"step_00000001", "step_00000002", "latest"}
+
+
+@pytest.mark.slow
+def test_a_layout_that_there_is_no_room_to_change_is_left_as_it_is(small_disk, tmp_path):
+    whole = start(tmp_path / "whole", tmp_path / "log", "train.steps=1")
+    assert whole.wait() == 0, whole.output[-3000:]
+    (checkpoint,) = complete_checkpoints(tmp_path / "whole" / "checkpoints")
+    (small_disk / "other files").write_bytes(bytes(40_000_000))
+    common = ("--recipe", "recipes/tiny.yaml", *SMALL, f"run.dir={small_disk / 'run'}")
+    change = ("train.micro_batch=2", "train.steps=2", f"checkpoint.resume={checkpoint}")
+    job = TrainingRanks(tmp_path / "log2", *common, *change, ranks=2)
+    assert job.wait() == 1
+    assert job.output.count("to change the layout of") == 1
+    assert "or start on 1 ranks at ZeRO stage 3, as it was saved" in job.output
+    assert "enforce fail" not in job.output and "Traceback" not in job.output
+    assert list((small_disk / "run" / "checkpoints").iterdir()) == []
