@@ -2,3 +2,4 @@
 
 CRASHED = 70  # EX_SOFTWARE of sysexits.h: nobody's recipe or data, so a job may try again
 REQUEUE = 75  # EX_TEMPFAIL: asked to leave; start the same command again to go on
+INTERRUPTED = 130  # as shells have it for SIGINT: ended at once, without a save
