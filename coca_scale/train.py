@@ -4,7 +4,6 @@ deepspeed coca_scale/train.py --recipe recipes/tiny.yaml [key.path=value ...] [-
 """
 
 import argparse
-import os
 import sys
 import types
 from pathlib import Path
@@ -12,8 +11,10 @@ from pathlib import Path
 if not __package__:  # started as a file: import the package, not the modules beside this one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from coca_scale.recipe import RecipeError, load_recipe
+from coca_scale.engine.leaving import appoint_witness, leave, told
+from coca_scale.engine.streams import outlive_readers
 from coca_scale.recipe.exits import CRASHED
+from coca_scale.training.requests import Signals
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -34,26 +35,29 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Run the job; returns the exit code: 2 for a wrong recipe, 1 for a failed run."""
     options = parse(arguments)
-    try:
-        recipe = load_recipe(options.recipe, options.overrides)
-    except RecipeError as error:
-        print(error, file=sys.stderr)
-        return 2
-    from coca_scale.training.run import dry_run, train  # heavy imports, after the recipe is known
+    with Signals() as signals:
+        # imported with signals heeded, as it takes long
+        from coca_scale.recipe import RecipeError, load_recipe
 
-    return dry_run(recipe) if options.dry_run else train(recipe)
+        try:
+            recipe = load_recipe(options.recipe, options.overrides)
+        except RecipeError as error:
+            print(error, file=sys.stderr)
+            return 2
+        from coca_scale.training.run import dry_run, train
+
+        return dry_run(recipe) if options.dry_run else train(recipe, signals)
 
 
-def _crash(
-    kind: type[BaseException], error: BaseException, trace: types.TracebackType | None
-) -> None:
+def _crash(kind: type[BaseException], error: BaseException, _: types.TracebackType | None) -> None:
     """Before ranks watch each other: print the traceback and end, reaching for nobody again."""
-    sys.__excepthook__(kind, error, trace)
+    print(told(error), file=sys.stderr, flush=True)
     if issubclass(kind, Exception):
-        sys.stderr.flush()
-        os._exit(CRASHED)
+        leave(CRASHED)
 
 
 if __name__ == "__main__":
+    outlive_readers()
+    appoint_witness()
     sys.excepthook = _crash
-    sys.exit(main())
+    leave(main())

@@ -32,6 +32,7 @@ from coca_scale.data.sample import (
 from coca_scale.data.tokens import Tokenizer
 
 MAX_EMPTY_EPOCHS = 10
+LOOK_SECONDS = 1.0
 
 LaneStates = dict[int, Position]
 
@@ -224,18 +225,21 @@ class TrainLoader:
 
 
 def _heed_signals_of_the_rank_alone() -> None:
-    """The cluster signals every process and means the ranks, which still need their workers.
+    """The cluster and the terminal signal every process and mean the ranks, who need their workers.
 
-    A rank ends a worker with SIGTERM too, one that is stuck in a read when the run is over.
+    A rank ends a worker with SIGTERM too, one that is stuck in a read when the run is over. One
+    whose rank is gone ends by itself.
     """
-    numbers = {signal.SIGUSR1, signal.SIGTERM}
+    rank = os.getppid()
+    numbers = {signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
     signal.pthread_sigmask(signal.SIG_BLOCK, numbers)  # of all threads that start from here
 
     def wait() -> None:
-        while True:
-            caught = signal.sigwaitinfo(numbers)
-            if caught.si_signo == signal.SIGTERM and caught.si_pid == os.getppid():
-                os._exit(0)
+        while os.getppid() == rank:
+            caught = signal.sigtimedwait(numbers, LOOK_SECONDS)
+            if caught and caught.si_signo == signal.SIGTERM and caught.si_pid == rank:
+                break
+        os._exit(0)
 
     threading.Thread(target=wait, name="signals", daemon=True).start()
 

@@ -8,6 +8,8 @@ import re
 import socket
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
+from coca_scale.engine.planned import planned_host
 from coca_scale.engine.world import World
 from coca_scale.errors import UserError
 
@@ -62,7 +65,9 @@ def start_world(timeout_seconds: float = 900.0) -> World:
         timeout=timedelta(seconds=timeout_seconds),
         device_id=device if device.type == "cuda" and size > 1 else None,
     )
-    deepspeed.init_distributed(backend, verbose=False, timeout=timedelta(seconds=timeout_seconds))
+    with _without_shared_buffers():
+        timeout = timedelta(seconds=timeout_seconds)
+        deepspeed.init_distributed(backend, verbose=False, timeout=timeout)
     group, gather_group = dist.group.WORLD, dist.new_group()
     assert isinstance(group, dist.ProcessGroup)
     assert isinstance(gather_group, dist.ProcessGroup)
@@ -91,6 +96,21 @@ def _find_rank() -> None:
         os.environ.setdefault(name, value)
 
 
+@contextmanager
+def _without_shared_buffers() -> Iterator[None]:
+    """Inside, DeepSpeed makes no buffers in /dev/shm for an all-reduce that only inference calls.
+
+    They are 69 MB for every rank of a CPU run, and nobody removes them. Its C++ makes them if all
+    ranks are those of one node, which LOCAL_SIZE alone tells it.
+    """
+    size = os.environ.pop("LOCAL_SIZE", None)
+    try:
+        yield
+    finally:
+        if size is not None:
+            os.environ["LOCAL_SIZE"] = size
+
+
 def connect_store(timeout_seconds: float) -> dist.Store:
     """One more connection to the job's key-value store; a thread needs its own.
 
@@ -100,19 +120,41 @@ def connect_store(timeout_seconds: float) -> dist.Store:
     return _open_store(-1, timeout_seconds)
 
 
+def is_the_launchers_store() -> bool:
+    """Whether a launcher serves the job's store, and not rank 0."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def store_is_gone() -> bool:
+    """Whether nobody serves the job's store any more. One that does not answer may be busy."""
+    try:
+        socket.create_connection(_store_address(), timeout=1.0).close()
+    except ConnectionError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _store_address() -> tuple[str, int]:
+    return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+
+
 def _open_store(rank: int, timeout_seconds: float) -> dist.Store:
     """The key-value store of the job: rank 0's, or the one that torchrun serves.
 
     Raises:
         LaunchError: its address cannot be reached or is taken.
     """
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    address, port = _store_address()
+    serves = rank == 0 and not is_the_launchers_store()
+    if serves:
+        _see_that_port_is_free(address, port)
     try:
         store = dist.TCPStore(
             address,
             port,
-            is_master=rank == 0 and not served,
+            is_master=serves,
             timeout=timedelta(seconds=timeout_seconds),
             wait_for_workers=False,
             multi_tenant=True,
@@ -125,6 +167,35 @@ def _open_store(rank: int, timeout_seconds: float) -> dist.Store:
         ) from error
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return dist.PrefixStore(f"coca-scale/{attempt}", store)
+
+
+def _see_that_port_is_free(address: str, port: int) -> None:
+    """
+    Raises:
+        LaunchError: something else listens there, as another run does with the same port.
+    """
+    try:
+        socket.create_server(("", port)).close()
+    except OSError as error:
+        with socket.create_server(("", 0)) as free:
+            other = free.getsockname()[1]
+        raise LaunchError(
+            f"rank 0 on {socket.gethostname()} cannot serve {address}:{port}: {error.strerror}. "
+            f"If another run has that port, choose a free one: {_port_option(other)}"
+        ) from error
+
+
+def _port_option(port: int) -> str:
+    """How the launcher of this process is given a port."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return f"torchrun --master_port={port} …"
+    if any(name in os.environ for name in _MPI_MARKERS):
+        return f"MASTER_PORT={port} mpirun -x MASTER_PORT …"
+    if "SLURM_PROCID" in os.environ:
+        return f"export MASTER_PORT={port} before srun"
+    if "CROSS_RANK" in os.environ:
+        return f"deepspeed --master_port={port} …"
+    return f"MASTER_PORT={port}"
 
 
 def roll_call(
@@ -158,7 +229,7 @@ def roll_call(
 
 def _about_this_rank(device: torch.device) -> dict[str, Any]:
     about: dict[str, Any] = {
-        "host": os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
+        "host": planned_host(),
         "torch": torch.__version__,
         "deepspeed": deepspeed.__version__,
         "device": device.type if device.type == "cpu" else torch.cuda.get_device_name(device),

@@ -223,6 +223,11 @@ class EngineSection(Section):
     save_timeout_minutes: Minutes = Field(
         60.0, description="Longest save, load, validation or export."
     )
+    silence_timeout_minutes: Annotated[float, Field(gt=0.0)] = Field(
+        5.0,
+        description="Longest time without a sign of life from a rank, as from one that is stopped "
+        "or whose node is down. One that died is noticed within seconds.",
+    )
     deepspeed: dict[str, Any] = Field(
         default_factory=dict,
         description="Raw DeepSpeed configuration, merged over the generated one.",

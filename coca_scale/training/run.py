@@ -28,13 +28,18 @@ from coca_scale.recipe import BatchSplit, Recipe, load_recipe
 from coca_scale.recipe.exits import CRASHED
 from coca_scale.training.bad_steps import Rollback
 from coca_scale.training.ownership import owned
+from coca_scale.training.requests import Signals
 from coca_scale.training.trainer import Trainer
 
 USUAL_RANKS = (1, 2, 8, 64, 384, 512, 4096)
 
 
-def train(recipe: Recipe) -> int:
+def train(recipe: Recipe, signals: Signals) -> int:
     """Run to the end, or until the cluster wants its nodes back.
+
+    Args:
+        recipe: what to do.
+        signals: to this process.
 
     Returns:
         0; 1 after one readable line about what went wrong; CRASHED if the ranks did not come
@@ -47,9 +52,9 @@ def train(recipe: Recipe) -> int:
         if planned_rank() == 0 or str(error).startswith("rank "):
             print(f"coca-scale: {error}", file=sys.stderr, flush=True)
         return CRASHED
-    watchdog = Watchdog(world, recipe.run.folder)
+    watchdog = Watchdog(world, recipe.run.folder, recipe.engine.silence_timeout_minutes * 60)
     try:
-        code = _with_rollbacks(recipe, world, watchdog)
+        code = _with_rollbacks(recipe, world, watchdog, signals)
     except AgreedError as error:
         if world.rank == 0:
             print(f"coca-scale: {error}", file=sys.stderr, flush=True)
@@ -62,12 +67,17 @@ def train(recipe: Recipe) -> int:
     return code
 
 
-def _with_rollbacks(recipe: Recipe, world: World, watchdog: Watchdog | NoWatchdog) -> int:
+def _with_rollbacks(
+    recipe: Recipe,
+    world: World,
+    watchdog: Watchdog | NoWatchdog,
+    signals: Signals | None = None,
+) -> int:
     """Train, and after a bad stretch again from the last checkpoint, with the data behind it."""
     left, lanes = recipe.health.rollbacks, None
     with owned(recipe.run.folder, world) as owner:
         while True:
-            trainer = Trainer(recipe, world, watchdog, left, lanes, owner)
+            trainer = Trainer(recipe, world, watchdog, left, lanes, owner, signals)
             try:
                 return trainer.run()
             except Rollback as bad:
@@ -99,7 +109,9 @@ def train_recipe(recipe: Recipe | str | Path, *overrides: str) -> Path:
         recipe = load_recipe(recipe, overrides)
     elif overrides:
         raise UserError("overrides are for the path of a recipe; change a loaded one itself")
-    _with_rollbacks(recipe, start_world(recipe.engine.start_timeout_minutes * 60), NoWatchdog())
+    world = start_world(recipe.engine.start_timeout_minutes * 60)
+    with Signals(whole_process=False) as signals:
+        _with_rollbacks(recipe, world, NoWatchdog(), signals)
     return recipe.run.folder
 
 

@@ -27,7 +27,7 @@ from coca_scale.training.log import RunLog, peak_memory_bytes
 from coca_scale.training.meter import Meter
 from coca_scale.training.ownership import Owner
 from coca_scale.training.profiling import StepProfiler
-from coca_scale.training.requests import Asked, Requests
+from coca_scale.training.requests import Asked, Requests, Signals
 from coca_scale.training.saving import Saver
 from coca_scale.training.schedule import learning_rate
 from coca_scale.training.setup import set_up
@@ -45,6 +45,7 @@ class Trainer:
         rollbacks: int = 0,
         lanes: LaneStates | None = None,
         owner: Owner | None = None,
+        signals: Signals | None = None,
     ) -> None:
         """Prepare everything, resuming if the recipe says so.
 
@@ -55,6 +56,7 @@ class Trainer:
             rollbacks: how often a stretch of bad steps may raise `Rollback` from `run`.
             lanes: where this rank's data goes on, and not where the checkpoint says.
             owner: of the run folder; None where nothing else trains into it.
+            signals: to this process; None heeds none.
 
         Raises:
             AgreedError: the recipe does not fit the model, the data or the number of ranks, or
@@ -63,6 +65,7 @@ class Trainer:
         self.recipe = recipe
         self.world = world
         self.watchdog = watchdog or NoWatchdog()
+        self.signals = signals
         self.folder = recipe.run.folder
         self.step = 0
         self.lanes: LaneStates = {}
@@ -96,12 +99,15 @@ class Trainer:
             Rollback: too many steps are bad, and the recipe wants to go back.
         """
         steps = self.prepared.steps
+        if self.signals is not None:
+            self.signals.to_be_saved()
         if self.owner.holds():
             self.prepared.write(self.world.size)
         log = RunLog(self.recipe, steps, self.world.rank == 0, self.owner)
         log.resume_at(self.step)
-        requests = Requests(self.folder, self.recipe.checkpoint.every_minutes, self.world.rank)
-        with log, requests:
+        minutes = self.recipe.checkpoint.every_minutes
+        requests = Requests(self.folder, minutes, self.world.rank, self.signals)
+        with log:
             for note in self.setup.notes:
                 log.say(note)
             saver = self._make_saver(log)

@@ -17,7 +17,6 @@ from coca_scale.engine.checkpoint import sweep
 from coca_scale.engine.writing import write_hashed
 from coca_scale.recipe.files import sha256_of
 from coca_scale.training.bad_steps import LossSpread
-from coca_scale.training.requests import SAVE_FILE, STOP_FILE, Asked, Requests
 from tests.conftest import tiny_recipe
 from tests.json_lines import lines_of
 from tests.ports import free_port
@@ -95,30 +94,15 @@ def test_spikes_are_told_from_noise():
     assert again.add(7.0) == pytest.approx(spread.add(7.0))
 
 
-def test_what_a_run_is_asked_for(tmp_path):
-    with Requests(tmp_path, None, 0) as requests:
-        assert requests.poll() == Asked()
-        (tmp_path / SAVE_FILE).touch()
-        assert requests.poll() == Asked(save=True)
-        requests.answered(Asked(save=True))
-        assert requests.poll() == Asked()
-        (tmp_path / STOP_FILE).touch()
-        assert requests.poll() == Asked(stop=True)
-        requests.answered(Asked(stop=True))
-        os.kill(os.getpid(), signal.SIGUSR1)
-        assert requests.poll() == Asked(leave=True)
-    assert Requests(tmp_path, 1e-9, 0).poll().save
-    (tmp_path / STOP_FILE).touch()
-    assert Requests(tmp_path, 1e-9, 1).poll() == Asked()  # rank 0 looks for all
-
-
 WATCHED = """
 import sys, time
 from pathlib import Path
+from coca_scale.engine.leaving import appoint_witness
+appoint_witness()
 from coca_scale.engine.launch import start_world
 from coca_scale.engine.watchdog import Watchdog
 world = start_world(60)
-watchdog = Watchdog(world, Path(sys.argv[1]))
+watchdog = Watchdog(world, Path(sys.argv[1]), silence_seconds=float(sys.argv[4]))
 print("ready", flush=True)
 try:
     with watchdog.phase("step 7", float(sys.argv[3])):
@@ -134,11 +118,11 @@ except Exception as error:
 """
 
 
-def watched(tmp_path, kind, seconds):
-    """Three ranks in lockstep, the middle one with a fault; exit codes, error texts, seconds."""
+def watched(tmp_path, kind, seconds, victim=1, silence=300):
+    """Three ranks in lockstep, one with a fault; exit codes and error texts."""
     environment = {**os.environ, "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1"}
     environment |= {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", WATCHED, str(tmp_path), kind, str(seconds)]
+    command = [sys.executable, "-c", WATCHED, str(tmp_path), kind, str(seconds), str(silence)]
     ranks = [
         subprocess.Popen(
             command,
@@ -152,20 +136,39 @@ def watched(tmp_path, kind, seconds):
     for process in ranks:
         while process.stdout.readline().strip() != "ready":
             assert process.poll() is None
-    if kind == "kill":
-        time.sleep(3)
-        ranks[1].kill()
+    if kind in ("kill", "stop"):
+        time.sleep(5)  # they have met
+        ranks[victim].send_signal(signal.SIGKILL if kind == "kill" else signal.SIGSTOP)
+    if kind == "stop":
+        for process in ranks:
+            if process is not ranks[victim]:
+                process.wait(100)
+        ranks[victim].kill()
     errors = [process.communicate(timeout=100)[1] for process in ranks]
     return [process.returncode for process in ranks], errors
 
 
 @pytest.mark.slow
-def test_a_killed_rank_is_named_and_ends_the_others(tmp_path):
-    codes, errors = watched(tmp_path, "kill", 90)
-    assert codes == [70, -9, 70]
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_is_named_and_ends_the_others(victim, tmp_path):
+    """Rank 0 as any other, although it keeps the store."""
+    codes, errors = watched(tmp_path, "kill", 90, victim)
+    assert codes == [-9 if rank == victim else 70 for rank in range(3)]
     told = "".join(errors)
-    assert len(re.findall(r"rank 1 on \S+: no sign of life", told)) == 1
+    assert len(re.findall(rf"^coca-scale: rank {victim} on \S+ is dead: ", told, re.M)) == 1
+    assert told.count("coca-scale:") == 1
     assert "Traceback" not in told
+    assert "frame #" not in told
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_is_silent_for_too_long_ends_the_others(victim, tmp_path):
+    codes, errors = watched(tmp_path, "stop", 90, victim, silence=4)
+    assert codes == [-9 if rank == victim else 70 for rank in range(3)]
+    told = "".join(error for rank, error in enumerate(errors) if rank != victim)
+    assert "frame #" not in told
+    assert len(re.findall(rf"rank {victim} on \S+: no sign of life for 4 s", told)) == 1
 
 
 @pytest.mark.slow
