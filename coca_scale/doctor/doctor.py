@@ -225,7 +225,7 @@ def _all_reduce(backend: Literal["gloo", "nccl"], size: int) -> Row:
 
 def _shared_memory(folder: str = "/dev/shm") -> Row:
     """Data workers hand batches over, and NCCL and gloo exchange data, through /dev/shm."""
-    fix = "docker run --shm-size=16g (compose: shm_size)"
+    fix = "docker run --shm-size=16g (compose: shm_size), or --ipc=host"
     if not Path(folder).is_dir():
         return Row("/dev/shm", "missing", "not mounted", fix)
     usage = shutil.disk_usage(folder)

@@ -180,7 +180,7 @@ def _see_that_port_is_free(address: str, port: int) -> None:
         with socket.create_server(("", 0)) as free:
             other = free.getsockname()[1]
         raise LaunchError(
-            f"rank 0 on {socket.gethostname()} cannot serve {address}:{port}: {error.strerror}. "
+            f"rank 0 on {socket.gethostname()} cannot serve {address}:{port}: {os.strerror(error.errno or 0)}. "
             f"If another run has that port, choose a free one: {_port_option(other)}"
         ) from error
 
@@ -189,12 +189,12 @@ def _port_option(port: int) -> str:
     """How the launcher of this process is given a port."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return f"torchrun --master_port={port} …"
+    if "CROSS_RANK" in os.environ:
+        return f"deepspeed --master_port={port} …"
     if any(name in os.environ for name in _MPI_MARKERS):
         return f"MASTER_PORT={port} mpirun -x MASTER_PORT …"
     if "SLURM_PROCID" in os.environ:
         return f"export MASTER_PORT={port} before srun"
-    if "CROSS_RANK" in os.environ:
-        return f"deepspeed --master_port={port} …"
     return f"MASTER_PORT={port}"
 
 

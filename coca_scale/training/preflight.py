@@ -15,16 +15,18 @@ from coca_scale.planning.memory import host_bytes, state_bytes
 from coca_scale.recipe import BatchSplit, Recipe
 
 PROBE = ".probe"
+SHARED_MEMORY = Path("/dev/shm")
 BYTES_PER_PARAMETER = 14  # fp32 master and two moments, and the parameter in 16 bits
 
 
-def preflight(world: World, folder: Path, sources: list[Source]) -> None:
+def preflight(world: World, folder: Path, sources: list[Source], shared_bytes: int = 0) -> None:
     """See on every node that data and run folder are there. A collective.
 
     Args:
         world: the ranks.
         folder: of the run.
         sources: data.
+        shared_bytes: of shared memory in which the loader processes of a rank hand over batches.
 
     Raises:
         AgreedError: naming the node on which something is not as it should be.
@@ -44,6 +46,7 @@ def preflight(world: World, folder: Path, sources: list[Source]) -> None:
         if world.hosts.index(host) == world.rank:
             try:
                 _look(folder, expected, sources)
+                _look_at_shared_memory(shared_bytes * world.hosts.count(host))
             except UserError as error:
                 several = len(set(world.hosts)) > 1
                 raise UserError(f"{host}: {error}" if several else str(error)) from error
@@ -79,6 +82,18 @@ def room_in_host(recipe: Recipe, batch: BatchSplit, model: CoCa, world: World) -
         f"warning: the {world.ranks_per_node} ranks of this node need {total / 1e9:.1f} GB of its "
         f"{there / 1e9:.1f} GB of memory, activations not counted; coca-scale plan shows the parts"
     )
+
+
+def _look_at_shared_memory(needed: int) -> None:
+    if not needed or not SHARED_MEMORY.is_dir():
+        return
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    if free < needed:
+        raise UserError(
+            f"{SHARED_MEMORY} has {free / 1e6:.0f} MB free and the loader processes here hand over "
+            f"batches of {needed / 1e6:.0f} MB through it; give a container more (docker run "
+            "--shm-size=16g, or --ipc=host), or set data.workers=0"
+        )
 
 
 def _look(folder: Path, token: str, sources: list[Source]) -> None:

@@ -71,6 +71,12 @@ class Prepared:
         """Folder of checkpoints."""
         return self.recipe.run.folder / CHECKPOINTS
 
+    @property
+    def shared_bytes(self) -> int:
+        """Pictures of a rank that its loader processes hold for it when they are ahead of it."""
+        size, ahead = self.config.vision_cfg.image_size, 2 if self.recipe.data.workers else 0
+        return ahead * self.batch_split.samples_per_rank * 3 * size * size
+
     def loader(self, lanes: LaneStates) -> TrainLoader:
         """This rank's share of every step, from where its lanes stand."""
         recipe, split = self.recipe, self.batch_split
@@ -133,7 +139,7 @@ def set_up(recipe: Recipe, world: World) -> Setup:
     """
     prepared = world.agree(lambda: prepare(recipe, world))
     folder, notes = recipe.run.folder, list[str]()
-    preflight(world, folder, prepared.sources)
+    preflight(world, folder, prepared.sources, prepared.shared_bytes)
     resumed = _agreed_checkpoint(prepared, world, notes)
     identity = world.on_first(
         lambda: identify(recipe, world.size, prepared.tokenizer, prepared.source)
