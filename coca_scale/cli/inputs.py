@@ -53,11 +53,13 @@ def ranks() -> Iterator[World]:
         yield World.alone(_own_device())
         return
     from coca_scale.engine.launch import end_world, start_world  # DeepSpeed takes seconds
+    from coca_scale.training.requests import Signals
 
-    with contextlib.redirect_stdout(io.StringIO()):  # it says which op it has built
-        world = start_world()
-    yield world
-    end_world()
+    with Signals():  # no rank outlives its launcher
+        with contextlib.redirect_stdout(io.StringIO()):  # it says which op it has built
+            world = start_world()
+        yield world
+        end_world()
 
 
 def load(

@@ -32,6 +32,7 @@ class Signals:
 
     A thread hears of them, as the main one may be waiting for other ranks. As long as there is
     nothing to save (until `to_be_saved`) the process ends at once, and with a second Ctrl-C always.
+    Verbs, which go on where they stopped when they are called again, have nothing to save.
 
     Attributes:
         reason: why this rank shall leave, None if nobody asked.
@@ -95,7 +96,7 @@ class Signals:
         if self.reason is not None:
             return
         if self._nothing_to_save:
-            self._say(f"{reason}: leaving before the first step, to be started again")
+            self._say(f"{reason}: leaving at once, with nothing to save")
             leave(REQUEUE)
         self.reason = reason
         again = "; Ctrl-C again leaves at once" if reason == signal.SIGINT.name else ""

@@ -50,7 +50,7 @@ def test_before_there_is_anything_to_save_a_signal_ends_a_run(number):
     out, errors = run.communicate(timeout=50)
     assert (run.returncode, out) == (75, "")
     name = number.name
-    assert errors == f"{name}: leaving before the first step, to be started again\n"
+    assert errors == f"{name}: leaving at once, with nothing to save\n"
 
 
 @pytest.mark.parametrize("number", ALL)
