@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from coca_scale.data.images import eval_pixels, to_rgb
+from coca_scale.data.images import decode_image, eval_pixels
 from coca_scale.data.synthetic import Shapes
 from coca_scale.data.tokens import Tokenizer, make_tokenizer
 from coca_scale.inference.export import export
@@ -71,6 +71,6 @@ def read_captioner(folder: Path) -> Captioner:
 def _drawings(tokenizer: Tokenizer, count: int, split: str) -> tuple[Tensor, Tensor]:
     shapes = Shapes(count, 48, split)
     samples = [shapes[i] for i in range(count)]
-    pixels = torch.stack([eval_pixels(to_rgb(s.image), 48) for s in samples])
+    pixels = torch.stack([eval_pixels(decode_image(s.image, s.key), 48) for s in samples])
     tokens = tokenizer([sample.caption for sample in samples])
     return normalize_pixels(pixels, torch.float32), tokens

@@ -1,18 +1,20 @@
-"""Image bytes to uint8 tensors: decoding, colour, cropping."""
+"""Image bytes to uint8 tensors: decoding, colour, orientation, cropping."""
 
 from __future__ import annotations
 
 import io
 import math
+import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image
 from PIL.JpegImagePlugin import JpegImageFile
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TILELENGTH, TILEWIDTH
 from torch import Tensor
 
 from coca_scale.data.sample import BadSample
@@ -22,40 +24,98 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MIN_SIDE_PIXELS = 2
 MAX_PIXELS = 2**27
+MAX_ASPECT = 128  # with its short side at 1024 pixels such a picture has MAX_PIXELS
+MAX_SCANS = 200  # of a JPEG; progressive ones have about 10
 ASPECT_RANGE = (3 / 4, 4 / 3)
+# what PIL raises on broken files, and on broken EXIF
+_BROKEN = (OSError, SyntaxError, ValueError, EOFError)
+_BROKEN_EXIF = (*_BROKEN, TypeError, LookupError, ArithmeticError, struct.error)
+_ALPHA_MODES = ("RGBA", "LA", "PA", "La", "RGBa")
+_STRIP_PIXELS = 2**20
+_WHITE_IS_ZERO = 0
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # by EXIF's orientation
+_SIDEWAYS = (5, 6, 7, 8)
+_SAYS_ORIENTATION = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
 
 
 @contextmanager
 def _opened(data: bytes | Image.Image, key: str) -> Iterator[Image.Image]:
     """A picture of usable size, not yet decoded; what goes wrong inside becomes a BadSample."""
-    if isinstance(data, Image.Image):
-        yield data
-        return
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about odd metadata; size is checked below
+            if isinstance(data, Image.Image):
+                _check_size(data, key)
+                yield data
+                return
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                if min(image.size) < MIN_SIDE_PIXELS:
-                    raise BadSample("tiny_image", key)
-                if image.width * image.height > MAX_PIXELS:
-                    raise BadSample("huge_image", key)
+                _check_size(image, key)
+                if isinstance(image, JpegImageFile) and data.count(b"\xff\xda") > MAX_SCANS:
+                    raise BadSample("too_many_scans", key)  # each goes over the whole picture
                 yield image
     except Image.DecompressionBombError as error:
         raise BadSample("huge_image", key) from error
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError) as error:
-        # SyntaxError and ValueError are what PIL's PNG and TIFF readers raise on broken files
+    except _BROKEN as error:
         raise BadSample("broken_image", key) from error
 
 
+def _check_size(image: Image.Image, key: str) -> None:
+    short, long = min(image.size), max(image.size)
+    if short < MIN_SIDE_PIXELS:
+        raise BadSample("tiny_image", key)
+    if short * long > MAX_PIXELS:
+        raise BadSample("huge_image", key)
+    if long > MAX_ASPECT * short:
+        raise BadSample("extreme_aspect", key)
+    if _tiled_pixels(image) > MAX_PIXELS:
+        raise BadSample("huge_image", key)
+
+
+def _tiled_pixels(image: Image.Image) -> int:
+    """Pixels of all tiles of a TIFF, which are decoded whole however small the picture is."""
+    tags = getattr(image, "tag_v2", {})
+    tile = tags.get(TILEWIDTH), tags.get(TILELENGTH)
+    pixels = 1
+    for length, side in zip(image.size, tile, strict=True):
+        if not isinstance(side, int) or side < 1:
+            return 0  # none, or broken
+        pixels *= -(-length // side) * side
+    return pixels
+
+
 def decode_image(data: bytes | Image.Image, key: str) -> Image.Image:
-    """Decode to RGB: transparent parts become white, 16-bit grey keeps its range.
+    """Decode to RGB, upright as EXIF says; transparent parts become white.
+
+    More than 8 bits a channel are scaled: white of integers is 255 where none is larger, else
+    65535, or 4095 in a TIFF of 12 bits; white of floats is the first of 1, 255 and 65535 that none
+    exceeds.
 
     Raises:
-        BadSample: broken_image, tiny_image (1 pixel wide or high) or huge_image (over 2^27 pixels).
+        BadSample: broken_image, tiny_image (1 pixel wide or high), huge_image (over 2^27 pixels),
+            extreme_aspect (a side over 128 times the other), too_many_scans (a JPEG with over 200),
+            or unknown_pixels (values below 0, above 65535 or not finite; CIELAB).
     """
     with _opened(data, key) as image:
-        image.load()
-        return to_rgb(image)
+        return _upright(image, key)
+
+
+def image_format(data: bytes, key: str) -> str:
+    """PIL's name of the format: of FORMATS, or MPO, a JPEG with further pictures behind it.
+
+    Raises:
+        BadSample: as decode_image.
+    """
+    with _opened(data, key) as image:
+        assert image.format is not None
+        return image.format
 
 
 @dataclass(frozen=True)
@@ -98,31 +158,96 @@ def train_pixels(
     with _opened(data, key) as image:
         crop.check(image.size, key)
         if crop.scale_min == 1.0:
-            return eval_pixels(to_rgb(image), size)
-        full_width, full_height = image.size
+            return eval_pixels(_upright(image, key), size)
+        if not isinstance(image, JpegImageFile):
+            image.load()  # in a PNG the orientation may stand behind the pixels
+        stored = image.size
+        full_width, full_height = stored[::-1] if _orientation(image) in _SIDEWAYS else stored
         left, top, width, height = _random_crop(full_width, full_height, crop.scale_min, rng)
         scale = 1.0
         if isinstance(image, JpegImageFile):
             spare = min(width, height) / size
-            drafted = image.draft(None, (int(full_width / spare), int(full_height / spare)))
-            scale = drafted[1][2] / full_width if drafted is not None else 1.0
+            drafted = image.draft(None, (int(stored[0] / spare), int(stored[1] / spare)))
+            scale = drafted[1][2] / stored[0] if drafted is not None else 1.0
         box = (left * scale, top * scale, (left + width) * scale, (top + height) * scale)
-        resized = to_rgb(image).resize((size, size), Image.Resampling.BICUBIC, box=box)
+        resized = _upright(image, key).resize((size, size), Image.Resampling.BICUBIC, box=box)
         return _to_tensor(resized)
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL mode as RGB."""
-    if image.mode.startswith("I"):  # 16-bit grey: PIL's own conversion would clip it to white
-        values = np.array(image, dtype=np.float32)
-        if values.max(initial=0) > 255:
-            values /= 257
-        image = Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return image if image.mode == "RGB" else image.convert("RGB")
+def _upright(image: Image.Image, key: str) -> Image.Image:
+    """The decoded picture as RGB, turned as its orientation says."""
+    image.load()
+    turn = _TURNS.get(_orientation(image))
+    rgb = _to_rgb(image, key)
+    if turn is None:
+        return rgb
+    turned = rgb.transpose(turn)
+    for name in _SAYS_ORIENTATION:
+        turned.info.pop(name, None)
+    return turned
+
+
+def _orientation(image: Image.Image) -> int:
+    """1 to 8, and 1 where nothing readable says so."""
+    try:
+        found = image.getexif().get(ExifTags.Base.Orientation)
+    except _BROKEN_EXIF:
+        return 1
+    return found if isinstance(found, int) and found in _TURNS else 1
+
+
+def _to_rgb(image: Image.Image, key: str) -> Image.Image:
+    """Any PIL mode as RGB; in strips where a whole copy of 4 bytes a pixel would come on top."""
+    convert: Callable[[Image.Image], Image.Image]
+    if image.mode == "LAB":
+        raise BadSample("unknown_pixels", key)
+    if image.mode.startswith(("I", "F")):
+        convert = _scaling(image, key)
+    elif image.mode in _ALPHA_MODES or "transparency" in image.info:
+        convert = _on_white
+    else:
+        return image if image.mode == "RGB" else image.convert("RGB")
+    rgb = Image.new("RGB", image.size)
+    for top, strip in _strips(image):
+        rgb.paste(convert(strip), (0, top))
+    return rgb
+
+
+def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """Pieces as wide as the picture, with the row each begins at."""
+    rows = max(1, _STRIP_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    image = image.convert("LA").convert("RGBA") if image.mode == "La" else image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def _scaling(image: Image.Image, key: str) -> Callable[[Image.Image], Image.Image]:
+    """What makes 8 bits of the strips of a picture with 12, 16 or 32 bits a pixel."""
+    limits = [(v.min(), v.max()) for v in (np.asarray(strip) for _, strip in _strips(image))]
+    smallest, largest = np.min(limits), np.max(limits)  # not a number if any pixel is not
+    tags = getattr(image, "tag_v2", {})
+    whites = [1, 255, 65535] if image.mode.startswith("F") else [255, 65535]
+    if tags.get(BITSPERSAMPLE) == (12,):
+        whites = [4095]
+    white = next((white for white in whites if largest <= white), None)
+    if white is None or not smallest >= 0:
+        raise BadSample("unknown_pixels", key)
+    inverted = tags.get(PHOTOMETRIC_INTERPRETATION) == _WHITE_IS_ZERO
+    transparent = image.info.get("transparency")
+
+    def convert(strip: Image.Image) -> Image.Image:
+        values = np.array(strip, dtype=np.float32)
+        scaled = (values / (white / 255)).round()
+        scaled = 255 - scaled if inverted else scaled
+        if isinstance(transparent, int):  # a shade of grey in a PNG
+            scaled[values == transparent] = 255
+        return Image.fromarray(scaled.astype(np.uint8)).convert("RGB")
+
+    return convert
 
 
 def eval_pixels(image: Image.Image, size: int) -> Tensor:

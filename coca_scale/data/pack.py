@@ -16,14 +16,14 @@ from typing import Any
 from PIL import Image
 from webdataset import TarWriter
 
-from coca_scale.data.images import decode_image
+from coca_scale.data.images import MIN_SIDE_PIXELS, decode_image, image_format
 from coca_scale.data.listing import ListedPicture, ListOptions, list_pictures
 from coca_scale.data.manifest import MANIFEST
 from coca_scale.data.sample import BadSample, DataError, causes_text
 from coca_scale.recipe.files import read_json, sha256_of
 
 JPEG_QUALITY = 95
-EXTENSION_OF = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+EXTENSION_OF = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 PLAN = "pack.json"
 BAD_LIST = "bad_samples.jsonl"
 
@@ -228,12 +228,13 @@ def _image_bytes(path: Path, max_side: int | None) -> tuple[str, bytes]:
     except OSError as error:
         raise BadSample("missing_image", str(path)) from error
     image = decode_image(data, str(path))
-    with Image.open(io.BytesIO(data)) as original:
-        extension = EXTENSION_OF.get(original.format or "")
+    extension = EXTENSION_OF.get(image_format(data, str(path)))
     if extension is not None and (max_side is None or max(image.size) <= max_side):
         return extension, data
     if max_side is not None:
         image.thumbnail((max_side, max_side), Image.Resampling.BICUBIC)
+        if min(image.size) < MIN_SIDE_PIXELS:
+            raise BadSample("tiny_image", str(path))
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=JPEG_QUALITY)
     return "jpg", buffer.getvalue()

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from coca_scale.data.images import decode_image, eval_pixels, to_rgb
+from coca_scale.data.images import decode_image, eval_pixels
 from coca_scale.data.sample import BadSample
 from coca_scale.data.tokens import Tokenizer, make_tokenizer, prompt_ids
 from coca_scale.errors import UserError
@@ -62,7 +62,7 @@ class LoadedModel:
         Returns:
             [3, H, W] on the model's device, in its dtype.
         """
-        pixels = eval_pixels(to_rgb(image), self.config.vision_cfg.image_size)
+        pixels = eval_pixels(decode_image(image, "picture"), self.config.vision_cfg.image_size)
         return self.normalize(pixels[None])[0]
 
     def normalize(self, pixels: Tensor) -> Tensor:

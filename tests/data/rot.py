@@ -5,34 +5,18 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-import zlib
 
 import numpy as np
 
 from coca_scale.data.manifest import MANIFEST
+from tests.data.pngs import black_png
 from tests.data.shards import encoded
 
 EVERY = 20  # samples: 5 % of each kind
 
 
-def bomb(width=30000, height=30000):
-    """A small PNG that unpacks to 900 million pixels."""
-    rows = zlib.compressobj(9)
-    row = bytes(1 + (width + 7) // 8)
-    data = b"".join(rows.compress(row) for _ in range(height)) + rows.flush()
-
-    def chunk(kind, content):
-        crc = zlib.crc32(kind + content).to_bytes(4, "big")
-        return len(content).to_bytes(4, "big") + kind + content + crc
-
-    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([1, 0, 0, 0, 0])
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
-    )
-
-
 GOOD = encoded()
-BOMB = bomb()
+BOMB = black_png(30000, 30000)  # 900 million pixels
 KINDS = {
     "missing_caption": [("jpg", GOOD)],
     "missing_image": [("txt", b"words")],

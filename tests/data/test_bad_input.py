@@ -13,7 +13,7 @@ from PIL import Image
 from webdataset import TarWriter
 
 from coca_scale.data.epoch_shards import expand_shards
-from coca_scale.data.images import decode_image, eval_pixels, to_rgb
+from coca_scale.data.images import decode_image, eval_pixels
 from coca_scale.data.pack import PackOptions, pack
 from coca_scale.data.rules import SampleRules
 from coca_scale.data.sample import BadSample, DataError
@@ -146,7 +146,7 @@ def test_16_bit_grey_keeps_its_range():
     buffer = io.BytesIO()
     Image.fromarray(values).save(buffer, "PNG")
     assert decode_image(buffer.getvalue(), "k").getpixel((0, 0)) == (100, 100, 100)
-    assert to_rgb(Image.new("I", (4, 4), 200)).getpixel((0, 0)) == (200, 200, 200)
+    assert decode_image(Image.new("I", (4, 4), 200), "k").getpixel((0, 0)) == (200, 200, 200)
 
 
 def test_huge_images_are_refused_before_they_are_decoded():

@@ -1,0 +1,281 @@
+"""Pictures as phones, cameras, scanners and attackers make them."""
+
+from __future__ import annotations
+
+import io
+import struct
+import tarfile
+import zlib
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+
+from coca_scale.data.images import (
+    MAX_ASPECT,
+    MAX_SCANS,
+    TrainCrop,
+    decode_image,
+    eval_pixels,
+    train_pixels,
+)
+from coca_scale.data.inspection import inspect_shards
+from coca_scale.data.listing import ListedPicture
+from coca_scale.data.pack import PackOptions, pack
+from coca_scale.data.sample import BadSample
+from coca_scale.evaluation.pictures import listed_part, read_pictures
+from tests.data.pngs import black_png, chunk
+
+CROPS = (TrainCrop(48, 0.9), TrainCrop(48, 1.0))
+
+
+def saved(image, form, **options):
+    """The bytes of a picture in a format."""
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def photo(size=(300, 200)):
+    """Smooth colours, different in every corner."""
+    coarse = np.random.default_rng(0).integers(0, 256, (5, 6, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+
+
+def tiff(width, height, content, tags):
+    """A TIFF of 8-bit grey with the given tags on top, `content` behind its directory."""
+    entries = {256: width, 257: height, 258: 8, 259: 8, 262: 1, 277: 1, **tags}
+    begin = 8 + 2 + 12 * len(entries) + 4
+    listed = sorted((tag, begin if value is None else value) for tag, value in entries.items())
+    rows = b"".join(struct.pack("<HHLL", tag, 4, 1, value) for tag, value in listed)
+    return b"II*\0" + struct.pack("<LH", 8, len(listed)) + rows + bytes(4) + content
+
+
+def causes(data):
+    """What each way of decoding says of a picture."""
+    ways = [
+        lambda: decode_image(data, "k"),
+        *(lambda c=c: train_pixels(data, "k", c, np.random.default_rng(0)) for c in CROPS),
+    ]
+    found = set()
+    for way in ways:
+        try:
+            way()
+            found.add("good")
+        except BadSample as bad:
+            found.add(bad.cause)
+    return found
+
+
+def peak_of(action):
+    """Bytes by which the resident memory of this process grows at most meanwhile."""
+    Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back
+
+    def read(name):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024
+
+    before = read("VmRSS")
+    action()
+    return read("VmHWM") - before
+
+
+@pytest.mark.parametrize("size", [(100_000, 2), (2, 100_000), (10 * (MAX_ASPECT + 1), 10)])
+def test_a_small_file_of_extreme_shape_is_bad_in_every_way_of_decoding(size):
+    assert causes(black_png(*size)) == {"extreme_aspect"}
+    with pytest.raises(BadSample, match="extreme_aspect"):
+        decode_image(Image.new("L", size), "k")
+
+
+def test_what_is_left_of_extreme_shapes_costs_little():
+    data = black_png(20 * MAX_ASPECT, 20)
+    assert peak_of(lambda: eval_pixels(decode_image(data, "k"), 224)) < 2**26
+
+
+def test_extreme_pictures_are_counted_by_pack_inspect_and_caption(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name, data in (("a", black_png(100_000, 2)), ("b", black_png(64, 48))):
+        (folder / f"{name}.png").write_bytes(data)
+        (folder / f"{name}.txt").write_text("words")
+    assert pack(folder, tmp_path / "out", PackOptions()).bad == {"extreme_aspect": 1}
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for path in sorted(folder.iterdir()):
+            tar.add(path, path.name)
+    assert inspect_shards([str(tmp_path / "x.tar")]).causes == {"extreme_aspect": 1}
+    part = listed_part([ListedPicture(p, ()) for p in sorted(folder.glob("*.png"))], "pictures")
+    bad = Counter()
+    assert len(list(read_pictures([part], 48, bad))) == 1
+    assert bad == {"extreme_aspect": 1}
+
+
+def test_scaling_down_never_writes_what_cannot_be_read(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    photo((1000, 12)).save(folder / "a.png")
+    photo().save(folder / "b.png")
+    for name in "ab":
+        (folder / f"{name}.txt").write_text("words")
+    assert pack(folder, tmp_path / "out", PackOptions(max_side=64)).bad == {"tiny_image": 1}
+    assert inspect_shards([str(tmp_path / "out")]).causes == {}
+
+
+def test_transparent_and_deep_pictures_take_no_more_than_twice_their_pixels():
+    side = 3000
+    pixels = side * side
+    deep = saved(Image.fromarray(np.full((side, side), 7000, np.uint16)), "PNG", compress_level=1)
+    for data, stored in ((black_png(side, side, channels=4), 4), (deep, 2)):
+        assert peak_of(lambda data=data: decode_image(data, "k")) < (stored + 4) * pixels + 2**25
+
+
+def test_tiles_and_metadata_are_not_believed():
+    small = zlib.compress(bytes(256))
+    tiles = {322: 2**27, 323: 1, 324: None, 325: len(small)}
+    assert causes(tiff(16, 16, small, tiles)) == {"huge_image"}
+    assert causes(tiff(16, 16, small, {**tiles, 322: 16, 323: 16})) == {"good"}
+    packed = zlib.compress(bytes(2**24), 9)
+    for kind in (b"zTXt", b"iCCP"):
+        bomb = black_png(64, 64, chunk(kind, b"k\0\0" + packed))
+        assert peak_of(lambda bomb=bomb: causes(bomb)) < 2**24
+    animation = [Image.new("P", (32, 32), n) for n in range(3)]
+    for form in ("GIF", "WEBP", "PNG"):
+        many = saved(photo((32, 32)), form, save_all=True, append_images=animation)
+        assert causes(many) == {"good"}
+    canvas = b"GIF89a" + struct.pack("<HH", 65535, 65535) + b"\x80\0\0" + bytes(6)
+    assert causes(canvas + b",\0\0\0\0\1\0\1\0\0\2\2D\1\0;") == {"huge_image"}
+
+
+def test_a_jpeg_of_endless_scans_is_not_decoded():
+    data = saved(Image.new("L", (256, 256), 90), "JPEG", progressive=True)
+    first = data.index(b"\xff\xda", data.index(b"\xff\xda") + 2)
+    second = data.index(b"\xff\xda", first + 2)
+    scan = data[first:second]
+    assert causes(data[:second] + 20 * scan + data[second:]) == {"good"}
+    assert causes(data[:second] + MAX_SCANS * scan + data[second:]) == {"too_many_scans"}
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF", "MPO"])
+def test_pictures_stand_upright_as_exif_says(form):
+    image = photo()
+    options = {"MPO": {"save_all": True, "append_images": [image]}}.get(form, {})
+    for orientation in range(10):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        data = saved(image, form, exif=exif, **options)
+        upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+        found = decode_image(data, "k")
+        assert found.tobytes() == upright.convert("RGB").tobytes()
+        # who decodes twice, or opens the file before, sees the same
+        for again in (found, Image.open(io.BytesIO(data))):
+            assert decode_image(again, "k").tobytes() == found.tobytes()
+        for crop in (TrainCrop(32, 0.3), TrainCrop(32, 1.0)):
+            one = train_pixels(data, "k", crop, np.random.default_rng(1)).int()
+            other = train_pixels(found, "k", crop, np.random.default_rng(1)).int()
+            assert (one - other).abs().float().mean() < 1.0  # of 255: reduced decoding
+
+
+def test_orientation_behind_the_pixels_of_a_png_counts():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = black_png(300, 200, chunk(b"eXIf", exif.tobytes()[6:]))
+    assert decode_image(data, "k").size == (200, 300)
+    wide = TrainCrop(8, 0.9)
+    upright = decode_image(data, "k")
+    one, other = (train_pixels(d, "k", wide, np.random.default_rng(0)) for d in (data, upright))
+    assert one.equal(other)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_broken_exif_never_makes_a_good_picture_bad(data):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "maker"
+    content = bytearray(exif.tobytes())
+    for _ in range(data.draw(st.integers(0, 6))):
+        place = data.draw(st.integers(6, len(content) - 1))
+        content[place] = data.draw(st.sampled_from([0, 1, 8, 127, 255]))
+    cut = bytes(content[: data.draw(st.integers(6, len(content)))])
+    segment = b"\xff\xe1" + struct.pack(">H", len(cut) + 2) + cut
+    plain = saved(photo((40, 24)), "JPEG")
+    assert decode_image(plain[:2] + segment + plain[2:], "k").size in ((40, 24), (24, 40))
+
+
+def test_packing_keeps_orientation_in_the_tag_or_in_the_pixels(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    upright = photo()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    lying = upright.transpose(Image.Transpose.ROTATE_90)
+    lying.save(folder / "a.jpg", quality=95, exif=exif)
+    more = {"save_all": True, "append_images": [lying]}
+    (folder / "b.jpg").write_bytes(saved(lying, "MPO", quality=95, exif=exif, **more))
+    for name in "ab":
+        (folder / f"{name}.txt").write_text("words")
+    for side in (None, 150):
+        out = tmp_path / f"out{side}"
+        pack(folder, out, PackOptions(max_side=side))
+        with tarfile.open(out / "shard-000000.tar") as tar:
+            packed = [tar.extractfile(m).read() for m in tar if m.name.endswith(".jpg")]
+        if side is None:
+            assert packed == [(folder / f"{name}.jpg").read_bytes() for name in "ab"]
+        expected = upright.resize((150, 100), Image.Resampling.BICUBIC)
+        for data in packed:
+            found = decode_image(data, "k").resize((150, 100), Image.Resampling.BICUBIC)
+            assert np.abs(np.subtract(found, expected, dtype=np.float32)).mean() < 3  # of 255
+
+
+WHITES = {np.uint16: (255, 65535), np.int32: (255, 65535), np.float32: (1, 255, 65535)}
+
+
+@pytest.mark.parametrize("kind", WHITES)
+def test_deep_grey_is_scaled_by_its_rule_or_bad(kind):
+    @settings(max_examples=60, deadline=None)
+    @given(st.data())
+    def check(data):
+        if kind is np.float32:
+            values = st.floats(width=32) | st.floats(0, 1, width=32) | st.floats(0, 300, width=32)
+        else:
+            info = np.iinfo(kind)
+            values = st.integers(info.min, info.max) | st.integers(0, 255) | st.integers(0, 65535)
+        drawn = data.draw(st.lists(values, min_size=6, max_size=6))
+        array = np.array(drawn, dtype=kind).reshape(2, 3)
+        form = data.draw(st.sampled_from(["PNG", "TIFF"])) if kind is np.uint16 else "TIFF"
+        white = next((w for w in WHITES[kind] if array.max() <= w), None)
+        good = white is not None and array.min() >= 0  # neither for what is not a number
+        encoded = saved(Image.fromarray(array), form)
+        assert causes(encoded) == {"good" if good else "unknown_pixels"}
+        if good:
+            grey = np.asarray(decode_image(encoded, "k"))[..., 0]
+            assert np.abs(grey - array.astype(np.float64) * (255 / white)).max() <= 0.51
+
+    check()
+
+
+def test_other_pixel_types():
+    for mode, expected in (("YCbCr", "good"), ("LAB", "unknown_pixels"), ("I;16B", "good")):
+        picture = Image.new(mode, (8, 8)) if mode != "YCbCr" else photo((8, 8)).convert(mode)
+        assert causes(saved(picture, "TIFF")) == {expected}
+    by_way_of = {"La": "LA", "RGBa": "RGBA", "PA": "LA"}
+    for mode in ("La", "RGBa", "PA", "HSV", "RGBX", "1"):
+        picture = photo((8, 8)).convert(by_way_of.get(mode, "RGB")).convert(mode)
+        assert decode_image(picture, "k").mode == "RGB"
+    half = Image.merge("LA", [Image.new("L", (4, 4), 100), Image.new("L", (4, 4), 128)])
+    grey, same = (decode_image(i, "k").getpixel((0, 0))[0] for i in (half, half.convert("La")))
+    assert abs(grey - same) <= 1
+
+
+def test_scanners_of_12_bits_and_of_inverted_grey():
+    inverted = struct.pack("<4H", 0, 65535, 0, 65535)
+    data = tiff(2, 2, inverted, {258: 16, 259: 1, 262: 0, 273: None, 278: 2, 279: 8})
+    assert np.asarray(decode_image(data, "k"))[..., 0].tolist() == [[255, 0], [255, 0]]
+    twelve = bytes.fromhex("fff000") + bytes.fromhex("800fff")
+    data = tiff(2, 2, twelve, {258: 12, 259: 1, 273: None, 278: 2, 279: 6})
+    assert np.asarray(decode_image(data, "k"))[..., 0].tolist() == [[255, 0], [128, 255]]
+    grey = Image.fromarray(np.array([[500, 65535], [500, 0]], np.uint16))
+    data = saved(grey, "PNG", transparency=500)
+    assert np.asarray(decode_image(data, "k"))[..., 0].tolist() == [[255, 255], [255, 0]]
