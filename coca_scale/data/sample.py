@@ -11,6 +11,12 @@ from PIL import Image
 
 from coca_scale.errors import UserError
 
+NOT_ADJACENT, COMPRESSED = "files_not_adjacent", "compressed_shard"
+REMEDIES = {
+    NOT_ADJACENT: "files of a sample stand next to each other after tar --sort=name",
+    COMPRESSED: "shards are plain tar files: decompress it, or read it by pipe:gzip -dc FILE",
+}
+
 
 class DataError(UserError):
     """Data that a run cannot use at all; the message says what and where."""
@@ -35,8 +41,13 @@ class Skipped(NamedTuple):
 
 
 def causes_text(causes: Counter[str]) -> str:
-    """`2 × broken_image, 1 × empty_caption`, the most frequent first."""
-    return ", ".join(f"{count} × {cause}" for cause, count in causes.most_common())
+    """`2 × broken_image, 1 × empty_caption`, the most frequent first, with what mends them."""
+    return ", ".join(f"{count} × {with_remedy(cause)}" for cause, count in causes.most_common())
+
+
+def with_remedy(cause: str) -> str:
+    """The cause, and what to do where that is the same for all data."""
+    return f"{cause} ({REMEDIES[cause]})" if cause in REMEDIES else cause
 
 
 class BadSample(Exception):

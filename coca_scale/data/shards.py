@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import re
@@ -17,13 +18,14 @@ from coca_scale.data.epoch_shards import EpochShards, ShardList, ShardRange, exp
 from coca_scale.data.manifest import shard_counts
 from coca_scale.data.retries import StorageError
 from coca_scale.data.rules import LIMITS, SampleRules
-from coca_scale.data.sample import BadSample, DataError, Position, RawSample
+from coca_scale.data.sample import NOT_ADJACENT, BadSample, DataError, Position, RawSample
 from coca_scale.data.storage import PIPE, StorageOptions, is_local, open_shard
-from coca_scale.data.tar import Run, TarFault, read_runs
+from coca_scale.data.tar import BLOCK, Run, TarFault, compression, read_runs
 
 LAST_NUMBER = re.compile(r"(.*?)(\d+)(\D*)")
 MAX_GAPS = 100_000
 WINDOW_BYTES = 2**32  # of a whole job
+INCOMPLETE = ("missing_image", "missing_caption", "wrong_extension")
 
 
 @dataclass(frozen=True)
@@ -85,24 +87,35 @@ class ShardSource:
         self._storage = storage
 
     def check(self) -> None:
-        """Local shards must exist, and the first remote one must be readable.
+        """Local shards must exist, the first remote one must be readable, and the first be a tar.
 
         Raises:
-            DataError: with the number of missing shards and the first of them.
+            DataError: with the number of missing shards and the first of them, or what to do.
         """
         missing = missing_shards(self.urls)
         if missing:
             raise DataError(
                 f"{len(missing)} of {len(self.urls)} shards are missing, first: {missing[0]}"
             )
+        for url in itertools.islice(filter(is_local, self.urls), 1):
+            with contextlib.suppress(OSError):  # counted where it is read
+                self._refuse_compressed(url)
         remote = (u for u in self.urls if not is_local(u) and not u.startswith(PIPE))
         for url in itertools.islice(remote, 1):
             try:
-                with open_shard(url, StorageOptions(1, self._storage.timeout_seconds)) as file:
-                    file.read(1)
+                self._refuse_compressed(url)
             except OSError as error:
                 reason = "no such shard" if isinstance(error, FileNotFoundError) else error
                 raise DataError(f"{url}: {reason}") from error
+
+    def _refuse_compressed(self, url: str) -> None:
+        with open_shard(url, StorageOptions(1, self._storage.timeout_seconds)) as file:
+            name = compression(file.read(BLOCK))
+        if name is not None:
+            raise DataError(
+                f"{url}: compressed by {name}, and shards are plain tar files; decompress them, or "
+                f"let a command do it: 'pipe:{name} -dc {url}'"
+            )
 
     def count(self) -> int | None:
         """Samples of an epoch, if each shard is listed in a manifest beside it."""
@@ -183,6 +196,7 @@ def _read(
 ) -> Iterator[tuple[_Cursor, list[RawSample | BadSample]]]:
     """A part of a shard from `at` on: what a sample gives, with the cursor behind it."""
     number = at.number
+    incomplete: set[int] = set()
     cause = "truncated_shard"
     try:
         with open_shard(url, storage) as file:
@@ -192,7 +206,7 @@ def _read(
                 mine = number >= part.first and (number - part.first) % part.stride == 0
                 number += 1
                 if mine:
-                    yield _Cursor(at.part, number, run.end), _parse(run, url, rules)
+                    yield _Cursor(at.part, number, run.end), _parse(run, url, rules, incomplete)
         if part.stop is None:
             return
     except TarFault as fault:
@@ -207,7 +221,10 @@ def _read(
         yield _Cursor(at.part + 1, 0, 0), [BadSample(cause, url, url, lost)]
 
 
-def _parse(run: Run, url: str, rules: SampleRules) -> list[RawSample | BadSample]:
+def _parse(
+    run: Run, url: str, rules: SampleRules, incomplete: set[int]
+) -> list[RawSample | BadSample]:
+    """What a sample gives; `incomplete` has the hashes of keys that came without all they need."""
     found: list[RawSample | BadSample] = [
         BadSample("duplicate_key", run.key, url) for _ in range(run.copies)
     ]
@@ -216,7 +233,12 @@ def _parse(run: Run, url: str, rules: SampleRules) -> list[RawSample | BadSample
             raise BadSample(run.fault, run.key, url)
         found.append(rules.sample(run.key, run.files, url))
     except BadSample as bad:
-        found.append(BadSample(*bad.skipped))  # without the frames that the other one holds
+        skipped = bad.skipped
+        if skipped.cause in INCOMPLETE:
+            if hash(run.key) in incomplete:
+                skipped = skipped._replace(cause=NOT_ADJACENT)
+            incomplete.add(hash(run.key))
+        found.append(BadSample(*skipped))  # without the frames that the other one holds
     return found
 
 

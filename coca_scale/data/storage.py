@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from coca_scale.data.remote import NoRangesError, RemoteReader, download_whole
-from coca_scale.data.retries import with_retries
+from coca_scale.data.retries import StorageError, with_retries
 
 CHUNK_BYTES = 2**22
 READ_AHEAD_THREADS = 32
@@ -167,6 +167,8 @@ class _LocalReader:
 
     def read_at(self, position: int, size: int) -> bytes:
         if self._file is None:
+            if self._path.exists() and not self._path.is_file():
+                raise StorageError(f"{self._path}: not a file")  # a pipe would wait for ever
             self._file = self._path.open("rb")
         self._file.seek(position)
         return self._file.read(size)

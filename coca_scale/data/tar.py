@@ -2,6 +2,7 @@
 
 Headers are read by the standard library; the blocks between them are read here, because a position
 in bytes and a limit on every size are what its stream reader, and webdataset's, do not offer.
+Tars behind each other in one file, as `cat` and `tar -A` make them, are read as one.
 """
 
 from __future__ import annotations
@@ -14,10 +15,30 @@ from typing import Protocol
 
 from webdataset.tariterators import base_plus_ext
 
+from coca_scale.data.sample import COMPRESSED
+
 BLOCK = tarfile.BLOCKSIZE
 MAX_HEADER_BYTES = 2**20
+MAX_FILE_BYTES = 2**40  # keeps every position far below what a file can have
+MAX_DIGITS = 19
+MAX_PADDING_BYTES = 2**20  # between tars behind each other
 FILES = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 HARMLESS = (tarfile.DIRTYPE,)
+# whatever size they name, nothing follows them
+WITHOUT_CONTENT = (
+    *(tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE),
+    *(tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE),
+)
+PAX_HEADERS = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
+PASSED_OVER = (tarfile.XGLTYPE, tarfile.GNUTYPE_LONGLINK)
+COMPRESSIONS = {
+    b"\x1f\x8b": "gzip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\xfd7zXZ\0": "xz",
+    b"BZh": "bzip2",
+    b"\x04\x22\x4d\x18": "lz4",
+}
+_USTAR = slice(257, 262)  # of a header
 
 
 class TarBytes(Protocol):
@@ -65,7 +86,8 @@ def read_runs(file: TarBytes, start: int, limits: Mapping[str, int]) -> Iterator
     Content is read for extensions in `limits`, which say the most bytes; all else is passed over.
 
     Raises:
-        TarFault: truncated_shard, broken_shard or empty_shard; samples before it have been given.
+        TarFault: truncated_shard, broken_shard, compressed_shard or empty_shard; samples before it
+            have been given.
     """
     run: Run | None = None
     repeats: Counter[str] = Counter()
@@ -134,30 +156,72 @@ def _members(file: TarBytes, position: int) -> Iterator[_Member]:
         try:
             info = tarfile.TarInfo.frombuf(block, "utf-8", "replace")
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
-            return
+            behind = _next_tar(file, position)
+            if behind is None:
+                return
+            position, name, pax = behind, None, {}
+            continue
         except tarfile.EmptyHeaderError as error:  # type: ignore[attr-defined]
             if position:
                 return  # resumed right at the end
             raise TarFault("empty_shard") from error
-        except tarfile.TruncatedHeaderError as error:  # type: ignore[attr-defined]
-            raise TarFault("truncated_shard") from error
         except tarfile.HeaderError as error:
-            raise TarFault("broken_shard") from error
-        size = int(pax.get("size", info.size))
+            raise TarFault(_fault_of_header(block, position)) from error
+        size = _size(info, pax)
         member = _Member(name or pax.get("path", info.name), info.type, position + BLOCK, size)
-        if size < 0 or info.type == tarfile.GNUTYPE_SPARSE or any("sparse" in k for k in pax):
+        if info.type == tarfile.GNUTYPE_SPARSE or any("sparse" in key for key in pax):
             raise TarFault("broken_shard")  # a sparse file is any size at no cost
         position = member.end
-        if info.type in (tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE):
-            content = _header_content(file, member)
-            if info.type == tarfile.XHDTYPE:
-                pax = _pax_records(content)
-            else:
-                name = content.rstrip(b"\0").decode("utf-8", "replace")
-            continue
-        if info.type not in (tarfile.XGLTYPE, tarfile.GNUTYPE_LONGLINK, *HARMLESS):
-            yield member
-        name, pax = None, {}
+        if info.type in PAX_HEADERS:
+            pax = _pax_records(_header_content(file, member))
+        elif info.type == tarfile.GNUTYPE_LONGNAME:
+            name = _header_content(file, member).rstrip(b"\0").decode("utf-8", "replace")
+        elif info.type not in PASSED_OVER:
+            if info.type not in HARMLESS:
+                yield member
+            name, pax = None, {}
+
+
+def compression(begin: bytes) -> str | None:
+    """What a file is compressed by, as its first bytes say."""
+    return next((name for mark, name in COMPRESSIONS.items() if begin.startswith(mark)), None)
+
+
+def _fault_of_header(block: bytes, position: int) -> str:
+    if position == 0 and compression(block) is not None:
+        return COMPRESSED
+    return "truncated_shard" if len(block) < BLOCK else "broken_shard"
+
+
+def _next_tar(file: TarBytes, position: int) -> int | None:
+    """Where another tar begins behind the end mark at `position`; what is no tar is passed over."""
+    for behind in range(position + BLOCK, position + MAX_PADDING_BYTES, BLOCK):
+        file.seek(behind)
+        block = file.read(BLOCK)
+        if len(block) < BLOCK:
+            return None
+        if any(block):
+            return behind if block[_USTAR] == b"ustar" else None
+    return None
+
+
+def _size(info: tarfile.TarInfo, pax: Mapping[str, str]) -> int:
+    """Bytes of content behind a header, which is where every number of a tar enters."""
+    if info.type in WITHOUT_CONTENT:
+        return 0
+    size = info.size
+    headers = (*PAX_HEADERS, *PASSED_OVER, tarfile.GNUTYPE_LONGNAME)
+    if "size" in pax and info.type not in headers:
+        size = _number(pax["size"].encode())
+    if not 0 <= size <= MAX_FILE_BYTES:
+        raise TarFault("broken_shard")
+    return size
+
+
+def _number(digits: bytes) -> int:
+    if not digits.isdigit() or len(digits) > MAX_DIGITS:
+        raise TarFault("broken_shard")
+    return int(digits)
 
 
 def _header_content(file: TarBytes, member: _Member) -> bytes:
@@ -172,13 +236,15 @@ def _header_content(file: TarBytes, member: _Member) -> bytes:
 def _pax_records(content: bytes) -> dict[str, str]:
     """Records "LENGTH KEY=VALUE\\n" of a pax header (POSIX.1-2001)."""
     records = {}
-    while content:
-        length, _, _ = content.partition(b" ")
-        if not length.isdigit() or not len(length) < int(length) <= len(content):
+    begin = 0
+    while begin < len(content) and content[begin]:  # some writers fill up with zeros
+        space = content.find(b" ", begin, begin + MAX_DIGITS + 1)
+        end = begin + _number(content[begin : max(space, begin)])
+        if not space < end <= len(content):
             raise TarFault("broken_shard")
-        key, equals, value = content[len(length) + 1 : int(length) - 1].partition(b"=")
-        if not equals or (key == b"size" and not value.isdigit()):
+        key, equals, value = content[space + 1 : end - 1].partition(b"=")
+        if not equals:
             raise TarFault("broken_shard")
         records[key.decode("utf-8", "replace")] = value.decode("utf-8", "replace")
-        content = content[int(length) :]
+        begin = end
     return records

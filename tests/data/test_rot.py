@@ -148,7 +148,7 @@ def test_no_size_in_a_tar_is_believed(tmp_path):
     for kind in (tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME):
         header = tarfile.TarInfo("x")
         header.type, header.size = kind, 2**40
-        path.write_bytes(header.tobuf() + tail.getvalue())
+        path.write_bytes(header.tobuf(tarfile.GNU_FORMAT) + tail.getvalue())
         found = list(read_shard(str(path), rules, StorageOptions()))
         assert [bad.cause for bad in found] == ["broken_shard"]
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # kB
