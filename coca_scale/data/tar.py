@@ -24,11 +24,7 @@ MAX_DIGITS = 19
 MAX_PADDING_BYTES = 2**20  # between tars behind each other
 FILES = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 HARMLESS = (tarfile.DIRTYPE,)
-# whatever size they name, nothing follows them
-WITHOUT_CONTENT = (
-    *(tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE),
-    *(tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE),
-)
+WITHOUT_CONTENT = (tarfile.DIRTYPE, tarfile.LNKTYPE)  # whatever size they name
 PAX_HEADERS = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
 PASSED_OVER = (tarfile.XGLTYPE, tarfile.GNUTYPE_LONGLINK)
 COMPRESSIONS = {

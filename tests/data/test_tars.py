@@ -130,8 +130,7 @@ def test_no_number_or_record_escapes(size, records, kind):
 
 
 def test_what_has_no_content_takes_no_blocks():
-    kinds = (tarfile.DIRTYPE, tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE)
-    for kind in kinds:
+    for kind in (tarfile.DIRTYPE, tarfile.LNKTYPE):
         assert found_in(member("x", kind=kind, size=b"00000000777\0") + sample("a") + END) == ["a"]
     twice = pax((b"size", b"3")) + pax((b"path", b"c.jpg")) + member("b.jpg", PICTURE) + END
     assert found_in(twice) == ["c"]
