@@ -11,6 +11,7 @@ from coca_scale.data.images import IMAGE_EXTENSIONS
 from coca_scale.data.sample import BadSample, DataError, RawSample
 from coca_scale.data.tables import TABLE_SUFFIXES, read_table
 from coca_scale.recipe.files import read_json
+from coca_scale.recipe.text import one_line
 
 ANNOTATIONS = ".json"
 _SUFFIXES = {f".{extension}" for extension in IMAGE_EXTENSIONS}
@@ -91,7 +92,7 @@ def list_pictures(
     captions: dict[Path, list[str]] = {}
     for path, caption in pairs:
         known = captions.setdefault(path, [])
-        text = caption.strip()
+        text = one_line(caption)
         if text and text not in known:
             known.append(text)
     if not captions:

@@ -72,7 +72,7 @@ def decode_sample(
     Raises:
         BadSample: the image cannot be used or is filtered out, or the caption has no words.
     """
-    if not sample.caption.strip():
+    if not sample.caption:
         raise BadSample("empty_caption", sample.key)
     caption = sample.caption
     if len(sample.captions) > 1:

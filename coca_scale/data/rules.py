@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from coca_scale.data.images import IMAGE_EXTENSIONS
 from coca_scale.data.sample import BadSample, RawSample
+from coca_scale.errors import UserError
 from coca_scale.recipe.data import DataFilters
+from coca_scale.recipe.files import parse_json
+from coca_scale.recipe.text import decoded
 
 TEXT, JSON, CLASS = "txt", "json", "cls"
 MAX_IMAGE_BYTES = 2**28
@@ -20,7 +22,6 @@ LIMITS = {
     JSON: MAX_TEXT_BYTES,
     CLASS: MAX_TEXT_BYTES,
 }
-MAX_CAPTION_CHARACTERS = 4096  # merging a "word" of n letters takes CLIP's BPE n² steps
 
 
 class SampleRules:
@@ -64,33 +65,33 @@ class SampleRules:
         captions: list[tuple[str, float]] = []
         for name, weight in weights.items():
             whole = name in (TEXT, CLASS)
-            found = _decoded(files.get(name), key, shard) if whole else _texts(fields.get(name))
+            found = _whole(files.get(name), key, shard) if whole else _texts(fields.get(name))
             captions += [(caption, weight / len(found)) for caption in found]
         if not captions and self._captions_needed:
             raise BadSample("missing_caption", key, shard)
-        captions = [
-            (caption[:MAX_CAPTION_CHARACTERS], weight)
-            for caption, weight in captions
-            if caption.strip()
-        ]
-        if not captions and self._captions_needed:
+        sample = RawSample(key, image, tuple(captions), shard)
+        if not sample.captions and self._captions_needed:
             raise BadSample("empty_caption", key, shard)
-        return RawSample(key, image, tuple(captions), shard)
+        return sample
 
 
-def _decoded(text: bytes | None, key: str, shard: str) -> list[str]:
+def _whole(content: bytes | None, key: str, shard: str) -> list[str]:
+    return [] if content is None else [_text(content, key, shard)]
+
+
+def _text(content: bytes, key: str, shard: str) -> str:
     try:
-        return [] if text is None else [text.decode("utf-8")]
-    except UnicodeDecodeError as error:
+        return decoded(content)
+    except UnicodeError as error:
         raise BadSample("caption_not_utf8", key, shard) from error
 
 
 def _json_fields(content: bytes | None, key: str, shard: str) -> dict[str, Any]:
+    if content is None:
+        return {}
     try:
-        fields = json.loads(content) if content is not None else {}
-    except UnicodeDecodeError as error:
-        raise BadSample("caption_not_utf8", key, shard) from error
-    except (ValueError, RecursionError) as error:
+        fields = parse_json(_text(content, key, shard), key)
+    except UserError as error:
         raise BadSample("broken_json", key, shard) from error
     if not isinstance(fields, dict):
         raise BadSample("broken_json", key, shard)

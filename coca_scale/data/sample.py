@@ -10,6 +10,9 @@ from typing import NamedTuple, Protocol
 from PIL import Image
 
 from coca_scale.errors import UserError
+from coca_scale.recipe.text import one_line, visible
+
+MAX_CAPTION_CHARACTERS = 4096  # merging a "word" of n letters takes CLIP's BPE n² steps
 
 NOT_ADJACENT, COMPRESSED = "files_not_adjacent", "compressed_shard"
 REMEDIES = {
@@ -69,6 +72,10 @@ class BadSample(Exception):
 class RawSample:
     """An image, encoded or already drawn, with its captions.
 
+    Whatever a reader found, here it becomes text that can be tokenised, written and shown: a line
+    per caption without controls and escapes, cut to 4,096 characters; what is empty then is left
+    out.
+
     Attributes:
         key: name of the sample.
         image: file content, or a picture.
@@ -80,6 +87,11 @@ class RawSample:
     image: bytes | Image.Image
     captions: tuple[tuple[str, float], ...] = ()
     shard: str = ""
+
+    def __post_init__(self) -> None:
+        lines = ((one_line(text)[:MAX_CAPTION_CHARACTERS], w) for text, w in self.captions)
+        object.__setattr__(self, "captions", tuple((line, w) for line, w in lines if line))
+        object.__setattr__(self, "key", visible(self.key))
 
     @property
     def caption(self) -> str:

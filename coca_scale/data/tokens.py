@@ -22,6 +22,7 @@ from torch import Tensor
 from coca_scale.errors import UserError
 from coca_scale.model.config import ModelConfig
 from coca_scale.openclip.alone import open_clip_module
+from coca_scale.recipe.text import cleaned, one_line
 
 _openclip = open_clip_module("tokenizer")
 
@@ -47,7 +48,7 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The words before the first end token, without special tokens."""
+        """The words before the first end token, without special tokens, as one clean line."""
         ...
 
 
@@ -69,8 +70,7 @@ class ClipTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The words before the first end token."""
-        text: str = self._bpe.decode(_words(ids, self))
-        return text.strip()
+        return one_line(self._bpe.decode(_words(ids, self)))
 
 
 class FastTokenizer:
@@ -103,8 +103,7 @@ class FastTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The words before the first end token."""
-        text: str = self._backend.decode(_words(ids, self))
-        return text.strip()
+        return one_line(self._backend.decode(_words(ids, self)))
 
     def save(self, folder: Path) -> None:
         """Write the files that OpenCLIP's HFTokenizer reads."""
@@ -119,7 +118,7 @@ class FastTokenizer:
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
     """Start token and words of a prompt, without the end that a whole caption has."""
-    ids: list[int] = tokenizer([prompt])[0].tolist()
+    ids: list[int] = tokenizer([cleaned(prompt)])[0].tolist()
     return ids[: ids.index(tokenizer.end_id, 1)]
 
 

@@ -41,7 +41,7 @@ class CaptionFile:
         _drop_torn_line(self._mine)
         if not self._mine.is_file() or not self._mine.stat().st_size:
             self._mine.write_text(json.dumps({"settings": self._settings}) + "\n")
-        self._file = self._mine.open("a")
+        self._file = self._mine.open("a", encoding="utf-8")
 
     def add(self, captioned: Iterable[Captioned]) -> None:
         """Append captions; afterwards they are in the file."""
@@ -116,7 +116,7 @@ class SideCars:
 
 def _write_whole(path: Path, records: Iterable[dict[str, Any]]) -> None:
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
+    with temporary.open("w", encoding="utf-8") as file:
         file.writelines(_line(record) for record in records)
         file.flush()
         os.fsync(file.fileno())

@@ -32,6 +32,7 @@ from coca_scale.model.coca import unit
 from coca_scale.openclip.alone import open_clip_module
 from coca_scale.recipe.data import DataSection
 from coca_scale.recipe.files import read_text
+from coca_scale.recipe.text import one_line
 
 _openclip = open_clip_module("zero_shot_metadata")
 
@@ -121,7 +122,7 @@ class Labelled:
 
     def label(self, picture: Picture) -> int:
         """Its class; raises DataError for one that there is not."""
-        label = picture.captions[0].strip() if picture.captions else ""
+        label = picture.captions[0] if picture.captions else ""
         if not label.isdecimal() or int(label) >= len(self.classes.names):
             last = len(self.classes.names) - 1
             raise DataError(f"{picture.key}: class {label!r} is none of 0 … {last}")
@@ -169,7 +170,7 @@ def make_classes(classnames: str | None, templates: str, folders: Sequence[str] 
     if classnames == IMAGENET or (classnames is None and _is_imagenet(folders or ())):
         names: Sequence[str] = _openclip.IMAGENET_CLASSNAMES
     elif classnames is None:
-        names = [folder.replace("_", " ") for folder in folders or ()]
+        names = [one_line(folder.replace("_", " ")) for folder in folders or ()]
     else:
         names = _read_lines(classnames)
     if folders is not None and len(names) != len(folders):
@@ -242,7 +243,7 @@ def _read_lines(name: str) -> list[str]:
     path = Path(name)
     if not path.is_file():
         raise DataError(f"{name}: no such file")
-    lines = [line.strip() for line in read_text(path).splitlines()]
+    lines = [one_line(line) for line in read_text(path).split("\n")]
     lines = [line for line in lines if line]
     if not lines:
         raise DataError(f"{name}: empty")

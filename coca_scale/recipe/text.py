@@ -9,6 +9,7 @@ _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 _ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[ -/]*[0-~])")
 _SURROGATES = re.compile(r"[\ud800-\udfff]")
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and new line
+_LINE_ENDS = re.compile(r"[\t\n\u2028\u2029]+")
 
 
 def decoded(data: bytes, encoding: str | None = None) -> str:
@@ -37,6 +38,11 @@ def cleaned(text: str) -> str:
     """
     text = _ESCAPES.sub("", text)
     return _SURROGATES.sub("\ufffd", _CONTROLS.sub(" ", text))
+
+
+def one_line(text: str) -> str:
+    """A caption, a class name or a template in one line, without spaces around it."""
+    return _LINE_ENDS.sub(" ", cleaned(text)).strip()
 
 
 def visible(text: str) -> str:

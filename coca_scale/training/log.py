@@ -134,7 +134,7 @@ class RunLog:
         told = "; ".join(found.headline() for found in result.results if found.scores)
         self.say(f"validation at step {step}, {result.samples} pairs: {told}")
         for item in result.captioned[:3]:
-            self.say(f"  «{item.picture.captions[0].strip()}» captioned as «{item.captions[0]}»")
+            self.say(f"  «{item.picture.captions[0]}» captioned as «{item.captions[0]}»")
         line = {"step": step, "samples": result.samples, **scores}
         append(self._folder / VALIDATION, json.dumps(line) + "\n")
         self._scalars("val", step, scores)
@@ -155,10 +155,7 @@ class RunLog:
             return
         images = torch.stack([item.picture.pixels for item in result.captioned])
         self._writer.add_images("val/pictures", images, step)
-        rows = [
-            f"| {item.picture.captions[0].strip()} | {item.captions[0]} |"
-            for item in result.captioned
-        ]
+        rows = [f"| {item.picture.captions[0]} | {item.captions[0]} |" for item in result.captioned]
         table = "\n".join(["| caption | generated |", "|---|---|", *rows])
         self._writer.add_text("val/captions", table, step)
 
