@@ -75,6 +75,9 @@ ImagesOption = Annotated[Path | None, typer.Option(help="Pictures of a .json.")]
 SplitOption = Annotated[
     str | None, typer.Option(help="Of a .json with Karpathy's splits: train, val, test …")
 ]
+FirstLine = Annotated[
+    bool, typer.Option("--first-line", help="Of a .txt side-car, take no further lines.")
+]
 CORES = len(os.sched_getaffinity(0))
 Workers = Annotated[int, typer.Option(min=1, help="Processes.")]
 CaptionColumn = Annotated[str, typer.Option(help="CSV/TSV column with the caption.")]

@@ -11,6 +11,7 @@ import typer
 from coca_scale.cli.arguments import (
     CORES,
     CaptionColumn,
+    FirstLine,
     ImageColumn,
     ImagesOption,
     SplitOption,
@@ -28,12 +29,13 @@ def data_pack(
         Path,
         typer.Argument(
             metavar="SOURCE",
-            help="Folder with .txt side-cars (first line), .csv/.tsv, COCO's or Karpathy's .json.",
+            help="Folder with .txt side-cars, .csv/.tsv, COCO's or Karpathy's .json.",
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the shards.")],
     images: ImagesOption = None,
     split: SplitOption = None,
+    first_line: FirstLine = False,
     image_column: ImageColumn = "filepath",
     caption_column: CaptionColumn = "title",
     shard_samples: Annotated[int, typer.Option(min=1, help="Samples per shard.")] = 10000,
@@ -53,7 +55,7 @@ def data_pack(
     from coca_scale.data.pack import PackOptions, pack, pack_split
 
     columns = (image_column, caption_column)
-    options = PackOptions(images, *columns, split, shard_samples, max_side)
+    options = PackOptions(images, *columns, split, first_line, shard_samples, max_side)
     with progress_bar("pictures") as progress:
         if hold_out is None:
             results = {out: pack(source, out, options, workers, progress)}

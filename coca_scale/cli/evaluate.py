@@ -20,6 +20,7 @@ from coca_scale.cli.arguments import (
     CaptionColumn,
     ConfigOption,
     DataArgument,
+    FirstLine,
     ImageColumn,
     ImagesOption,
     Limit,
@@ -123,11 +124,17 @@ def _report(result: Result, model: str, data: list[str], out: Path | None) -> No
 
 
 def _captioned(
-    data: list[str], image_column: str, caption_column: str, images: Path | None, split: str | None
+    data: list[str],
+    image_column: str,
+    caption_column: str,
+    images: Path | None,
+    split: str | None,
+    first_line: bool,
 ) -> InputPictures:
     from coca_scale.evaluation.pictures import InputPictures
 
-    parts = open_inputs(data, image_column, caption_column, images, split, captions_needed=True)
+    columns = (image_column, caption_column)
+    parts = open_inputs(data, *columns, images, split, first_line, captions_needed=True)
     return InputPictures(parts)
 
 
@@ -163,6 +170,7 @@ def eval_retrieval(
     caption_column: CaptionColumn = "title",
     images: ImagesOption = None,
     split: SplitOption = None,
+    first_line: FirstLine = False,
 ) -> Evaluator:
     """Recall at 1, 5 and 10, image to text and text to image.
 
@@ -171,7 +179,7 @@ def eval_retrieval(
     from coca_scale.evaluation.retrieval import Retrieval
 
     columns = (image_column, caption_column)
-    return Retrieval(_captioned(data, *columns, images, split), equal_captions)
+    return Retrieval(_captioned(data, *columns, images, split, first_line), equal_captions)
 
 
 @_verb("captioning")
@@ -185,6 +193,7 @@ def eval_captioning(
     caption_column: CaptionColumn = "title",
     images: ImagesOption = None,
     split: SplitOption = None,
+    first_line: FirstLine = False,
 ) -> Evaluator:
     """BLEU, METEOR, ROUGE-L, CIDEr and SPICE of generated captions, by COCO's own code.
 
@@ -195,4 +204,4 @@ def eval_captioning(
 
     options = GenerationOptions(METHODS[method], max_length, min_length, num_beams)
     columns = (image_column, caption_column)
-    return Captioning(_captioned(data, *columns, images, split), options)
+    return Captioning(_captioned(data, *columns, images, split, first_line), options)

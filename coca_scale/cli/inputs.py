@@ -26,13 +26,14 @@ def open_inputs(
     caption_column: str,
     images: Path | None,
     split: str | None,
+    first_line: bool,
     captions_needed: bool,
 ) -> list[Part]:
     """What DATA or INPUTS of a verb name."""
     from coca_scale.data.listing import ListOptions
     from coca_scale.evaluation.pictures import open_pictures
 
-    listing = ListOptions(images, image_column, caption_column, split)
+    listing = ListOptions(images, image_column, caption_column, split, first_line)
     return open_pictures(inputs, data_section(inputs), listing, captions_needed)
 
 

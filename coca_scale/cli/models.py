@@ -13,6 +13,7 @@ from coca_scale.cli.arguments import (
     BatchSize,
     CaptionColumn,
     ConfigOption,
+    FirstLine,
     ImageColumn,
     ImagesOption,
     MaxLength,
@@ -144,6 +145,7 @@ def caption_command(
     caption_column: CaptionColumn = "title",
     images: ImagesOption = None,
     split: SplitOption = None,
+    first_line: FirstLine = False,
     config: ConfigOption = None,
     raw_weights: RawWeights = False,
 ) -> None:
@@ -176,12 +178,13 @@ def caption_command(
     with ranks() as world:
         columns = (image_column, caption_column)
         parts = world.agree(
-            lambda: open_inputs(inputs, *columns, images, split, captions_needed=False)
+            lambda: open_inputs(inputs, *columns, images, split, first_line, captions_needed=False)
         )
         encoder = loaded_encoder(load(model, config, raw_weights, precision, world), world)
         captioner = world.agree(lambda: captioning.Captioner(encoder, options, prompt, batch_size))
         settings = {"model": model, "raw_weights": raw_weights, "inputs": inputs, "prompt": prompt}
         settings |= {"precision": precision.value, "split": split, **asdict(options)}
+        settings |= {"first_line": True} if first_line else {}
         with progress_bar("pictures", world.rank == 0) as progress:
             job = CaptionJob(captioner, parts, settings, world, progress)
             in_file = out.suffix in (".jsonl", ".json")

@@ -29,6 +29,7 @@ BIN_TOKENS = 8
 MAX_BINS = 40
 BAR_WIDTH = 40
 WORST_SHARDS = 5
+CONTEXT = 77  # tokens that CLIP reads
 
 
 @dataclass
@@ -38,8 +39,9 @@ class ShardReport:
     Attributes:
         url: of the shard.
         samples: usable and unusable ones, each key once.
+        usable: samples that can be used.
         image_bytes: of usable samples, encoded.
-        lengths: samples by caption length, in tokens of CLIP's BPE with start and end.
+        lengths: captions of usable samples by tokens of CLIP's BPE, with start and end.
         sides: samples by shortest side, in pixels.
         formats: samples by image format.
         skipped: unusable samples.
@@ -47,6 +49,7 @@ class ShardReport:
 
     url: str
     samples: int = 0
+    usable: int = 0
     image_bytes: int = 0
     lengths: Counter[int] = field(default_factory=Counter)
     sides: Counter[int] = field(default_factory=Counter)
@@ -66,23 +69,29 @@ class Inspection:
         return sum(shard.samples for shard in self.shards)
 
     @property
+    def usable(self) -> int:
+        """Samples that can be used."""
+        return sum(shard.usable for shard in self.shards)
+
+    @property
     def causes(self) -> Counter[str]:
         """Unusable samples by cause."""
         return Counter(bad.cause for shard in self.shards for bad in shard.skipped)
 
     @property
     def lengths(self) -> Counter[int]:
-        """Usable samples by caption length in tokens."""
+        """Captions of usable samples by length in tokens."""
         return sum((shard.lengths for shard in self.shards), Counter())
 
     def facts(self) -> dict[str, Any]:
         """Everything as plain data for JSON."""
         sides = sum((shard.sides for shard in self.shards), Counter())
-        usable = self.lengths.total()
         return {
             "shards": len(self.shards),
             "samples": self.samples,
-            "usable": usable,
+            "usable": self.usable,
+            "captions": self.lengths.total(),
+            "captions_cut": sum(n for tokens, n in self.lengths.items() if tokens > CONTEXT),
             "image_bytes": sum(shard.image_bytes for shard in self.shards),
             "samples_per_shard": _range_text([shard.samples for shard in self.shards]),
             "shortest_side_pixels": _range_text(list(sides.elements())),
@@ -99,16 +108,23 @@ class Inspection:
     def text(self) -> str:
         """For a terminal: a table, a histogram of caption lengths, faults by cause and shard."""
         facts = self.facts()
-        mean = facts["image_bytes"] / max(1, facts["usable"])
+        usable = max(1, facts["usable"])
+        mean = facts["image_bytes"] / usable
         lines = [
             f"shards           {facts['shards']:,}, samples each {facts['samples_per_shard']}",
             f"samples          {facts['samples']:,}, usable {facts['usable']:,}",
             f"pictures         {facts['image_bytes'] / 1e9:,.3f} GB, mean {mean / 1e3:,.1f} kB, "
             + ", ".join(f"{count:,} {name}" for name, count in facts["formats"].items()),
             f"shortest side    {facts['shortest_side_pixels']} pixels",
+            f"captions         {facts['captions']:,}, {facts['captions'] / usable:.2g} a picture",
             f"caption length   {facts['caption_tokens']} tokens of CLIP's BPE",
             *_bars(self.lengths),
         ]
+        if facts["captions_cut"]:
+            lines.append(
+                f"longer than CLIP's context of {CONTEXT} tokens, and cut there: "
+                f"{facts['captions_cut']:,} captions; model.context_length sets it"
+            )
         if self.causes:
             lines.append("unusable")
             lines += [
@@ -128,10 +144,10 @@ class Inspection:
         bins = _binned(self.lengths)
         figure, axes = pyplot.subplots(figsize=(7, 3.5), layout="constrained")
         axes.bar(list(bins), list(bins.values()), width=BIN_TOKENS * 0.9, align="edge")
-        axes.axvline(77, color="0.4", linestyle="--", linewidth=1)
+        axes.axvline(CONTEXT, color="0.4", linestyle="--", linewidth=1)
         style = {"transform": axes.get_xaxis_transform(), "ha": "right", "va": "top"}
-        axes.text(76, 1, "77: CLIP's context", color="0.4", **style)
-        axes.set(xlabel="tokens per caption", ylabel="samples", xlim=(0, None))
+        axes.text(CONTEXT - 1, 1, f"{CONTEXT}: CLIP's context", color="0.4", **style)
+        axes.set(xlabel="tokens per caption", ylabel="captions", xlim=(0, None))
         axes.set_title(f"{self.lengths.total():,} captions in {len(self.shards):,} shards")
         axes.spines[["top", "right"]].set_visible(False)
         figure.savefig(path, dpi=150)
@@ -193,7 +209,8 @@ def write_manifest(found: Inspection) -> Path:
 def _inspect(url: str, decode: bool) -> ShardReport:
     report = ShardReport(url)
     keys: set[str] = set()
-    for sample in read_shard(url, SampleRules({}, DataFilters()), StorageOptions()):
+    rules = SampleRules({}, DataFilters(), every_caption=True)
+    for sample in read_shard(url, rules, StorageOptions()):
         try:
             if isinstance(sample, BadSample):
                 raise sample
@@ -217,7 +234,9 @@ def _describe(sample: RawSample, decode: bool, report: ShardReport) -> None:
         report.sides[min(image.size)] += 1
     report.formats[_format(sample.image)] += 1
     report.image_bytes += len(sample.image)
-    report.lengths[len(_bpe().encode(sample.caption)) + 2] += 1
+    report.usable += 1
+    for caption, _ in sample.captions:
+        report.lengths[len(_bpe().encode(caption)) + 2] += 1
 
 
 @lru_cache(maxsize=1)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from coca_scale.data.images import IMAGE_EXTENSIONS
+from coca_scale.data.rules import captions_of_lines
 from coca_scale.data.sample import BadSample, DataError, RawSample
 from coca_scale.data.tables import TABLE_SUFFIXES, read_table
 from coca_scale.recipe.files import read_json
@@ -26,12 +27,14 @@ class ListOptions:
         image_column: of a table, with the path, from the folder of the table.
         caption_column: of a table.
         split: of an annotation file with several, as Karpathy's; None takes all.
+        first_line: of a side-car is its only caption; others are translations, sources, notes.
     """
 
     images: Path | None = None
     image_column: str = "filepath"
     caption_column: str = "title"
     split: str | None = None
+    first_line: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,15 +75,15 @@ def list_pictures(
 ) -> list[ListedPicture]:
     """Image files with all their captions, in order of first appearance.
 
-    A folder has them in .txt side-cars, of which the first line counts; a .csv or .tsv in rows; a
-    .json is COCO's (images, annotations) or Karpathy's (images with split and sentences).
+    A folder has them in .txt side-cars, one per line; a .csv or .tsv in rows; a .json is COCO's
+    (images, annotations) or Karpathy's (images with split and sentences).
 
     Raises:
         DataError: none of these, or without content.
     """
     pairs: Iterable[tuple[Path, str]]
     if source.is_dir():
-        pairs = _folder_pairs(source)
+        pairs = _folder_pairs(source, options.first_line)
     elif source.suffix in TABLE_SUFFIXES:
         columns = (options.image_column, options.caption_column)
         rows = read_table(source, *columns, captions_needed)
@@ -100,15 +103,15 @@ def list_pictures(
     return [ListedPicture(path, tuple(texts)) for path, texts in captions.items()]
 
 
-def _folder_pairs(folder: Path) -> Iterator[tuple[Path, str]]:
+def _folder_pairs(folder: Path, first_line: bool) -> Iterator[tuple[Path, str]]:
     images = sorted(p for p in folder.rglob("*") if is_picture(p))
     if not images:
         raise DataError(f"{folder}: no images ({', '.join(sorted(_SUFFIXES))}) in it")
     for image in images:
         caption_file = image.with_suffix(".txt")
         text = caption_file.read_text(errors="replace") if caption_file.is_file() else ""
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
-        yield image, lines[0] if lines else ""
+        for caption in captions_of_lines(text)[: 1 if first_line else None]:
+            yield image, caption
 
 
 def _annotated_pairs(path: Path, options: ListOptions) -> list[tuple[Path, str]]:

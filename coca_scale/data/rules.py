@@ -10,9 +10,10 @@ from coca_scale.data.sample import BadSample, RawSample
 from coca_scale.errors import UserError
 from coca_scale.recipe.data import DataFilters
 from coca_scale.recipe.files import parse_json
-from coca_scale.recipe.text import decoded
+from coca_scale.recipe.text import decoded, one_line
 
 TEXT, JSON, CLASS = "txt", "json", "cls"
+PACKED = "captions"  # field of a .json with all captions of a picture
 MAX_IMAGE_BYTES = 2**28
 MAX_TEXT_BYTES = 2**20
 # by extension, what is read of a sample and how much of it at most
@@ -28,16 +29,23 @@ class SampleRules:
     """Reads captions and json fields as the recipe says."""
 
     def __init__(
-        self, captions: Mapping[str, float], filters: DataFilters, captions_needed: bool = True
+        self,
+        captions: Mapping[str, float],
+        filters: DataFilters,
+        captions_needed: bool = True,
+        every_caption: bool = False,
     ) -> None:
         """What makes a sample.
 
         Args:
-            captions: weights by name, `txt`, `cls` (a class number, as in ImageNet's shards) or a
-                json field; empty takes .txt, else `caption`.
+            captions: weights by name, `txt` (a caption per line), `cls` (a class number, as in
+                ImageNet's shards) or a json field; several texts share the weight of their name.
+                Empty takes .txt, else `caption`.
             filters: of pictures and json fields.
             captions_needed: whether a picture without a caption is a bad sample.
+            every_caption: where `captions` is empty, take all that `data pack` has listed.
         """
+        self._every_caption = every_caption
         self._captions_needed = captions_needed
         self._captions = dict(sorted(captions.items(), key=lambda item: -item[1]))
         self._filters = filters
@@ -54,18 +62,16 @@ class SampleRules:
             raise BadSample("wrong_extension" if others else "missing_image", key, shard)
         if not image:
             raise BadSample("broken_image", key, shard)
-        text = files.get(TEXT)
-        fields: dict[str, Any] = {}
-        if self._captions or self._filters.fields or text is None:
-            fields = _json_fields(files.get(JSON), key, shard)
+        fields = self._fields(files, key, shard)
         for name, rule in self._filters.fields.items():
             if not rule.accepts(fields.get(name)):
                 raise BadSample(f"filtered_{name}", key, shard, filtered=True)
-        weights = self._captions or {TEXT if text is not None else "caption": 1.0}
         captions: list[tuple[str, float]] = []
-        for name, weight in weights.items():
-            whole = name in (TEXT, CLASS)
-            found = _whole(files.get(name), key, shard) if whole else _texts(fields.get(name))
+        for name, weight in self._weights(fields, files.get(TEXT)).items():
+            if name in (TEXT, CLASS):
+                found = _lines(files.get(name), key, shard)
+            else:
+                found = _texts(fields.get(name))
             captions += [(caption, weight / len(found)) for caption in found]
         if not captions and self._captions_needed:
             raise BadSample("missing_caption", key, shard)
@@ -74,9 +80,45 @@ class SampleRules:
             raise BadSample("empty_caption", key, shard)
         return sample
 
+    def _fields(self, files: Mapping[str, bytes | None], key: str, shard: str) -> dict[str, Any]:
+        """Of the .json, as far as it matters; a broken one is no fault where it does not."""
+        needed = self._captions or self._filters.fields or files.get(TEXT) is None
+        if not needed and not self._every_caption:
+            return {}
+        try:
+            return _json_fields(files.get(JSON), key, shard)
+        except BadSample:
+            if needed:
+                raise
+            return {}
 
-def _whole(content: bytes | None, key: str, shard: str) -> list[str]:
-    return [] if content is None else [_text(content, key, shard)]
+    def _weights(self, fields: Mapping[str, Any], text: bytes | None) -> Mapping[str, float]:
+        """Names of what holds captions."""
+        if self._captions:
+            return self._captions
+        if self._every_caption and _are_packed(fields.get(PACKED), text):
+            return {PACKED: 1.0}
+        return {TEXT if text is not None else "caption": 1.0}
+
+
+def _are_packed(listed: Any, text: bytes | None) -> bool:
+    """Whether `data pack` has listed them: the first is what it has put into the .txt as well."""
+    texts = _texts(listed)
+    if not texts or text is None:
+        return bool(texts)
+    return one_line(text.decode("utf-8", "replace")) == one_line(texts[0])
+
+
+def captions_of_lines(text: str) -> list[str]:
+    """Captions of a .txt: one per line, as CLIP_benchmark writes and reads them.
+
+    Lines without words are left out; of a text that has no others, one is left.
+    """
+    return [line for line in text.splitlines() if line.strip()] or [""]
+
+
+def _lines(content: bytes | None, key: str, shard: str) -> list[str]:
+    return [] if content is None else captions_of_lines(_text(content, key, shard))
 
 
 def _text(content: bytes, key: str, shard: str) -> str:

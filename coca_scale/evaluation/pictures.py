@@ -292,7 +292,7 @@ def _shards(name: str, data: DataSection) -> Iterator[Part]:
     urls = list(expand_shards(name, storage))
     if missing := missing_shards(urls):
         raise DataError(f"{missing[0]}: no such shard")
-    rules = SampleRules(data.captions, data.filters, captions_needed=False)
+    rules = SampleRules(data.captions, data.filters, captions_needed=False, every_caption=True)
 
     def reader(url: str) -> Read:
         def read(index: int, stride: int) -> Iterator[Entry]:

@@ -105,9 +105,9 @@ class DataSection(Section):
     )
     captions: dict[str, Annotated[float, Field(gt=0.0, le=1e6, allow_inf_nan=False)]] = Field(
         default_factory=dict,
-        description="Sampling weights of several captions per picture: txt, or a field of the "
-        ".json (text or list of texts): {txt: 0.5, recaption: 0.5}. Empty: .txt, else the field "
-        "caption.",
+        description="Sampling weights of several captions per picture: txt (one per line), or a "
+        "field of the .json (text or list of texts): {txt: 0.5, recaption: 0.5}; captions of one "
+        "name share its weight. Empty: .txt, else the field caption.",
     )
     filters: DataFilters = Field(
         default_factory=lambda: DataFilters(),

@@ -17,7 +17,7 @@ from tests.invoke import output_of
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    """30 drawings as CLIP_benchmark wants them."""
+    """30 drawings as CLIP_benchmark wants them, with one to three captions, a line each."""
     root = tmp_path_factory.mktemp("wds")
     (root / "test").mkdir()
     shapes = Shapes(30, 64, "val")
@@ -25,8 +25,10 @@ def shards(tmp_path_factory):
         for number in range(30):
             sample, buffer = shapes[number], io.BytesIO()
             sample.image.save(buffer, "PNG")
-            caption = f"{sample.caption} {number}"
-            writer.write({"__key__": f"{number:04d}", "png": buffer.getvalue(), "txt": caption})
+            words = f"{sample.caption} {number}"
+            lines = (words, f"{number} {sample.caption}", f"a drawing of {words}")
+            text = "\n".join(lines[: 1 + number % 3])
+            writer.write({"__key__": f"{number:04d}", "png": buffer.getvalue(), "txt": text})
     (root / "test" / "nshards.txt").write_text("1")
     (root / "dataset_type.txt").write_text("retrieval")
     return root
