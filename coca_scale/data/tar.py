@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
+from unicodedata import category
 
 from webdataset.tariterators import base_plus_ext
 
@@ -129,7 +130,8 @@ class _Member:
 
 def _fault_of(member: _Member, limit: int | None) -> str | None:
     parts = member.name.replace("\\", "/").split("/")
-    if member.name.startswith(("/", "\\")) or ".." in parts or not member.name.isprintable():
+    controls = any(category(character) == "Cc" for character in member.name)
+    if member.name.startswith(("/", "\\")) or ".." in parts or controls:
         return "unsafe_name"
     if member.kind not in FILES:
         return "unsafe_member"  # links, devices

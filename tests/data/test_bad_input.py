@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import tarfile
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from webdataset import TarWriter
 
@@ -28,6 +31,7 @@ from tests.data.shards import encoded, write_shards
 
 DATA = tiny_recipe().data
 RULES = SampleRules({}, DATA.filters)
+PICTURE = encoded()
 
 
 @pytest.mark.parametrize(
@@ -102,6 +106,47 @@ def test_bad_samples_are_skipped_and_counted_by_cause(tmp_path):
         "missing_image",
         "tiny_image",
     }
+
+
+def read_one(folder, name):
+    """What a shard gives whose only sample is called `name`."""
+    with tarfile.open(folder / "one.tar", "w") as tar:
+        for extension, content in (("jpg", PICTURE), ("txt", b"words")):
+            info = tarfile.TarInfo(f"{name}.{extension}")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return list(read_shard(str(folder / "one.tar"), RULES, StorageOptions()))
+
+
+SCRIPTS = (
+    *("a\u00a0b", "a\u202fb", "a\u3000b", "\U0001f469\u200d\U0001f680", "a\u2028b", "\u200fעברית"),
+    *("日本/写真", "ภาพ", "e\u0301", "\ue000", "\U000e0001", "a b", "~a", "-", "C:a", "…"),
+)
+ANY_NAME = st.text(
+    st.characters(exclude_categories=("Cc", "Cs"), exclude_characters="./\\"), min_size=1
+)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_any_script_makes_a_name(name, tmp_path):
+    [sample] = read_one(tmp_path, name)
+    assert (sample.key, sample.caption) == (name, "words")
+
+
+@settings(max_examples=100, deadline=None)
+@given(name=ANY_NAME)
+def test_any_characters_that_control_nothing_make_a_name(name, tmp_path_factory):
+    [sample] = read_one(tmp_path_factory.getbasetemp(), name)
+    assert sample.key == name
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["/a", "\\a", "../a", "a/../b", "a\\..\\b", "a\nb", "\x1b[2Ja", "a\x7f", "a\x85b", "a\tb"],
+)
+def test_names_that_leave_the_folder_or_steer_a_terminal_are_unsafe(name, tmp_path):
+    [bad] = read_one(tmp_path, name)
+    assert bad.cause == "unsafe_name"
 
 
 def test_truncated_and_vanished_shards_end_early_but_do_not_stop(tmp_path):
