@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import BeforeValidator, Field
 
 from coca_scale.data.retries import StorageError
 from coca_scale.data.sample import DataError
 from coca_scale.data.storage import PIPE, StorageOptions, is_local, read_whole
 from coca_scale.errors import UserError
+from coca_scale.recipe.files import parse_json, validated
 
 MANIFEST = "manifest.json"
 SIZES = "sizes.json"
+
+
+def _no_flag(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError(f"a number is meant, found {value}")
+    return value
+
+
+# no shard has more samples, and sums stay far below 2^63
+Count = Annotated[int, Field(ge=0, le=2**40), BeforeValidator(_no_flag)]
 
 
 def shard_counts(urls: Sequence[str], options: StorageOptions) -> np.ndarray | None:
@@ -44,7 +55,7 @@ def _listed(folder: str, options: StorageOptions) -> dict[str, int]:
     for name in (MANIFEST, SIZES):
         path = prefix + name
         try:
-            content = read_whole(path, uncached).decode("utf-8", "replace")
+            content = read_whole(path, uncached)
         except FileNotFoundError:
             continue
         except StorageError:
@@ -52,28 +63,32 @@ def _listed(folder: str, options: StorageOptions) -> dict[str, int]:
                 raise
             continue  # buckets that may not be listed deny what is not there
         try:
-            return _sizes(content) if name == SIZES else _samples(content)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{path}: not a list of shards and their sizes") from error
+            found = parse_json(content, path) if name == SIZES else _samples(content, path)
+            return validated(found, dict[str, Count], path)
+        except UserError as error:
+            reason = str(error).removeprefix(f"{path}: ")
+            raise DataError(
+                f"{path}: not a list of shards and their sizes ({reason}); remove it, or make it "
+                "anew with coca-scale data inspect SHARDS --write-manifest"
+            ) from error
     return {}
 
 
-def _sizes(content: str) -> dict[str, int]:
-    return {str(shard): int(samples) for shard, samples in json.loads(content).items()}
-
-
-def _samples(content: str) -> dict[str, int]:
+def _samples(content: bytes, path: str) -> dict[str, Any]:
     """Sizes out of a manifest; its entries are dropped as they are read, 200,000 take 100 MB."""
-    found: dict[str, int] = {}
+    found: dict[str, Any] = {}
 
     def take(pairs: list[tuple[str, Any]]) -> Any:
         entry = dict(pairs)
-        if "name" not in entry:
+        if "shards" in entry or not isinstance(entry.get("name"), str):
             return entry
-        found[str(entry["name"])] = int(entry["samples"])
+        found[entry["name"]] = entry.get("samples")
         return None
 
-    listed = json.loads(content, object_pairs_hook=take)["shards"]
+    whole = parse_json(content, path, take)
+    listed = whole.get("shards") if isinstance(whole, dict) else None
+    if not isinstance(listed, list):
+        raise UserError("it has no list `shards`")
     if len(listed) != len(found):
         raise UserError("shards without a name, or with the same one")
     return found

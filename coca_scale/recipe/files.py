@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,18 +37,24 @@ def read_text(path: Path) -> str:
         raise UserError(f"{path}: not a text in UTF-8") from error
 
 
-def parse_json(text: str | bytes, origin: str) -> Any:
+def parse_json(
+    text: str | bytes,
+    origin: str,
+    take_object: Callable[[list[tuple[str, Any]]], Any] | None = None,
+) -> Any:
     """What a JSON text says; no number, nesting or character in it raises anything else.
 
     Args:
         text: the JSON.
         origin: where it is from, for messages.
+        take_object: what to make of an object, from its names and values; a dict if not given.
 
     Raises:
         UserError: it is none.
     """
     try:
-        return json.loads(decoded(text) if isinstance(text, bytes) else text)
+        whole = decoded(text) if isinstance(text, bytes) else text
+        return json.loads(whole, object_pairs_hook=take_object)
     except UnicodeError as error:
         raise UserError(f"{origin}: not a text in UTF-8") from error
     except RecursionError as error:

@@ -17,6 +17,7 @@ from webdataset import TarWriter
 
 from coca_scale.data.epoch_shards import expand_shards
 from coca_scale.data.images import decode_image, eval_pixels
+from coca_scale.data.manifest import shard_counts
 from coca_scale.data.pack import PackOptions, pack
 from coca_scale.data.rules import SampleRules
 from coca_scale.data.sample import BadSample, DataError
@@ -147,6 +148,48 @@ def test_any_characters_that_control_nothing_make_a_name(name, tmp_path_factory)
 def test_names_that_leave_the_folder_or_steer_a_terminal_are_unsafe(name, tmp_path):
     [bad] = read_one(tmp_path, name)
     assert bad.cause == "unsafe_name"
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["shards", "name", "samples", "0.tar"]), inner)
+    ),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(content=JSON | st.binary(max_size=20), name=st.sampled_from(["manifest.json", "sizes.json"]))
+def test_sizes_of_shards_are_counts_or_one_sentence(content, name, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sizes")
+    text = content if isinstance(content, bytes) else json.dumps(content).encode()
+    (folder / name).write_bytes(text)
+    try:
+        counts = shard_counts([str(folder / "0.tar")], StorageOptions())
+    except DataError as error:
+        assert str(error).startswith(f"{folder / name}: not a list of shards and their sizes (")
+    else:
+        assert counts is None or 0 <= counts[0] <= 2**40
+
+
+@pytest.mark.parametrize(
+    ("samples", "reason"),
+    [
+        *(("null", "found None"), ("-1", "greater than or equal to 0"), ("1e300", "integer")),
+        *(("1e999", "finite"), ("2.5", "fractional"), ("true", "number"), ("[1]", "integer")),
+        *(("9" * 5000, "4300 digits"), ("9" * 400, "less than or equal to"), ("{}", "integer")),
+        ("[" * 100_000, "nested too deeply"),
+    ],
+)
+@pytest.mark.parametrize("name", ["manifest.json", "sizes.json"])
+def test_a_count_that_is_none_is_named(samples, reason, name, tmp_path):
+    entry = f'{{"name": "0.tar", "samples": {samples}}}'
+    whole = f'{{"shards": [{entry}]}}' if name == "manifest.json" else f'{{"0.tar": {samples}}}'
+    (tmp_path / name).write_text(whole)
+    with pytest.raises(DataError, match=f"sizes .*{reason}.*--write-manifest"):
+        shard_counts([str(tmp_path / "0.tar")], StorageOptions())
 
 
 def test_truncated_and_vanished_shards_end_early_but_do_not_stop(tmp_path):
