@@ -129,5 +129,7 @@ class DataSection(Section):
         description="Smallest area fraction of the random training crop; 1 uses the centre crop.",
     )
     max_bad_fraction: Fraction = Field(
-        0.1, description="Share of unusable samples above which the run stops."
+        0.1,
+        description="Share of unusable samples above which the run stops; below 256 samples, "
+        "when chance does not explain it.",
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,7 +17,8 @@ from coca_scale.training.appending import append
 from coca_scale.training.ownership import Owner
 
 MAX_LISTED = 1_000_000
-MIN_SAMPLES_FOR_BAD_FRACTION = 256
+MANY_SAMPLES = 256
+BY_CHANCE = 1e-4  # what few samples cannot be if the run is to stop
 
 
 class SkipLog:
@@ -65,7 +67,7 @@ class SkipLog:
         self.bad += bad
         self.filtered += filtered
         seen = self.bad + good
-        if bad and seen >= MIN_SAMPLES_FOR_BAD_FRACTION and self.bad > self._limit * seen:
+        if bad and too_many(self.bad, seen, self._limit):
             self.flush(step)
             raise AgreedError(
                 f"{self.bad} of {seen} samples are unusable ({self.summary()}), more than "
@@ -106,3 +108,22 @@ class SkipLog:
         self.bad, self.filtered = state["bad"], state["filtered"]
         self.causes = Counter(state["causes"])
         self._listed = state["listed"]
+
+
+def too_many(bad: int, seen: int, limit: float) -> bool:
+    """Whether more than a share of the data is bad.
+
+    Of many samples the share itself tells. Few may have bad ones among them by chance: they tell
+    if so many would come once in 10,000 times where just `limit` of the data is bad.
+
+    Args:
+        bad: unusable samples.
+        seen: all samples.
+        limit: share that may be bad.
+    """
+    if bad <= limit * seen or seen >= MANY_SAMPLES:
+        return bad > limit * seen
+    chances = (
+        math.comb(seen, n) * limit**n * (1 - limit) ** (seen - n) for n in range(bad, seen + 1)
+    )
+    return sum(chances) < BY_CHANCE
