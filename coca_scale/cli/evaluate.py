@@ -145,7 +145,8 @@ def eval_zeroshot(
         typer.Argument(metavar="DATA", help="Folder of class folders, or shards with .cls."),
     ],
     classnames: Annotated[
-        str | None, typer.Option(help="imagenet, or a file; default: names of the folders.")
+        str | None,
+        typer.Option(help="imagenet, or a file; default: the folders' names or WordNet ids."),
     ] = None,
     templates: Annotated[
         str, typer.Option(help="openai (80 sentences), simple (7), or a file of lines with {}.")

@@ -29,7 +29,7 @@ from coca_scale.evaluation.pictures import (
 from coca_scale.evaluation.results import Kind, Result, Score
 from coca_scale.evaluation.rounds import PictureRounds, encode_pictures, encode_texts
 from coca_scale.model.coca import unit
-from coca_scale.openclip.alone import open_clip_module
+from coca_scale.openclip.alone import imagenet_names, open_clip_module
 from coca_scale.recipe.data import DataSection
 from coca_scale.recipe.files import read_text
 from coca_scale.recipe.text import one_line
@@ -41,7 +41,7 @@ TEMPLATES: dict[str, Sequence[Callable[[str], str]]] = {
     "openai": _openclip.OPENAI_IMAGENET_TEMPLATES,
     "simple": _openclip.SIMPLE_IMAGENET_TEMPLATES,
 }
-_IMAGENET_FOLDER = re.compile(r"n\d{8}")
+_WORDNET_ID = re.compile(r"(n\d{8})(?:[-_. ]+(.*))?")  # with a name behind it in Stanford's dogs
 
 
 KIND = Kind(
@@ -156,21 +156,24 @@ def make_classes(classnames: str | None, templates: str, folders: Sequence[str] 
     """Classes by what a user names.
 
     Args:
-        classnames: `imagenet`, or a file with a name per line; None takes the folders' names, or
-            those of ImageNet where the folders are its 1000.
+        classnames: `imagenet`, or a file with a name per line; None takes the folders' names, and
+            those of ImageNet's classes where folders have their WordNet ids.
         templates: `openai` (80 sentences), `simple` (7), or a file with a sentence per line that
             has {} in the name's place.
         folders: names of the class folders, None if the data are no folders.
 
     Raises:
-        DataError: a file that is missing or empty, or as many names as folders are not given.
+        DataError: a file that is missing or empty, as many names as folders are not given, or a
+            folder has the WordNet id of something else.
     """
     if classnames is None and folders is None:
         raise DataError("shards do not name their classes: give --classnames imagenet, or a file")
-    if classnames == IMAGENET or (classnames is None and _is_imagenet(folders or ())):
-        names: Sequence[str] = _openclip.IMAGENET_CLASSNAMES
-    elif classnames is None:
-        names = [one_line(folder.replace("_", " ")) for folder in folders or ()]
+    if classnames is None:
+        names: Sequence[str] = _names_of(folders or ())
+    elif classnames == IMAGENET:
+        ids = imagenet_names()
+        some = folders is not None and set(folders) <= ids.keys()
+        names = _names_of(folders or ()) if some else list(ids.values())
     else:
         names = _read_lines(classnames)
     if folders is not None and len(names) != len(folders):
@@ -229,10 +232,19 @@ def accuracy(image_features: Tensor, weights: Tensor, labels: Tensor) -> dict[st
     }
 
 
-def _is_imagenet(folders: Sequence[str]) -> bool:
-    return len(folders) == len(_openclip.IMAGENET_CLASSNAMES) and all(
-        _IMAGENET_FOLDER.fullmatch(name) for name in folders
-    )
+def _names_of(folders: Sequence[str]) -> list[str]:
+    """Of classes by their folders: a WordNet id stands for a name, anything else is one."""
+    ids, names = imagenet_names(), []
+    for folder in folders:
+        match = _WORDNET_ID.fullmatch(folder)
+        name = folder if match is None else match[2] or ids.get(match[1])
+        if name is None:
+            raise DataError(
+                f"the folder {folder} has the WordNet id of none of ImageNet's 1000 classes; give "
+                "--classnames FILE, with a name per line in the order of the sorted folders"
+            )
+        names.append(one_line(name.replace("_", " ")))
+    return names
 
 
 def _filler(sentence: str) -> Callable[[str], str]:

@@ -1,4 +1,4 @@
-"""Modules of open_clip without the package around them.
+"""Parts of open_clip, and of timm which it needs, without the packages around them.
 
 `import open_clip` takes seconds, since it brings all of torchvision, timm and transformers with it;
 every command and every loader process would pay that for a tokenizer.
@@ -16,12 +16,22 @@ def open_clip_module(name: str) -> ModuleType:
     """A module of open_clip that imports none of its others: tokenizer, zero_shot_metadata."""
     alias = f"{__name__}.{name}"
     if alias not in sys.modules:
-        package = find_spec("open_clip")
-        assert package is not None and package.submodule_search_locations
-        path = Path(package.submodule_search_locations[0]) / f"{name}.py"
-        spec = spec_from_file_location(alias, path)
+        spec = spec_from_file_location(alias, _folder_of("open_clip") / f"{name}.py")
         assert spec is not None and spec.loader is not None
         module = module_from_spec(spec)
         spec.loader.exec_module(module)
         sys.modules[alias] = module
     return sys.modules[alias]
+
+
+def imagenet_names() -> dict[str, str]:
+    """ImageNet's 1000 classes by WordNet id, as OpenCLIP calls them; timm has the ids in order."""
+    ids = (_folder_of("timm") / "data" / "_info" / "imagenet_synsets.txt").read_text().split()
+    names = open_clip_module("zero_shot_metadata").IMAGENET_CLASSNAMES
+    return dict(zip(ids, names, strict=True))
+
+
+def _folder_of(package: str) -> Path:
+    spec = find_spec(package)
+    assert spec is not None and spec.submodule_search_locations
+    return Path(spec.submodule_search_locations[0])

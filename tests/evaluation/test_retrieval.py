@@ -11,13 +11,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from timm.data import ImageNetInfo
 from typer.testing import CliRunner
 
 from coca_scale.cli import app
 from coca_scale.data.images import decode_image
+from coca_scale.data.sample import DataError
 from coca_scale.data.synthetic import Shapes
 from coca_scale.evaluation import retrieval
 from coca_scale.evaluation.retrieval import recall, same_caption_ids
+from coca_scale.evaluation.zeroshot import make_classes
 from tests.invoke import output_of
 
 evaluate = partial(output_of, "eval")
@@ -112,6 +115,25 @@ def test_retrieval_is_what_open_clip_finds(trained, pictures, tmp_path):
     assert found["scores"]["text_to_image_r10"] > 0.3, "the model learnt something"
     assert (found["pictures"], found["captions"]) == (50, 100)
     assert "image to text, R@10" in shown
+
+
+def test_folders_of_wordnet_ids_are_called_as_open_clip_calls_them():
+    metadata = open_clip.zero_shot_metadata.IMAGENET_CLASSNAMES
+    some = ["n01440764", "n02012849", "n02102040", "n03000684", "n03126707"]
+    expected = ["tench", "crane bird", "English Springer Spaniel", "chainsaw", "construction crane"]
+    assert set(expected) <= set(metadata)
+    for classnames in (None, "imagenet"):
+        assert make_classes(classnames, "simple", some).names == expected
+    assert make_classes(None, "simple", some).prompts()[0] == "itap of a tench."
+    everything = ImageNetInfo().label_names()
+    assert make_classes(None, "simple", everything).names == list(metadata)
+    mixed = ["big_cat", "n01440764", "n02085620-Chihuahua", "n0144076"]
+    names = ["big cat", "tench", "Chihuahua", "n0144076"]
+    assert make_classes(None, "simple", mixed).names == names
+    with pytest.raises(DataError, match=r"n00004475 has the WordNet id of none.*--classnames FILE"):
+        make_classes(None, "simple", ["n00004475", "n01440764"])
+    with pytest.raises(DataError, match="1000 class names for 2 class folders"):
+        make_classes("imagenet", "simple", ["a", "b"])
 
 
 def test_zeroshot_is_what_open_clip_finds(trained, pictures, tmp_path):
