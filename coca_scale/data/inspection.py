@@ -122,8 +122,8 @@ class Inspection:
         ]
         if facts["captions_cut"]:
             lines.append(
-                f"longer than CLIP's context of {CONTEXT} tokens, and cut there: "
-                f"{facts['captions_cut']:,} captions; model.context_length sets it"
+                f"captions longer than CLIP's context of {CONTEXT} tokens: "
+                f"{facts['captions_cut']:,}; they are cut, and model.context_length sets where"
             )
         if self.causes:
             lines.append("unusable")

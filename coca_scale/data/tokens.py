@@ -47,6 +47,10 @@ class Tokenizer(Protocol):
         """Token ids [n, context_length]: start, words, end, padding; long captions are cut."""
         ...
 
+    def cuts(self, caption: str) -> bool:
+        """Whether a caption has more tokens than the context, start and end included."""
+        ...
+
     def decode(self, ids: Sequence[int]) -> str:
         """The words before the first end token, without special tokens, as one clean line."""
         ...
@@ -67,6 +71,10 @@ class ClipTokenizer:
         """Token ids [n, context_length]."""
         ids: Tensor = self._bpe(_listed(captions))
         return ids
+
+    def cuts(self, caption: str) -> bool:
+        """Whether a caption has more tokens than the context, start and end included."""
+        return len(self._bpe.encode(caption)) + 2 > self.context_length
 
     def decode(self, ids: Sequence[int]) -> str:
         """The words before the first end token."""
@@ -100,6 +108,10 @@ class FastTokenizer:
         """Token ids [n, context_length]."""
         rows = self._backend.encode_batch([self._clean(c) for c in _listed(captions)])
         return torch.tensor([row.ids for row in rows])
+
+    def cuts(self, caption: str) -> bool:
+        """Whether a caption has more tokens than the context, start and end included."""
+        return bool(self._backend.encode(self._clean(caption)).overflowing)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The words before the first end token."""

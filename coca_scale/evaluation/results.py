@@ -108,13 +108,14 @@ class Result:
 
     def show(self, console: Console) -> None:
         """A table; scores in percent, CIDEr as COCO's server shows it."""
-        counts = ", ".join(f"{count} {name}" for name, count in self.counts.items())
+        known = ((name.replace("_", " "), count) for name, count in self.counts.items() if count)
+        counts = ", ".join(f"{count} {name}" for name, count in known)
         console.print(f"{self.kind.name}: {counts}", highlight=False)
-        known = self.kind.scores
-        unit = "%" if all(known[name].percent for name in self.scores) else "value"
+        scores = self.kind.scores
+        unit = "%" if all(scores[name].percent for name in self.scores) else "value"
         table = Table("score", Column(unit, justify="right"), box=None)
         for name, value in self.scores.items():
-            table.add_row(known[name].label, f"{known[name].shown(value):.2f}")
+            table.add_row(scores[name].label, f"{scores[name].shown(value):.2f}")
         console.print(table)
         for name, reason in self.left_out.items():
             label = self.kind.scores[name].label

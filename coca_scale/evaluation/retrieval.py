@@ -63,7 +63,8 @@ class Retrieval:
         def score() -> Result:
             device = encoder.world.device
             found = recall(*(x.to(device) for x in (images, features, image_ids, text_ids)))
-            counts = {"pictures": found.images, "captions": found.texts}
+            cut = sum(map(encoder.tokenizer.cuts, texts))
+            counts = {"pictures": found.images, "captions": found.texts, "captions_cut": cut}
             return Result(KIND, found.scores(), counts, bad=rounds.bad)
 
         return encoder.world.on_first(score)

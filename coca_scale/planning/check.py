@@ -259,17 +259,18 @@ def _samples(
     crop = train_crop(recipe.data, config.vision_cfg.image_size)
     rng = np.random.default_rng(0)
     skipped: Counter[str] = Counter()
-    good = cut = 0
+    good = captions = cut = 0
     for sample in itertools.islice(source.ordered(0, 1), TRIED_SAMPLES):
         try:
             if isinstance(sample, BadSample):
                 raise sample
-            _, tokens = decode_sample(sample, tokenizer, crop, rng)
+            decode_sample(sample, tokenizer, crop, rng)
         except BadSample as bad:
             skipped[bad.cause] += 1
             continue
         good += 1
-        cut += int(tokens[-1]) != tokenizer.pad_id
+        captions += len(sample.captions)
+        cut += sum(tokenizer.cuts(caption) for caption, _ in sample.captions)
     causes = causes_text(skipped)
     if not good:
         report.faults.append(f"{label}: none of the first samples can be used ({causes})")
@@ -279,8 +280,8 @@ def _samples(
         report.notes.append(f"{label}: left out of the first samples: {causes}")
     if cut:
         report.notes.append(
-            f"{label}: {cut} of {good} captions fill the context of {tokenizer.context_length} "
-            "tokens or are cut; model.context_length sets it"
+            f"{label}: {cut} of the first {captions} captions have more tokens than the context of "
+            f"{tokenizer.context_length} and are cut; model.context_length sets it"
         )
 
 

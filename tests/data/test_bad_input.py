@@ -259,6 +259,19 @@ def test_long_captions_are_cut_and_keep_their_end():
     assert clip[-1] == 49407
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.text(st.characters(exclude_categories=("Cs",)), max_size=60) | st.just("a " * 14))
+def test_captions_that_do_not_fit_the_context_are_known(caption):
+    config = load_model_config("coca_tiny")
+    longer = make_tokenizer(config.resized(context_length=400))
+    for short, long in (
+        (make_tokenizer(config), longer),
+        (ClipTokenizer(16), ClipTokenizer(400)),
+    ):
+        tokens = int((long([caption]) != long.pad_id).sum())
+        assert short.cuts(caption) == (tokens > 16)
+
+
 def test_prefix_tokenizer_equals_open_clip_in_both_of_its_forms(tmp_path):
     import open_clip
 

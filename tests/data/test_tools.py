@@ -12,6 +12,7 @@ import time
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
+from webdataset import TarWriter
 
 from coca_scale.cli import app
 from coca_scale.data.inspection import inspect_shards
@@ -21,7 +22,7 @@ from coca_scale.data.sources import open_source
 from coca_scale.recipe.files import sha256_of
 from tests.conftest import tiny_recipe
 from tests.data.rot import rot_shards, write_rotten_shards
-from tests.data.shards import write_shards
+from tests.data.shards import encoded, write_shards
 from tests.invoke import output_of
 
 DATA = tiny_recipe().data
@@ -180,6 +181,27 @@ def test_check_lists_every_fault_at_once(tmp_path):
     ):
         assert words in fault
     assert "decoded" in result.output  # what is there was looked at
+
+
+def test_captions_longer_than_the_context_are_told(trained, tmp_path):
+    """By check for the recipe's model, by inspect for CLIP, by eval for the model at hand."""
+    with TarWriter(str(tmp_path / "0.tar")) as writer:
+        for number in range(8):
+            text = "\n".join([f"a word {number} " * (1 + 5 * (number % 4)), "short"])
+            writer.write({"__key__": f"{number}", "jpg": encoded(), "txt": text})
+    changes = (f"data.train={tmp_path}", "data.val=null", "model.context_length=16")
+    output = output_of("check", "recipes/tiny.yaml", *changes, "--gpus", "1")
+    assert "6 of the first 16 captions have more tokens than the context of 16" in output
+    assert "longer than" not in output_of("data", "inspect", tmp_path)
+    changes = (f"data.train={tmp_path}", "data.val=null", "model.context_length=80")
+    assert "more tokens" not in output_of("check", "recipes/tiny.yaml", *changes, "--gpus", "1")
+    output_of("eval", "retrieval", trained.folder, tmp_path, "--out", tmp_path / "o.json")
+    assert json.loads((tmp_path / "o.json").read_text())["captions_cut"] == 6
+    with TarWriter(str(tmp_path / "1.tar")) as writer:
+        writer.write({"__key__": "long", "jpg": encoded(), "txt": "word " * 80})
+    found = output_of("data", "inspect", tmp_path, "--out", tmp_path / "facts.json")
+    assert "captions longer than CLIP's context of 77 tokens: 1;" in found
+    assert json.loads((tmp_path / "facts.json").read_text())["captions_cut"] == 1
 
 
 def test_check_of_a_good_recipe(tmp_path):
