@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
 from typer.testing import CliRunner
+from webdataset import TarWriter
 
 from coca_scale.cli import app
 from coca_scale.version import __version__
@@ -41,6 +46,33 @@ def test_help_has_an_example_and_fits_a_terminal(path):
     assert "\x1b" not in found.output
     words = re.sub(r"\s+", " ", found.output)
     assert f"Example: coca-scale {' '.join(path)}" in words
+
+
+def test_names_of_files_and_words_of_data_steer_no_terminal(tmp_path):
+    shard = tmp_path / "a\x1b[2J\x9b31m.tar"
+    with TarWriter(str(shard)) as writer:
+        writer.write({"__key__": "a", "jpg": b"broken", "txt": "words"})
+    found = CliRunner().invoke(app, ["data", "inspect", str(tmp_path)], color=True)
+    assert "a\\x1b[2J\\x9b31m.tar" in found.output
+    code = "import sys; from coca_scale.cli import main; main()"
+    missing = f"{shard}.gone\udce9.tar"
+    command = [sys.executable, "-c", code, "eval", "retrieval", "none", missing]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "a\\x1b[2J\\x9b31m.tar.gone\\udce9.tar: matches nothing" in done.stderr
+    for text in (found.output, done.stderr):
+        assert not set(text) & {"\x1b", "\x9b"}
+
+
+def test_verbs_have_one_way_to_a_terminal():
+    others = {
+        f"{path.name}:{node.lineno}"
+        for path in Path("coca_scale/cli").glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("typer.echo", "print")
+    }
+    assert {where.partition(":")[0] for where in others} <= {"__init__.py", "arguments.py"}
+    assert len(others) == 2  # the version, and `say`
 
 
 def test_version():

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from coca_scale.cli import data, evaluate, models, runs
+from coca_scale.cli.arguments import say
 from coca_scale.engine.planned import planned_rank
 from coca_scale.errors import AgreedError, UserError, system_faults
 from coca_scale.version import __version__
@@ -57,5 +58,5 @@ def main() -> None:
             app()
     except UserError as error:
         if not isinstance(error, AgreedError) or planned_rank() == 0:
-            print(f"coca-scale: {error}", file=sys.stderr)
+            say(f"coca-scale: {error}", err=True)
         sys.exit(1)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from coca_scale.recipe.text import visible
+
 if TYPE_CHECKING:
     from coca_scale.inference.generation_options import GenerationType
 
@@ -98,6 +100,11 @@ def progress_bar(what: str, active: bool = True) -> Iterator[Callable[[int, int 
     with Progress(*columns, console=console, disable=not (active and console.is_terminal)) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def say(text: str, err: bool = False, nl: bool = True) -> None:
+    """What a verb tells: names of files and words of data in it steer no terminal."""
+    typer.echo(visible(text), err=err, nl=nl)
 
 
 def skipped(bad: Counter[str]) -> str:

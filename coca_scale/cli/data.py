@@ -17,6 +17,7 @@ from coca_scale.cli.arguments import (
     SplitOption,
     Workers,
     progress_bar,
+    say,
     skipped,
 )
 
@@ -63,7 +64,7 @@ def data_pack(
             parts = pack_split(source, out, options, hold_out, workers, progress)
             results = {out / name: result for name, result in parts.items()}
     for folder, done in results.items():
-        typer.echo(f"{done.samples} samples in {done.shards} shards in {folder}{skipped(done.bad)}")
+        say(f"{done.samples} samples in {done.shards} shards in {folder}{skipped(done.bad)}")
 
 
 @app.command("inspect")
@@ -89,11 +90,11 @@ def data_inspect(
 
     with progress_bar("shards") as progress:
         found = inspection.inspect_shards(shards, decode, workers, progress)
-    typer.echo(found.text())
+    say(found.text())
     if picture is not None:
         found.draw(picture)
-        typer.echo(f"picture: {picture}")
+        say(f"picture: {picture}")
     if out is not None:
         out.write_text(json.dumps(found.facts(), indent=1) + "\n")
     if write_manifest:
-        typer.echo(f"wrote {inspection.write_manifest(found)}")
+        say(f"wrote {inspection.write_manifest(found)}")

@@ -36,6 +36,7 @@ from coca_scale.cli.arguments import (
     RawWeights,
     SplitOption,
     progress_bar,
+    say,
     skipped,
 )
 from coca_scale.cli.inputs import data_section, load, open_inputs, ranks
@@ -116,11 +117,11 @@ def _report(result: Result, model: str, data: list[str], out: Path | None) -> No
 
     result.show(Console())
     if result.bad:
-        typer.echo(skipped(result.bad).removeprefix("; "))
+        say(skipped(result.bad).removeprefix("; "))
     if out is not None:
         content = {"model": model, "data": data, **result.json()}
         out.write_text(json.dumps(content, indent=1) + "\n")
-        typer.echo(f"scores: {out}")
+        say(f"scores: {out}")
 
 
 def _captioned(

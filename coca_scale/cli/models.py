@@ -27,6 +27,7 @@ from coca_scale.cli.arguments import (
     RawWeights,
     SplitOption,
     progress_bar,
+    say,
     skipped,
 )
 from coca_scale.cli.inputs import load, open_inputs, ranks
@@ -56,15 +57,15 @@ def export_command(
     loaded = load_model(model, config, raw_weights)
     obstacle = export(loaded, out)
     if obstacle is None:
-        typer.echo(f"wrote {out}; load it with open_clip as local-dir:{out}")
+        say(f"wrote {out}; load it with open_clip as local-dir:{out}")
     else:
-        typer.echo(f"wrote {out} for coca-scale alone: {obstacle}")
+        say(f"wrote {out} for coca-scale alone: {obstacle}")
     if verify:
         found = verify_folder(out, loaded.model)
-        typer.echo("largest difference to open_clip on random inputs (fp32):")
-        typer.echo(f"  image features  {found.image_features:.2e}")
-        typer.echo(f"  text features   {found.text_features:.2e}")
-        typer.echo(f"  caption logits  {found.caption_logits:.2e}")
+        say("largest difference to open_clip on random inputs (fp32):")
+        say(f"  image features  {found.image_features:.2e}")
+        say(f"  text features   {found.text_features:.2e}")
+        say(f"  caption logits  {found.caption_logits:.2e}")
         if not found.largest < VERIFY_TOLERANCE:
             raise UserError(f"{out}: open_clip computes something else with this model")
 
@@ -103,16 +104,16 @@ def publish_command(
         raise UserError(f"--repo {repo}: say whose it is, ORG/{repo}")
     publication = prepare(folder, repo, run, scores or (), licence)
     if dry_run:
-        typer.echo(publication.card)
+        say(publication.card)
     for file in publication.files:
-        typer.echo(f"{file.size_bytes / 1e6:10,.3f} MB  {file.name}")
+        say(f"{file.size_bytes / 1e6:10,.3f} MB  {file.name}")
     for warning in publication.warnings:
-        typer.echo(f"warning: {warning}", err=True)
+        say(f"warning: {warning}", err=True)
     if dry_run:
-        typer.echo(f"nothing was sent; without --dry-run these files go to {repo}")
+        say(f"nothing was sent; without --dry-run these files go to {repo}")
         return
     message = f"Upload of coca-scale {__version__}"
-    typer.echo(upload(repo, publication.files, private or None, message))
+    say(upload(repo, publication.files, private or None, message))
 
 
 def caption_command(
@@ -193,10 +194,10 @@ def caption_command(
             return
     before = f", {done.there} were there before" if done.there else ""
     rate = f" in {done.seconds:.1f} s ({done.per_second:.1f} pictures/s)"
-    typer.echo(f"{done.written} pictures captioned in {out}{rate}{before}{skipped(done.bad)}")
+    say(f"{done.written} pictures captioned in {out}{rate}{before}{skipped(done.bad)}")
     if picture is not None:
         captioning.draw_grid(done.shown, picture)
-        typer.echo(f"picture: {picture}")
+        say(f"picture: {picture}")
 
 
 def demo_command(
@@ -229,6 +230,6 @@ def demo_command(
     limits = Limits(upload_bytes=int(upload_megabytes * 1e6))
     site = make_app(describer, model, limits, LOOPBACK if on_loopback else None)
     if not on_loopback:
-        typer.echo(f"warning: everybody who reaches {host} can use this page", err=True)
-    typer.echo(f"http://{host}:{socket.getsockname()[1]}   (ctrl-c ends it)")
+        say(f"warning: everybody who reaches {host} can use this page", err=True)
+    say(f"http://{host}:{socket.getsockname()[1]}   (ctrl-c ends it)")
     uvicorn.Server(uvicorn.Config(site, log_level="warning")).run(sockets=[socket])

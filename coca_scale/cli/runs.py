@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from coca_scale.cli.arguments import Overrides, RecipeArgument
+from coca_scale.cli.arguments import Overrides, RecipeArgument, say
 from coca_scale.errors import UserError
 
 
@@ -30,7 +30,7 @@ def check_command(
     loaded = load_recipe(recipe, overrides or ())
     device_bytes = None if device_gigabytes is None else int(device_gigabytes * 1e9)
     report = check(loaded, gpus, device_bytes)
-    typer.echo(report.text())
+    say(report.text())
     if report.faults:
         raise UserError(f"{recipe}: {len(report.faults)} fault(s)")
 
@@ -57,9 +57,9 @@ def plan_command(
     loaded = load_recipe(recipe, overrides or ())
     batch, costs, plan = plan_run(loaded, gpus, GPUS[gpu], gpus_per_node)
     if as_json:
-        typer.echo(json.dumps(plan.json(), indent=1))
+        say(json.dumps(plan.json(), indent=1))
     else:
-        typer.echo(plan_page(loaded, batch, costs, plan, GPUS[gpu], gpu))
+        say(plan_page(loaded, batch, costs, plan, GPUS[gpu], gpu))
     if not plan.fits:
         raise UserError(f"{recipe}: {gpus} × {gpu} do not have the memory")
 
@@ -79,14 +79,14 @@ def doctor_command(
 
     diagnosis = diagnose(quick)
     if as_json:
-        typer.echo(diagnosis.json())
+        say(diagnosis.json())
     else:
         show(diagnosis.rows)
     if diagnosis.faults:
         raise UserError(f"training does not work here: {', '.join(diagnosis.faults)}")
     if not as_json:
         left_out = "; the op was not loaded and no all-reduce was done" if quick else ""
-        typer.echo(f"training works here{left_out}")
+        say(f"training works here{left_out}")
 
 
 def slurm_command(
@@ -111,11 +111,11 @@ def slurm_command(
     )
     if out is not None:
         out.write_text(script)
-        typer.echo(f"wrote {out}")
+        say(f"wrote {out}")
     if send:
-        typer.echo(f"job {slurm.submit(script, out)}")
+        say(f"job {slurm.submit(script, out)}")
     elif out is None:
-        typer.echo(script, nl=False)
+        say(script, nl=False)
 
 
 def translate_command(
@@ -134,12 +134,12 @@ def translate_command(
     from coca_scale.openclip.translate import translate
 
     found = translate(command, gpus)
-    typer.echo(found.report(), err=True)
+    say(found.report(), err=True)
     if out is None:
-        typer.echo(found.yaml(), nl=False)
+        say(found.yaml(), nl=False)
     else:
         out.write_text(found.yaml())
-        typer.echo(f"wrote {out}; deepspeed coca_scale/train.py --recipe {out} --dry-run")
+        say(f"wrote {out}; deepspeed coca_scale/train.py --recipe {out} --dry-run")
 
 
 def report_command(
@@ -153,4 +153,4 @@ def report_command(
     from coca_scale.reports.page import report
 
     out.write_text(report(runs), encoding="utf-8")
-    typer.echo(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB)")
+    say(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB)")

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from coca_scale.errors import AgreedError, UserError, system_faults
+from coca_scale.recipe.text import visible
 
 T = TypeVar("T")
 
@@ -130,4 +131,4 @@ def _attempt(action: Callable[[], T]) -> tuple[T | None, str | None]:
         with system_faults():
             return action(), None
     except UserError as error:
-        return None, str(error)
+        return None, visible(str(error))

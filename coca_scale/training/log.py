@@ -26,6 +26,7 @@ from coca_scale.recipe.run_folder import (
     TENSORBOARD,
     VALIDATION,
 )
+from coca_scale.recipe.text import visible
 from coca_scale.training.appending import append, forget_after, warn_once
 from coca_scale.training.ownership import Owner
 from coca_scale.training.tracking import Tracker
@@ -84,6 +85,7 @@ class RunLog:
     def say(self, message: str) -> None:
         """One line for the person watching."""
         if self._active:
+            message = visible(message)
             if self._bar is not None:
                 self._bar.console.print(message, highlight=False)
             else:
