@@ -18,4 +18,5 @@
 # shellcheck source=/dev/null
 . "${COCA_SCALE_HOME:-${SLURM_SUBMIT_DIR:?is not set: submit this script with sbatch}}/slurm/launch.sh"
 
-launch_training "${RECIPE:-recipes/coca_2b.yaml}" "$@"
+recipe=recipes/coca_2b.yaml
+launch_training "${RECIPE:-$recipe}" "$@"

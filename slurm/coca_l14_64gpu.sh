@@ -18,4 +18,5 @@
 # shellcheck source=/dev/null
 . "${COCA_SCALE_HOME:-${SLURM_SUBMIT_DIR:?is not set: submit this script with sbatch}}/slurm/launch.sh"
 
-launch_training "${RECIPE:-recipes/large.yaml}" "$@"
+recipe=recipes/large.yaml
+launch_training "${RECIPE:-$recipe}" "$@"

@@ -31,6 +31,7 @@ if [ -d "$run/checkpoints" ]; then
   models=("$run"/checkpoints/step_*[0-9]/)
   out=${OUT:-$run/eval}
 fi
+case $out in -*) out=./$out ;; esac
 mkdir -p "$out" || exit 2
 
 tasks=${SLURM_ARRAY_TASK_COUNT:-1}
@@ -42,15 +43,15 @@ for data in "$@"; do
     pair=$((pair + 1))
     [ $((pair % tasks)) = "$mine" ] || continue
     for evaluation in ${EVAL:-retrieval captioning}; do
-      result=$out/$(basename "$model").$(tr -cs '[:alnum:]\n' _ <<<"$data").$evaluation
+      result=$out/$(basename -- "$model").$(tr -cs '[:alnum:]\n' _ <<<"$data").$evaluation
       if [ -s "$result.txt" ]; then
         say "$result.txt is there already"
         continue
       fi
       say "$evaluation of $model on $data"
       # shellcheck disable=SC2086
-      if alone "$PYTHON" -m coca_scale eval "$evaluation" "$model" "$data" ${EVAL_ARGS:-} \
-        --out "$result.json" >"$result.txt.tmp"; then
+      if alone "$PYTHON" -m coca_scale eval "$evaluation" ${EVAL_ARGS:-} \
+        --out "$result.json" -- "$model" "$data" >"$result.txt.tmp"; then
         mv "$result.txt.tmp" "$result.txt"
         cat "$result.txt"
       else

@@ -17,10 +17,12 @@ say() { echo "launch: $*" >&2; }
 : "${SLURM_JOB_ID:?is not set: submit this script with sbatch}"
 cd "${COCA_SCALE_HOME:-$SLURM_SUBMIT_DIR}" || exit 2
 
-if [ -f "${SITE:-slurm/site.sh}" ]; then
+site=${SITE:-slurm/site.sh}
+case $site in */*) ;; *) site=./$site ;; esac  # or bash looks for it in PATH
+if [ -f "$site" ]; then
   set +u  # module and conda functions read variables that are not set
   # shellcheck source=/dev/null
-  . "${SITE:-slurm/site.sh}"
+  . "$site"
   set -u
 elif [ -n "${SITE:-}" ]; then
   say "SITE=$SITE: no such file"
@@ -91,7 +93,7 @@ alone() {
 }
 
 # latest FOLDER: name of the newest complete checkpoint of a run folder, if any
-latest() { cat "$1/checkpoints/latest" 2>/dev/null; }
+latest() { cat -- "$1/checkpoints/latest" 2>/dev/null; }
 
 # come_back REASON CODE: put the job into the queue again, which ends this script
 come_back() {
@@ -137,7 +139,7 @@ except RecipeError as error:
     "$SLURM_NTASKS ranks; logs per node in $LOGS"
   # SIGTERM to this script means that the job is ending; the ranks may still be saving
   trap : TERM
-  on_all_ranks "$PYTHON" coca_scale/train.py --recipe "$recipe" "$@"
+  on_all_ranks "$PYTHON" coca_scale/train.py --recipe="$recipe" "$@"
   code=$?
   case $code in
     0) exit 0 ;;

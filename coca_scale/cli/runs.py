@@ -110,7 +110,7 @@ def slurm_command(
         recipe, overrides or (), gpus=gpus, gpus_per_node=gpus_per_node, time=time
     )
     if out is not None:
-        out.write_text(script)
+        slurm.write(script, out)
         say(f"wrote {out}")
     if send:
         say(f"job {slurm.submit(script, out)}")

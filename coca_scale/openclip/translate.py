@@ -22,6 +22,7 @@ from coca_scale.openclip.options import OPTIONS, Fate
 from coca_scale.recipe import recipe_from_dict
 from coca_scale.recipe.batch import MAX_DEFAULT_LANES, default_lanes, divisors
 from coca_scale.recipe.files import read_text
+from coca_scale.recipe.text import shell_word
 
 _ENTRY = re.compile(r"(^|[./])(open_clip_train|training)[./]main(\.py)?$")
 _LINE_END = re.compile(r"\\\n")
@@ -55,7 +56,7 @@ class Translation:
 
     def yaml(self) -> str:
         """The recipe file."""
-        words = shlex.join(["open_clip_train.main", *self.command])
+        words = " ".join(map(shell_word, ["open_clip_train.main", *self.command]))
         body = yaml.safe_dump(self.recipe, sort_keys=False, allow_unicode=True)
         return f"# from {words}\n# on {self.gpus} GPU(s)\n{body}"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import tempfile
@@ -13,12 +12,14 @@ from pathlib import Path
 
 from coca_scale.errors import UserError
 from coca_scale.recipe import BatchSplit, load_recipe
+from coca_scale.recipe.text import shell_word
 
 DEFAULT_TIME = "24:00:00"
 SAVE_SECONDS = 300  # before the time limit; a checkpoint must be written within
 CORES_BESIDE_WORKERS = 4  # the rank itself, its copies to the GPU, its communication
 LAUNCH_FILE = Path("slurm") / "launch.sh"
-_TIME = re.compile(r"\d+(:\d{1,2}){0,2}|\d+-\d{1,2}(:\d{1,2}){0,2}")
+_TIME = re.compile(r"\d+(:\d{1,2}){0,2}|\d+-\d{1,2}(:\d{1,2}){0,2}", re.ASCII)
+_NAME_LENGTH = 100  # of a job; it is part of file names
 
 _SCRIPT = """\
 #!/usr/bin/env bash
@@ -40,11 +41,13 @@ _SCRIPT = """\
 # shellcheck source=/dev/null
 . "${{COCA_SCALE_HOME:-${{SLURM_SUBMIT_DIR:?is not set: submit this script with sbatch}}}}/{launch}"
 
-launch_training "${{RECIPE:-{recipe}}}" {overrides}"$@"
+recipe={recipe}
+launch_training "${{RECIPE:-$recipe}}" {overrides}"$@"
 """
 
 _SUBMIT = """\
 site=${SITE:-slurm/site.sh}
+case $site in */*) ;; *) site=./$site ;; esac  # or bash looks for it in PATH
 [ ! -f "$site" ] || . "$site"
 sbatch --parsable "$0"
 """
@@ -82,21 +85,21 @@ def render(
     if not _TIME.fullmatch(time):
         raise UserError(f"time {time!r}: write it as minutes, HH:MM:SS or D-HH:MM:SS")
     tasks = gpus // nodes
-    where = _from_checkout(recipe)
+    where = shell_word(_from_checkout(recipe))
     options = {"--gpus": gpus}
     if gpus_per_node != 8:
         options["--gpus-per-node"] = gpus_per_node
     words = [f"{name} {value}" for name, value in options.items()]
     words += [f"--time {time}"] if time != DEFAULT_TIME else []
-    quoted = [shlex.quote(override) for override in overrides]
+    quoted = [shell_word(override) for override in overrides]
     return _SCRIPT.format(
         recipe=where,
         gpus=gpus,
         nodes=nodes,
         s="" if nodes == 1 else "s",
         tasks=tasks,
-        command=" ".join(["coca-scale slurm", shlex.quote(where), *words, *quoted]),
-        name=re.sub(r"[^\w.-]", "_", loaded.run.name),
+        command=" ".join(["coca-scale slurm", where, *words, *quoted]),
+        name=re.sub(r"[^\w.-]", "_", loaded.run.name)[:_NAME_LENGTH],
         cores=loaded.data.workers + CORES_BESIDE_WORKERS,
         # whole nodes with all their memory; a part of a node gets what the site gives a core
         memory="#SBATCH --mem=0\n" if tasks == gpus_per_node else "",
@@ -131,7 +134,7 @@ def submit(script: str, file: Path | None) -> str:
     with tempfile.TemporaryDirectory() as folder:
         if file is None:
             file = Path(folder) / "job.sh"
-            file.write_text(script)
+            write(script, file)
         done = subprocess.run(
             ["bash", "-c", _SUBMIT, str(file.absolute())],
             cwd=home,
@@ -141,7 +144,15 @@ def submit(script: str, file: Path | None) -> str:
         )
     if done.returncode:
         raise UserError(f"sbatch refused the job: {' '.join(done.stderr.split())}")
-    return done.stdout.split()[-1].partition(";")[0]
+    said = done.stdout.split()
+    if not said:
+        raise UserError("sbatch gave no job number; look with squeue whether it took the job")
+    return said[-1].partition(";")[0]
+
+
+def write(script: str, file: Path) -> None:
+    """A script as a file; in UTF-8, whatever the locale."""
+    file.write_text(script, encoding="utf-8")
 
 
 def checkout() -> Path:
@@ -151,4 +162,5 @@ def checkout() -> Path:
 
 def _from_checkout(recipe: Path) -> str:
     path, home = recipe.resolve(), checkout()
-    return str(path.relative_to(home)) if path.is_relative_to(home) else str(path)
+    name = str(path.relative_to(home)) if path.is_relative_to(home) else str(path)
+    return f"./{name}" if name.startswith("-") else name

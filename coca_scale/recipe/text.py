@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
 
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 # of terminals: colours and cursors (CSI), titles and links (OSC … BEL or ST), and short ones
@@ -48,6 +50,26 @@ def one_line(text: str) -> str:
 def visible(text: str) -> str:
     """A message for a terminal: what would steer it is written out, as in `\\x1b`."""
     return _SURROGATES.sub(_written_out, _CONTROLS.sub(_written_out, text))
+
+
+def shell_word(word: str) -> str:
+    """A word as bash reads it back unchanged, on one line whatever is in it.
+
+    Args:
+        word: an argument or a path; it has no NUL, as none can.
+    """
+    if word.isprintable():
+        return shlex.quote(word)
+    # bytes, so that no locale of the shell has a say; a name need not be UTF-8
+    escaped = (chr(b) if 31 < b < 127 and b not in b"'\\" else f"\\{b:03o}" for b in _bytes(word))
+    return f"$'{''.join(escaped)}'"
+
+
+def _bytes(word: str) -> bytes:
+    try:
+        return os.fsencode(word)
+    except UnicodeEncodeError:  # half of a surrogate pair that stands for no byte
+        return word.encode("utf-8", "surrogatepass")
 
 
 def _written_out(character: re.Match[str]) -> str:

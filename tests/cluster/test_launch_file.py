@@ -100,7 +100,7 @@ def test_done_or_faulty_jobs_do_not_come_back(job, code):
     assert done.returncode == code, done.stderr
     assert not job.has("requeued")
     assert ("a fault that a restart does not mend" in done.stderr) == (code > 0)
-    assert "training coca_scale/train.py --recipe recipes/small.yaml" in done.stdout
+    assert "training coca_scale/train.py --recipe=recipes/small.yaml" in done.stdout
     assert "0: training" in job.read("logs/test-4711/n1.log")
 
 
@@ -173,7 +173,7 @@ def test_site_file_and_apptainer(job):
     inside = f"exec --nv --bind /data:/data --pwd {Path.cwd()} coca.sif {job.folder}/bin/python"
     lines = job.read("apptainer").splitlines()
     assert lines[0].startswith(f"{inside} -c")
-    assert lines[-1].startswith(f"{inside} coca_scale/train.py --recipe recipes/small.yaml")
+    assert lines[-1].startswith(f"{inside} coca_scale/train.py --recipe=recipes/small.yaml")
 
 
 def test_pyxis(job):
