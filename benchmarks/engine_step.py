@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from open_clip.loss import ClipLoss, CoCaLoss
 from timing import synchronize
 from torch import Tensor, nn
@@ -44,6 +43,7 @@ from train_step import (
 from coca_scale.planning.costs import model_flops
 from coca_scale.planning.gpus import peak_flops
 from coca_scale.recipe import BatchSplit, Recipe, recipe_from_dict
+from coca_scale.recipe.yaml_text import parse_yaml
 from coca_scale.training.garbage_collection import GarbageCollection
 
 LR = 1e-4
@@ -79,7 +79,7 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
     for change in options.changes:
         name, _, value = change.partition("=")
         section, _, key = name.partition(".")
-        raw.setdefault(section, {})[key] = yaml.safe_load(value)
+        raw.setdefault(section, {})[key] = parse_yaml(value)
     return recipe_from_dict(raw)
 
 

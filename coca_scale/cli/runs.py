@@ -138,7 +138,7 @@ def translate_command(
     if out is None:
         say(found.yaml(), nl=False)
     else:
-        out.write_text(found.yaml())
+        out.write_text(found.yaml(), encoding="utf-8")
         say(f"wrote {out}; deepspeed coca_scale/train.py --recipe {out} --dry-run")
 
 

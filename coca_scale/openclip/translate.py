@@ -13,7 +13,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import yaml
 from open_clip_train.params import parse_args
 
 from coca_scale.errors import UserError
@@ -23,6 +22,7 @@ from coca_scale.recipe import recipe_from_dict
 from coca_scale.recipe.batch import MAX_DEFAULT_LANES, default_lanes, divisors
 from coca_scale.recipe.files import read_text
 from coca_scale.recipe.text import shell_word
+from coca_scale.recipe.yaml_text import dump_yaml
 
 _ENTRY = re.compile(r"(^|[./])(open_clip_train|training)[./]main(\.py)?$")
 _LINE_END = re.compile(r"\\\n")
@@ -57,7 +57,7 @@ class Translation:
     def yaml(self) -> str:
         """The recipe file."""
         words = " ".join(map(shell_word, ["open_clip_train.main", *self.command]))
-        body = yaml.safe_dump(self.recipe, sort_keys=False, allow_unicode=True)
+        body = dump_yaml(self.recipe)
         return f"# from {words}\n# on {self.gpus} GPU(s)\n{body}"
 
     def report(self) -> str:

@@ -6,13 +6,20 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, Field
 
-from coca_scale.recipe.section import Fraction, NonNegativeInt, PositiveInt, SampleCount, Section
+from coca_scale.recipe.section import (
+    Fraction,
+    NonNegativeInt,
+    PathText,
+    PositiveInt,
+    SampleCount,
+    Section,
+)
 
 
 class WeightedShards(Section):
     """Shards with the number of times an epoch has each of them."""
 
-    shards: str | Annotated[list[str], Field(min_length=1)] = Field(
+    shards: PathText | Annotated[list[PathText], Field(min_length=1)] = Field(
         description="Patterns as in data.train."
     )
     weight: Annotated[float, Field(gt=0.0, le=1e6, allow_inf_nan=False)] = Field(
@@ -118,7 +125,9 @@ class DataSection(Section):
     timeout_seconds: Annotated[float, Field(gt=0.0, le=1e6)] = Field(
         60.0, description="Longest wait for 4 MiB of a remote shard."
     )
-    cache_dir: str | None = Field(None, description="Keep copies of remote shards in this folder.")
+    cache_dir: PathText | None = Field(
+        None, description="Keep copies of remote shards in this folder."
+    )
     cache_gigabytes: Annotated[float, Field(gt=0.0, le=1e9)] | None = Field(
         None, description="Most that is kept in cache_dir; further shards are streamed."
     )

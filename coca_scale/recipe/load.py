@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,27 +12,13 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from coca_scale.errors import UserError
+from coca_scale.recipe.files import read_text
 from coca_scale.recipe.schema import LENGTH_KEYS, Recipe
+from coca_scale.recipe.yaml_text import complaint, dump_yaml, parse_yaml
 
 
 class RecipeError(UserError):
     """A recipe that cannot be used; the message lists every fault, one per line."""
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-3 as a string; people mean a number."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
-
-
-def parse_yaml(text: str) -> Any:
-    """Parse YAML safely, with `1e-3` as a number."""
-    return yaml.load(text, Loader=_Loader)  # _Loader is a SafeLoader
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -58,11 +43,11 @@ def read_sections(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise RecipeError(f"{path}: no such recipe; the shipped ones are in recipes/")
     try:
-        raw = parse_yaml(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(
-            f"{path}: not readable as YAML: {' '.join(str(error).split())}"
-        ) from error
+        raw = parse_yaml(read_text(path))
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: not readable as YAML: {complaint(error)}") from error
+    except (UserError, OSError) as error:
+        raise RecipeError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
     if not isinstance(raw, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of sections, this is {_kind(raw)}")
     return raw
@@ -96,7 +81,10 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
     try:
         value = parse_yaml(text)
     except yaml.YAMLError as error:
-        raise RecipeError(f"override {override!r}: the value is not readable as YAML") from error
+        raise RecipeError(
+            f"override {override!r}: the value is not readable as YAML ({complaint(error)}); "
+            "text with braces, brackets or colons goes in quotes of its own"
+        ) from error
     node = raw
     for key in keys[:-1]:
         child = node.setdefault(key, {})
@@ -112,7 +100,7 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
 
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML; loading it gives an equal recipe."""
-    return yaml.safe_dump(recipe.model_dump(), sort_keys=False)
+    return dump_yaml(recipe.model_dump())
 
 
 def schema_json() -> str:
@@ -134,7 +122,9 @@ def _describe(fault: Any) -> str:
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "value_error":
         return f"{name}: {message}" if name else message
-    return f"{name}: {message[0].lower() + message[1:]}, found {fault['input']!r}"
+    quotes = "; put it in quotes" if fault["type"] == "string_type" else ""
+    found = f"{message[0].lower() + message[1:]}, found {fault['input']!r:.200}{quotes}"
+    return f"{name or '.'.join(location)}: {found}"
 
 
 def _known_prefix(location: list[str]) -> tuple[list[str], type[BaseModel]]:

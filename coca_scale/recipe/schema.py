@@ -16,6 +16,7 @@ from coca_scale.recipe.section import (
     MAX_STEPS,
     Minutes,
     NonNegativeInt,
+    PathText,
     PositiveInt,
     SampleCount,
     Section,
@@ -27,7 +28,7 @@ class RunSection(Section):
     """Names of the run, and its random seed."""
 
     name: str = Field(min_length=1, description="Name of the run.")
-    dir: str | None = Field(None, description="Run folder; default runs/NAME.")
+    dir: PathText | None = Field(None, description="Run folder; default runs/NAME.")
     seed: Seed = Field(0, description="Seed of weights, sample order and augmentation.")
 
     @property
@@ -39,7 +40,9 @@ class RunSection(Section):
 class ModelSection(Section):
     """The model."""
 
-    name: str = Field(description="An OpenCLIP config name (coca_ViT-L-14) or a path to its JSON.")
+    name: PathText = Field(
+        description="An OpenCLIP config name (coca_ViT-L-14) or a path to its JSON."
+    )
     image_size: Annotated[int, Field(ge=1, le=2**14)] | None = Field(
         None, description="Pixels per side; default from the model config."
     )
@@ -50,7 +53,7 @@ class ModelSection(Section):
     patch_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] | None = Field(
         None, description="Share of image patches left out while training (ViTs of this package)."
     )
-    pretrained: str | None = Field(
+    pretrained: PathText | None = Field(
         None,
         description="Weights to start from: a tag of OpenCLIP's registry (laion2b_s13b_b90k), "
         "NAME@TAG, hf-hub:ORG/NAME, a weight file, an exported folder, a run or a checkpoint.",
@@ -270,7 +273,7 @@ class CheckpointSection(Section):
         description="Write while training goes on, from a copy in the host's memory; false, or no "
         "room for a copy, waits for the disk.",
     )
-    resume: str = Field(
+    resume: PathText = Field(
         "auto",
         description="auto: newest complete checkpoint of the run folder if there is one; "
         "never: start anew in an empty run folder; or a checkpoint folder.",
@@ -314,13 +317,13 @@ class EvalSection(Section):
         description="Validation samples that are captioned (greedy search) and scored with BLEU, "
         "ROUGE-L and CIDEr; 0 scores none.",
     )
-    zeroshot: str | None = Field(
+    zeroshot: PathText | None = Field(
         None, description="Folder of class folders, or shards with .cls, to classify zero-shot."
     )
-    classnames: str | None = Field(
+    classnames: PathText | None = Field(
         None, description="imagenet, or a file with a class name per line; null: folder names."
     )
-    templates: str = Field(
+    templates: PathText = Field(
         "openai", description="openai, simple, or a file of sentences with {} for the name."
     )
 
@@ -337,6 +340,12 @@ class LogSection(Section):
         None,
         description="[first, last]: steps whose operators and trace rank 0 writes to RUN/profile.",
     )
+
+    @model_validator(mode="after")
+    def _project_has_a_name(self) -> LogSection:
+        if self.wandb is not None and self.wandb.lower() in ("off", "no", "false"):
+            raise ValueError(f"wandb is the name of a project; null instead of {self.wandb}")
+        return self
 
     @model_validator(mode="after")
     def _span_has_steps(self) -> LogSection:

@@ -98,7 +98,7 @@ class Prepared:
         """The resolved recipe into the run folder, and what it runs with."""
         folder = self.recipe.run.folder
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / RECIPE).write_text(dump_recipe(self.recipe))
+        (folder / RECIPE).write_text(dump_recipe(self.recipe), encoding="utf-8")
         if isinstance(self.tokenizer, FastTokenizer):
             self.tokenizer.save(folder)
         packages = ("torch", "deepspeed", "open_clip_torch")

@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 from coca_scale.recipe import recipe_from_dict
-from coca_scale.recipe.load import parse_yaml, schema_json
+from coca_scale.recipe.load import schema_json
+from coca_scale.recipe.yaml_text import parse_yaml
 from tests.browser import opened_browser, quiet_page
 from tests.docs.blocks import LANGUAGES, PAGES, ROOT, blocks, commands
 from tests.docs.elsewhere import ELSEWHERE, elsewhere

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from coca_scale.errors import UserError
 from coca_scale.recipe import BatchSplit, RecipeError, dump_recipe, load_recipe, recipe_from_dict
-from coca_scale.recipe.load import parse_yaml, schema_json
+from coca_scale.recipe.load import schema_json
 from coca_scale.recipe.total_steps import total_steps
+from coca_scale.recipe.yaml_text import parse_yaml
 from tests.conftest import tiny_recipe
 
 RECIPES = sorted(Path("recipes").glob("*.yaml"))
