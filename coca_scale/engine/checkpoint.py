@@ -26,7 +26,7 @@ from coca_scale.engine.train_engine import CONSTANTS_FILE, SCALE_FILE
 from coca_scale.engine.weight_average import AVERAGE_FOLDER
 from coca_scale.engine.world import World
 from coca_scale.engine.writing import Entries, sync_folder, write_hashed
-from coca_scale.engine.zero import (
+from coca_scale.engine.zero_files import (
     STATE_TAG,
     Layout,
     full_weights,

@@ -44,7 +44,8 @@ from coca_scale.engine.optimizer import (
 from coca_scale.engine.weight_average import AVERAGE_FOLDER, WeightAverage
 from coca_scale.engine.world import World
 from coca_scale.engine.writing import Entries, FileWriter
-from coca_scale.engine.zero import STATE_TAG, Layout, ZeroEngine
+from coca_scale.engine.zero import ZeroEngine
+from coca_scale.engine.zero_files import STATE_TAG, Layout
 from coca_scale.errors import UserError
 from coca_scale.losses import FeatureGather
 from coca_scale.model import CoCa, LogitScale

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from coca_scale.engine.zero import ZeroEngine, full_weights, read_shard
+from coca_scale.engine.zero import ZeroEngine
+from coca_scale.engine.zero_files import full_weights, read_shard
 from coca_scale.errors import UserError
 
 AVERAGE_FOLDER = "average"
