@@ -101,15 +101,21 @@ class CocaEncoder:
         prompts: Sequence[Sequence[int]],
         seeds: Sequence[int],
     ) -> Generated:
-        """As of `Encoder`."""
-        return generate(
-            self.coca,
-            self.prepare(pixels),
-            self.tokenizer,
-            options,
-            prompts=prompts,
-            seeds=seeds,
-            same_steps=self.same_steps,
+        """As of `Encoder`.
+
+        Raises:
+            AgreedError: as `generate`.
+        """
+        return self.world.agree(
+            lambda: generate(
+                self.coca,
+                self.prepare(pixels),
+                self.tokenizer,
+                options,
+                prompts=prompts,
+                seeds=seeds,
+                same_steps=self.same_steps,
+            )
         )
 
 

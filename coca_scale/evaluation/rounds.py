@@ -19,6 +19,7 @@ from coca_scale.engine.world import World
 from coca_scale.errors import AgreedError
 from coca_scale.evaluation.encoder import Encoder, Feeding, stack_pixels
 from coca_scale.evaluation.pictures import BadPicture, Picture, PictureSource, Place
+from coca_scale.model.weights import require_finite_features
 
 T = TypeVar("T")
 _END = Place(2**62, 0)
@@ -107,9 +108,15 @@ class PictureRounds:
         return [everything[index] for index in self._order]
 
     def collect_rows(self, rows: Sequence[Tensor]) -> Tensor:
-        """Rows [n, d], one for each of this rank's pictures; of all ranks [N, d], on the CPU."""
+        """Rows [n, d], one for each of this rank's pictures; of all ranks [N, d], on the CPU.
+
+        Raises:
+            AgreedError: features of used pictures that are not finite.
+        """
         mine = torch.cat(list(rows)).cpu()
-        return torch.cat(self._world.gather(mine))[self._order]
+        found = torch.cat(self._world.gather(mine))[self._order]
+        self._world.agree(lambda: require_finite_features(found, "pictures"))
+        return found
 
 
 def encode_pictures(encoder: Encoder, batch: Sequence[Picture]) -> Tensor:
@@ -120,14 +127,20 @@ def encode_pictures(encoder: Encoder, batch: Sequence[Picture]) -> Tensor:
 
 
 def encode_texts(encoder: Encoder, texts: Sequence[str], feeding: Feeding) -> Tensor:
-    """Unit features of texts that every rank has, fp32 [n, d] on the CPU. A collective."""
+    """Unit features of texts that every rank has, fp32 [n, d] on the CPU. A collective.
+
+    Raises:
+        AgreedError: features that are not finite.
+    """
     world = encoder.world
     first, last = (len(texts) * rank // world.size for rank in (world.rank, world.rank + 1))
     found: list[Tensor] = []
     for batch in _in_rounds(texts[first:last], feeding.batch_size, world):
         tokens = encoder.tokenizer(batch or ["blank"])
         found.append(encoder.encode_texts(tokens)[: len(batch)].cpu())
-    return torch.cat([rows for of_rank in world.gather(found) for rows in of_rank])
+    features = torch.cat([rows for of_rank in world.gather(found) for rows in of_rank])
+    world.agree(lambda: require_finite_features(features, "captions"))
+    return features
 
 
 def _in_rounds(items: Iterable[T], size: int, world: World) -> Iterator[list[T]]:

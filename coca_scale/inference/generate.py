@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from coca_scale.errors import UserError
 from coca_scale.inference.beam import BeamSearch
 from coca_scale.inference.generation_options import GenerationOptions
 from coca_scale.inference.prompts import make_prompts
@@ -68,7 +69,7 @@ def generate(
             under ZeRO-3, where every rank must run it the same number of times.
 
     Raises:
-        UserError: the model has no decoder, or no place for the captions asked for.
+        UserError: the model has no decoder, no place for the captions asked for, or gives NaN.
     """
     length = options.length(coca.config.context_length)
     cache = coca.new_cache(length)
@@ -81,6 +82,7 @@ def generate(
         search = Sampling(begun, options, seeds)
     _, image_tokens_BSD = coca.image(images)
     logits = coca.next_logits(begun.tokens_BL[:, : begun.shortest], cache, image_tokens_BSD)
+    finite = logits.isfinite().all()  # read at the end: the host would wait at every token
     cache.repeat(search.rows_per_image)
     logits = logits.repeat_interleave(search.rows_per_image, 0)
     for position in range(begun.shortest, length):
@@ -91,4 +93,10 @@ def generate(
         if rows is not None:
             cache.take(rows)
         logits = coca.next_logits(search.written(position + 1)[:, -1:], cache)
+        finite &= logits.isfinite().all()
+    if not finite:
+        raise UserError(
+            "the model gives NaN or infinity for a caption's next token: its numbers overflow, "
+            "more easily in fp16 and bf16 than in fp32"
+        )
     return Generated(*search.result())

@@ -159,7 +159,10 @@ def load_model(name: str, config: str | None = None, raw_weights: bool = False) 
         UserError: not one of these, damaged, not reachable, or not a model of this package.
     """
     found = find_model(name, config, raw_weights)
-    model = build_model(found.config, found.weights)
+    try:
+        model = build_model(found.config, found.weights)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
     tokenizer = make_tokenizer(found.config, found.folder)
     return LoadedModel(found.weights, found.config, model, tokenizer)
 
@@ -217,7 +220,7 @@ def _in_folder(folder: Path, raw_weights: bool) -> Found:
             "folder with a config of OpenCLIP's"
         )
     verify_checkpoint(checkpoint)
-    config = parse_model_config(read_progress(checkpoint)["model_cfg"], str(checkpoint))
+    config = parse_model_config(read_progress(checkpoint).get("model_cfg"), str(checkpoint))
     return Found(config, read_weights(checkpoint, raw_weights), checkpoint.parents[1])
 
 

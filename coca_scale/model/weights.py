@@ -45,55 +45,93 @@ def build_model(config: ModelConfig, weights: Mapping[str, Tensor]) -> Model:
         UserError: the weights are not those of this configuration.
     """
     logit_scale = LogitScale()
-    coca = new_coca(config, will_be_loaded=True)
-    load_weights(coca, logit_scale, weights)
+    coca = load_coca(config, logit_scale, weights)
     return Model(coca.eval().requires_grad_(False), logit_scale.requires_grad_(False))
 
 
-def new_coca(config: ModelConfig, will_be_loaded: bool) -> CoCa:
-    """A model with fresh weights, or with none where they will be loaded anyway.
+def load_coca(config: ModelConfig, logit_scale: LogitScale, weights: Mapping[str, Tensor]) -> CoCa:
+    """A model that has `weights` in the place of its own tensors; memory-mapped ones stay mapped.
 
-    Towers of other libraries are built with memory in any case: their buffers are in no file.
-    """
-    foreign = config.vision_cfg.timm_model_name or config.text_cfg.hf_model_name
-    if foreign or not will_be_loaded:
-        return CoCa(config)
-    with torch.device("meta"):
-        return CoCa(config)
+    It is compared with them before it takes any memory. Towers of other libraries take theirs
+    nevertheless: their buffers are in no file.
 
-
-def load_weights(coca: CoCa, logit_scale: LogitScale, weights: Mapping[str, Tensor]) -> None:
-    """Put `weights` in the place of the model's own tensors; memory-mapped ones stay mapped.
+    Args:
+        config: of the model.
+        logit_scale: gets its value.
+        weights: under our names.
 
     Raises:
-        UserError: missing or unexpected names, or a tensor of another shape.
+        UserError: missing or unexpected names, a tensor of another shape, or one with numbers that
+            are not finite.
     """
-    check_weights(coca, weights)
+    with torch.device("meta"):
+        coca = CoCa(config)
+    _compare(coca, weights)
+    require_finite(weights)
+    if config.vision_cfg.timm_model_name or config.text_cfg.hf_model_name:
+        coca = CoCa(config)
     towers = {name: tensor for name, tensor in weights.items() if name != LOGIT_SCALE}
     coca.load_state_dict(towers, assign=True)
     logit_scale.log_scale.data.copy_(weights[LOGIT_SCALE])
+    return coca
 
 
-def check_weights(coca: CoCa, weights: Mapping[str, Tensor]) -> None:
-    """Compare names and shapes.
+def require_finite(weights: Mapping[str, Tensor]) -> None:
+    """See that no weight is NaN or infinite; no copy is made of any.
 
     Raises:
-        UserError: what is missing, unexpected, or of another shape.
+        UserError: which are not.
     """
-    shapes = {name: tensor.shape for name, tensor in coca.state_dict().items()}
-    shapes[LOGIT_SCALE] = torch.Size([1])
-    missing, unexpected = sorted(shapes.keys() - weights), sorted(weights.keys() - shapes)
+    broken = [name for name, tensor in weights.items() if not _is_finite(tensor)]
+    if broken:
+        raise UserError(
+            f"{len(broken)} of {len(weights)} weights hold NaN or infinity (first: {broken[0]}): "
+            "the training that made them had gone wrong, or they are damaged; take earlier ones"
+        )
+
+
+def require_finite_features(features: Tensor, of_what: str) -> None:
+    """See that features [n, d] can be compared.
+
+    Raises:
+        UserError: some are NaN or infinite.
+    """
+    broken = int((~features.isfinite()).any(1).sum())
+    if broken:
+        raise UserError(
+            f"the model gives NaN or infinity for {broken} of {len(features)} {of_what}, so there "
+            "is nothing to compare: its numbers overflow, more easily in fp16 and bf16 than in fp32"
+        )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    lowest, highest = tensor.aminmax()  # NaN if one is
+    return bool(lowest.isfinite() & highest.isfinite())
+
+
+def _compare(coca: CoCa, weights: Mapping[str, Tensor]) -> None:
+    """Compare names, shapes and kinds of numbers.
+
+    Raises:
+        UserError: what is missing, unexpected, or of another shape or kind.
+    """
+    own = {**coca.state_dict(), LOGIT_SCALE: torch.zeros(1)}
+    missing, unexpected = sorted(own.keys() - weights), sorted(weights.keys() - own)
     if missing or unexpected:
         raise UserError(
             "these are weights of another architecture than the model config says: "
             f"{_some(missing, 'missing')}; {_some(unexpected, 'unexpected')}"
         )
     for name, tensor in weights.items():
-        if tensor.shape != shapes[name]:
+        if tensor.shape != own[name].shape:
             raise UserError(
                 f"{name} has shape {tuple(tensor.shape)} in the weights, "
-                f"the model config says {tuple(shapes[name])}"
+                f"the model config says {tuple(own[name].shape)}"
             )
+        if tensor.is_floating_point() != own[name].is_floating_point():
+            raise UserError(f"{name} is {tensor.dtype} in the weights, not {own[name].dtype}")
 
 
 def fit_weights(

@@ -18,7 +18,7 @@ from coca_scale.errors import UserError
 from coca_scale.model import ModelConfig, load_model_config
 from coca_scale.model.image import IMAGE_MEAN, IMAGE_STD
 from coca_scale.model.timm_tower import takes_image_size
-from coca_scale.model.weights import Model
+from coca_scale.model.weights import Model, require_finite
 from coca_scale.openclip.state_dict import from_openclip, to_openclip
 from coca_scale.openclip.weight_files import read_weight_file
 
@@ -91,9 +91,7 @@ def write_folder(weights: Mapping[str, Tensor], config: ModelConfig, folder: Pat
         UserError: a weight is not finite.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    broken = [n for n, t in weights.items() if t.is_floating_point() and not t.isfinite().all()]
-    if broken:
-        raise UserError(f"{len(broken)} weights are not finite, first: {broken[0]}")
+    require_finite(weights)
     preprocess = {
         "mean": list(IMAGE_MEAN),
         "std": list(IMAGE_STD),

@@ -15,7 +15,7 @@ from coca_scale.inference.load import find_model, pretrained_name
 from coca_scale.model import CoCa, LogitScale, ModelConfig
 from coca_scale.model.freeze import freeze
 from coca_scale.model.tower_weights import load_tower_weights, require_statistics
-from coca_scale.model.weights import fit_weights, load_weights, new_coca
+from coca_scale.model.weights import fit_weights, load_coca, require_finite
 from coca_scale.recipe import Recipe
 from coca_scale.recipe.schema import ModelSection
 
@@ -62,12 +62,13 @@ def _build(
         coca = CoCa(config)
         coca.load_state_dict(read_constants(checkpoint), strict=False, assign=True)
     elif pretrained is not None:
-        coca = new_coca(config, will_be_loaded=True)
-        _load_pretrained(coca, logit_scale, pretrained_name(recipe.model), recipe.model, notes)
+        coca = _pretrained(config, logit_scale, recipe.model, notes)
     else:
         coca = CoCa(config)
         filled = load_tower_weights(coca) if recipe.model.pretrained_towers else []
         notes += filled
+        if filled:
+            require_finite(coca.state_dict())
         require_statistics(coca, has_weights=any("image tower" in line for line in filled))
     freeze(coca, recipe.model, recipe.loss)
     require_compilable(coca, recipe.engine)
@@ -78,20 +79,22 @@ def _build(
     return coca, logit_scale
 
 
-def _load_pretrained(
-    coca: CoCa, logit_scale: LogitScale, name: str, section: ModelSection, notes: list[str]
-) -> None:
+def _pretrained(
+    config: ModelConfig, logit_scale: LogitScale, section: ModelSection, notes: list[str]
+) -> CoCa:
+    name = pretrained_name(section)
     found = find_model(name, section.name)
-    differences = _differences(found.config, coca.config)
+    differences = _differences(found.config, config)
     if differences:
         raise UserError(f"model.pretrained={name}: made for another model: {differences}")
-    weights, changes = fit_weights(found.weights, coca.config)
+    weights, changes = fit_weights(found.weights, config)
     try:
-        load_weights(coca, logit_scale, weights)
+        coca = load_coca(config, logit_scale, weights)
     except UserError as error:
         raise UserError(f"model.pretrained={name}: {error}") from error
     notes.append(f"starts from {name}: {len(weights)} tensors")
     notes += changes
+    return coca
 
 
 def _differences(made_for: ModelConfig, wanted: ModelConfig) -> str:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from coca_scale.errors import UserError
 from coca_scale.inference.load import find_model, load_model, pretrained_name
 from coca_scale.model import CoCa, LogitScale, load_model_config
-from coca_scale.model.weights import load_weights, new_coca
+from coca_scale.model.weights import load_coca
 from coca_scale.openclip.folder import write_folder
 from coca_scale.openclip.hub import registry_file
 from coca_scale.openclip.state_dict import to_openclip
@@ -163,7 +163,7 @@ def test_weights_of_another_architecture(weights, tmp_path):
         (wide, r"image.projection has shape \(128, 256\)"),
     ):
         with pytest.raises(UserError, match=message):
-            load_weights(new_coca(config, will_be_loaded=True), LogitScale(), broken)
+            load_coca(config, LogitScale(), broken)
     resnet = {"visual.layer1.0.conv1.weight": torch.zeros(64, 64, 1, 1)}
     torch.save(resnet, tmp_path / "rn50.pt")
     with pytest.raises(UserError, match="belongs to no model of this package"):
