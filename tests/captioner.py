@@ -17,6 +17,7 @@ from coca_scale.inference.export import export
 from coca_scale.inference.load import LoadedModel, load_model
 from coca_scale.model import CoCa, load_model_config
 from coca_scale.model.image import normalize_pixels
+from coca_scale.model.preprocess import OPENAI
 from coca_scale.model.weights import build_model
 
 
@@ -73,4 +74,4 @@ def _drawings(tokenizer: Tokenizer, count: int, split: str) -> tuple[Tensor, Ten
     samples = [shapes[i] for i in range(count)]
     pixels = torch.stack([eval_pixels(decode_image(s.image, s.key), 48) for s in samples])
     tokens = tokenizer([sample.caption for sample in samples])
-    return normalize_pixels(pixels, torch.float32), tokens
+    return normalize_pixels(pixels, torch.float32, OPENAI), tokens

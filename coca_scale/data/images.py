@@ -18,6 +18,7 @@ from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TILEL
 from torch import Tensor
 
 from coca_scale.data.sample import BadSample
+from coca_scale.model.preprocess import OPENAI, Preprocess
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 # by content, whatever the name says; others can start programs (EPS) or are no pictures
@@ -127,12 +128,14 @@ class TrainCrop:
         scale_min: smallest share of the area; 1 takes the centre crop.
         min_side: shortest side of pictures that are used, in pixels.
         max_aspect_ratio: longest over shortest side of pictures that are used.
+        preprocess: of the model, for the centre crop.
     """
 
     size: int
     scale_min: float
     min_side: int | None = None
     max_aspect_ratio: float | None = None
+    preprocess: Preprocess = OPENAI
 
     def check(self, size: tuple[int, int], key: str) -> None:
         """Raises BadSample for a picture that the recipe leaves out."""
@@ -158,7 +161,7 @@ def train_pixels(
     with _opened(data, key) as image:
         crop.check(image.size, key)
         if crop.scale_min == 1.0:
-            return eval_pixels(_upright(image, key), size)
+            return eval_pixels(_upright(image, key), size, crop.preprocess)
         if not isinstance(image, JpegImageFile):
             image.load()  # in a PNG the orientation may stand behind the pixels
         stored = image.size
@@ -250,13 +253,33 @@ def _scaling(image: Image.Image, key: str) -> Callable[[Image.Image], Image.Imag
     return convert
 
 
-def eval_pixels(image: Image.Image, size: int) -> Tensor:
-    """Shortest side to `size` (bicubic), centre crop, as OpenCLIP: uint8 [3, size, size]."""
-    if image.size != (size, size):
+def eval_pixels(image: Image.Image, size: int, preprocess: Preprocess = OPENAI) -> Tensor:
+    """A picture as evaluations see it, the same pixels as OpenCLIP's: uint8 [3, size, size].
+
+    Args:
+        image: in RGB.
+        size: pixels per side.
+        preprocess: resize mode, interpolation and fill colour; by default the shortest side becomes
+            `size`, bicubically, and the centre is cut out.
+    """
+    if image.size == (size, size):
+        return _to_tensor(image)
+    bilinear = preprocess.interpolation == "bilinear"
+    resampling = Image.Resampling.BILINEAR if bilinear else Image.Resampling.BICUBIC
+    if preprocess.resize_mode == "squash":
+        image = image.resize((size, size), resampling)
+    elif preprocess.resize_mode == "longest":
+        ratio = max(image.size) / size
+        width, height = (max(1, round(side / ratio)) for side in image.size)
+        square = Image.new("RGB", (size, size), (preprocess.fill_color,) * 3)
+        inside = ((size - width) // 2, (size - height) // 2)
+        square.paste(image.resize((width, height), resampling), inside)
+        image = square
+    else:
         short = min(image.size)
         width, height = (int(size * side / short) for side in image.size)  # as torchvision
         left, top = round((width - size) / 2), round((height - size) / 2)
-        resized = image.resize((width, height), Image.Resampling.BICUBIC)
+        resized = image.resize((width, height), resampling)
         image = resized.crop((left, top, left + size, top + size))
     return _to_tensor(image)
 

@@ -12,6 +12,7 @@ from coca_scale.data.shards import Mixed, ShardOptions, ShardSource
 from coca_scale.data.storage import StorageOptions
 from coca_scale.data.synthetic import Shapes
 from coca_scale.data.tables import TABLE_SUFFIXES, CaptionTable, IndexedSource
+from coca_scale.model.preprocess import OPENAI, Preprocess
 from coca_scale.recipe.data import DataSection, WeightedShards
 
 
@@ -45,10 +46,10 @@ def open_source(spec: str | Sequence[str | WeightedShards], data: DataSection, s
     return IndexedSource(table, ", ".join(patterns), seed)
 
 
-def train_crop(data: DataSection, image_size: int) -> TrainCrop:
+def train_crop(data: DataSection, image_size: int, preprocess: Preprocess = OPENAI) -> TrainCrop:
     """How training pictures are cropped, and which are too small or too long."""
-    filters = data.filters
-    return TrainCrop(image_size, data.crop_scale_min, filters.min_side, filters.max_aspect_ratio)
+    limits = (data.filters.min_side, data.filters.max_aspect_ratio)
+    return TrainCrop(image_size, data.crop_scale_min, *limits, preprocess)
 
 
 def storage_options(data: DataSection) -> StorageOptions:

@@ -34,6 +34,7 @@ from coca_scale.engine.zero_files import (
     to_universal,
 )
 from coca_scale.errors import AgreedError, UserError
+from coca_scale.model.config import ModelConfig, parse_model_config
 from coca_scale.model.weights import LOGIT_SCALE
 from coca_scale.recipe.files import read_json_as, sha256_of
 
@@ -300,6 +301,15 @@ def read_progress(folder: Path) -> dict[str, Any]:
         UserError: it is something else.
     """
     return read_json_as(folder / PROGRESS, _Progress).model_dump(exclude_unset=True)
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The model of a checkpoint; one that says nothing of pixels was trained with OpenAI's.
+
+    Raises:
+        UserError: not a model of this package.
+    """
+    return parse_model_config(read_progress(folder).get("model_cfg"), str(folder))
 
 
 def read_weights(folder: Path, raw: bool = False) -> dict[str, Tensor]:

@@ -261,7 +261,8 @@ class TrainEngine:
 
     def prepare(self, images: Tensor) -> Tensor:
         """uint8 images [n, 3, H, W] as the towers take them. Local."""
-        return normalize_pixels(images.to(self.world.device), self.dtype)
+        preprocess = self.module.config.preprocess_cfg
+        return normalize_pixels(images.to(self.world.device), self.dtype, preprocess)
 
     def evaluate(self) -> None:
         """Evaluation mode, until the next step. Local."""

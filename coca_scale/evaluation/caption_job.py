@@ -105,9 +105,9 @@ class CaptionJob:
     def _batches(
         self, parts: Sequence[Part], rank: int, ranks: int, done: frozenset[Any] = frozenset()
     ) -> Iterator[list[Captioned]]:
-        summary, size = self._summary, self._captioner.encoder.config.vision_cfg.image_size
+        summary, model = self._summary, self._captioner.encoder.config
         pictures: Iterator[Picture] = read_pictures(
-            parts, size, summary.bad, rank=rank, ranks=ranks, done=done
+            parts, model, summary.bad, rank=rank, ranks=ranks, done=done
         )
         started = time.perf_counter() - summary.seconds
         for batch in self._captioner.write(pictures):

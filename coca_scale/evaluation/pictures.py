@@ -29,6 +29,7 @@ from coca_scale.data.shards import missing_shards, read_shard
 from coca_scale.data.sources import storage_options
 from coca_scale.data.synthetic import Shapes
 from coca_scale.data.tables import TABLE_SUFFIXES, IndexedSource
+from coca_scale.model import ModelConfig
 from coca_scale.recipe.data import DataSection
 
 THREADS = min(8, len(os.sched_getaffinity(0)))
@@ -107,12 +108,12 @@ class PictureSource(Protocol):
     def count(self) -> int | None: ...
 
     def entries(
-        self, image_size: int, rank: int, ranks: int, strided: bool
+        self, model: ModelConfig, rank: int, ranks: int, strided: bool
     ) -> Iterator[Picture | BadPicture]:
         """A rank's share, in the order of places.
 
         Args:
-            image_size: pixels per side.
+            model: whose image size and resizing.
             rank: whose share.
             ranks: how many share them.
             strided: deal pictures in turn, so that ranks are equally far.
@@ -136,11 +137,11 @@ class InputPictures:
         return count_pictures(self.parts)
 
     def entries(
-        self, image_size: int, rank: int, ranks: int, strided: bool
+        self, model: ModelConfig, rank: int, ranks: int, strided: bool
     ) -> Iterator[Picture | BadPicture]:
         """As of `PictureSource`."""
         shares = _entries(self.parts, rank, ranks, frozenset(), strided)
-        return _decoded(shares, image_size, captions_needed=True)
+        return _decoded(shares, model, captions_needed=True)
 
 
 def open_pictures(
@@ -181,7 +182,7 @@ def is_picture_folder(path: Path) -> bool:
 
 def read_pictures(
     parts: Sequence[Part],
-    image_size: int,
+    model: ModelConfig,
     bad: Counter[str],
     *,
     rank: int = 0,
@@ -193,7 +194,7 @@ def read_pictures(
     With at least as many parts as ranks each rank reads parts of its own, so that no shard is read
     twice. `done` are left out.
     """
-    for entry in _decoded(_entries(parts, rank, ranks, done), image_size, captions_needed=False):
+    for entry in _decoded(_entries(parts, rank, ranks, done), model, captions_needed=False):
         if isinstance(entry, Picture):
             yield entry
         else:
@@ -201,7 +202,7 @@ def read_pictures(
 
 
 def first_pictures(
-    source: Source, image_size: int, most: int, rank: int, ranks: int
+    source: Source, model: ModelConfig, most: int, rank: int, ranks: int
 ) -> list[Picture | BadPicture]:
     """A rank's share of the first `most` samples of a source.
 
@@ -212,17 +213,17 @@ def first_pictures(
     raws = itertools.islice(source.ordered(rank, ranks), share)
     places = (Place(0, number) for number in itertools.count(rank, ranks))
     shares = zip(places, raws, strict=False)
-    return [_decode(place, raw, image_size, captions_needed=True) for place, raw in shares]
+    return [_decode(place, raw, model, captions_needed=True) for place, raw in shares]
 
 
 def _decoded(
-    shares: Iterator[tuple[Place, Entry]], image_size: int, captions_needed: bool
+    shares: Iterator[tuple[Place, Entry]], model: ModelConfig, captions_needed: bool
 ) -> Iterator[Picture | BadPicture]:
     """In order, by threads that decode a little ahead."""
     with ThreadPoolExecutor(THREADS) as pool:
         pending: deque[Future[Picture | BadPicture]] = deque()
         for place, raw in shares:
-            pending.append(pool.submit(_decode, place, raw, image_size, captions_needed))
+            pending.append(pool.submit(_decode, place, raw, model, captions_needed))
             if len(pending) > 8 * THREADS:
                 yield pending.popleft().result()
         while pending:
@@ -248,14 +249,15 @@ def _entries(
 
 
 def _decode(
-    place: Place, raw: Entry, image_size: int, captions_needed: bool
+    place: Place, raw: Entry, model: ModelConfig, captions_needed: bool
 ) -> Picture | BadPicture:
     try:
         if isinstance(raw, BadSample):
             raise raw
         if captions_needed and not raw.captions:
             raise BadSample("missing_caption", raw.key, raw.shard)
-        pixels = eval_pixels(decode_image(raw.image, raw.key), image_size)
+        image = decode_image(raw.image, raw.key)
+        pixels = eval_pixels(image, model.vision_cfg.image_size, model.preprocess_cfg)
     except BadSample as bad:
         return BadPicture(place, bad.cause, bad.skipped.lost)
     return Picture(place, raw.key, pixels, tuple(caption for caption, _ in raw.captions))

@@ -41,7 +41,7 @@ class PictureRounds:
         self._feeding = feeding
         self._source = source
         self._entries = source.entries(
-            encoder.config.vision_cfg.image_size,
+            encoder.config,
             self._world.rank,
             self._world.size,
             feeding.limit is not None,

@@ -18,7 +18,7 @@ from coca_scale.errors import UserError
 from coca_scale.inference.generate import generate
 from coca_scale.inference.generation_options import GenerationOptions
 from coca_scale.model import ModelConfig, load_model_config
-from coca_scale.model.config import available_models, parse_model_config
+from coca_scale.model.config import available_models
 from coca_scale.model.image import normalize_pixels
 from coca_scale.model.weights import Model, build_model
 from coca_scale.openclip.folder import is_model_folder, read_folder
@@ -57,17 +57,18 @@ class LoadedModel:
     tokenizer: Tokenizer
 
     def preprocess(self, image: Image.Image) -> Tensor:
-        """A picture as the image tower takes it: shortest side resized, centre crop, normalised.
+        """A picture as the image tower takes it: resized and normalised as `preprocess_cfg` says.
 
         Returns:
             [3, H, W] on the model's device, in its dtype.
         """
-        pixels = eval_pixels(decode_image(image, "picture"), self.config.vision_cfg.image_size)
+        config, upright = self.config, decode_image(image, "picture")
+        pixels = eval_pixels(upright, config.vision_cfg.image_size, config.preprocess_cfg)
         return self.normalize(pixels[None])[0]
 
     def normalize(self, pixels: Tensor) -> Tensor:
         """uint8 pixels [B, 3, H, W] of the model's size → images as the image tower takes them."""
-        return normalize_pixels(pixels.to(self.device), self.dtype)
+        return normalize_pixels(pixels.to(self.device), self.dtype, self.config.preprocess_cfg)
 
     @property
     def device(self) -> torch.device:
@@ -207,7 +208,7 @@ def _in_folder(folder: Path, raw_weights: bool) -> Found:
     from coca_scale.engine.checkpoint import (
         MANIFEST,
         find_checkpoint,
-        read_progress,
+        read_config,
         read_weights,
         verify_checkpoint,
     )
@@ -220,7 +221,7 @@ def _in_folder(folder: Path, raw_weights: bool) -> Found:
             "folder with a config of OpenCLIP's"
         )
     verify_checkpoint(checkpoint)
-    config = parse_model_config(read_progress(checkpoint).get("model_cfg"), str(checkpoint))
+    config = read_config(checkpoint)
     return Found(config, read_weights(checkpoint, raw_weights), checkpoint.parents[1])
 
 

@@ -22,6 +22,7 @@ from pydantic import (
 
 from coca_scale.errors import UserError
 from coca_scale.model.hf_config import architecture
+from coca_scale.model.preprocess import OPENAI, Preprocess
 from coca_scale.recipe.schema import ModelSection
 
 CONFIG_FOLDER = Path(__file__).parent / "configs"
@@ -151,7 +152,11 @@ class DecoderConfig(_Config):
 
 
 class ModelConfig(_Config):
-    """A whole CoCa; without `multimodal_cfg` a CLIP."""
+    """A whole CoCa; without `multimodal_cfg` a CLIP.
+
+    `preprocess_cfg` stands beside the `model_cfg` in OpenCLIP's files; it is part of what a model
+    is, since the same weights see something else in other pixels.
+    """
 
     embed_dim: Size
     vision_cfg: VisionConfig
@@ -159,6 +164,7 @@ class ModelConfig(_Config):
     multimodal_cfg: DecoderConfig | None = None
     custom_text: bool = False
     quick_gelu: bool = False
+    preprocess_cfg: Preprocess = OPENAI
 
     @model_validator(mode="after")
     def _fits_together(self) -> ModelConfig:
@@ -218,7 +224,20 @@ class ModelConfig(_Config):
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object this config was made of: only fields that were given."""
-        return self.model_dump(exclude_unset=True)
+        return self.model_dump(mode="json", exclude_unset=True)
+
+    def for_weights_of(self, trained: ModelConfig) -> ModelConfig:
+        """This model for weights of another config: as they were trained in what it leaves open.
+
+        That is QuickGELU, and how pictures become pixels.
+        """
+        found: dict[str, Any] = {}
+        if "quick_gelu" not in self.model_fields_set and trained.quick_gelu:
+            found["quick_gelu"] = True
+        preprocess = trained.preprocess_cfg.but_as(self.preprocess_cfg)
+        if preprocess != self.preprocess_cfg:
+            found["preprocess_cfg"] = preprocess
+        return self.model_copy(update=found)
 
     def resized(
         self,
@@ -266,9 +285,15 @@ def load_model_config(name: str) -> ModelConfig:
         raw = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not readable as JSON: {error}") from error
-    return parse_model_config(
-        raw.get("model_cfg", raw) if isinstance(raw, dict) else raw, str(path)
-    )
+    if isinstance(raw, dict) and "model_cfg" in raw:
+        raw = _joined(raw["model_cfg"], raw.get("preprocess_cfg"))
+    return parse_model_config(raw, str(path))
+
+
+def _joined(model: Any, preprocess: Any) -> Any:
+    """The two parts of OpenCLIP's files for published weights as one object."""
+    given = isinstance(model, dict) and preprocess is not None
+    return {**model, "preprocess_cfg": preprocess} if given else model
 
 
 def parse_model_config(raw: Any, origin: str) -> ModelConfig:

@@ -10,24 +10,21 @@ from torch import Tensor, nn
 from coca_scale.model.config import VisionConfig
 from coca_scale.model.layers import AttentionalPooler, Block, BlockShape, Stack, normal_parameter
 from coca_scale.model.patch_dropout import drop_patches
+from coca_scale.model.preprocess import CHANNELS, Preprocess
 from coca_scale.model.recompute import run_block
 
-# mean and standard deviation per RGB channel of OpenAI's CLIP, which OpenCLIP's CoCa models use
-IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
-IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
-
-def normalize_pixels(images: Tensor, dtype: torch.dtype) -> Tensor:
+def normalize_pixels(images: Tensor, dtype: torch.dtype, preprocess: Preprocess) -> Tensor:
     """uint8 pixels [B, 3, H, W] → normalised images of `dtype`, computed in fp32."""
-    mean, std = _mean_and_std(images.device)
+    mean = _per_channel(preprocess.mean, images.device)
+    std = _per_channel(preprocess.std, images.device)
     return ((images.float() / 255 - mean) / std).to(dtype)
 
 
 @cache
-def _mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
+def _per_channel(values: tuple[float, float, float], device: torch.device) -> Tensor:
     """Kept there: a copy of every step's own would make the host wait for the device."""
-    mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
-    return mean, std
+    return torch.tensor(values, device=device).view(CHANNELS, 1, 1)
 
 
 class PooledTower(nn.Module):

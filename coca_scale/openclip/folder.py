@@ -16,7 +16,6 @@ from torch import Tensor
 
 from coca_scale.errors import UserError
 from coca_scale.model import ModelConfig, load_model_config
-from coca_scale.model.image import IMAGE_MEAN, IMAGE_STD
 from coca_scale.model.timm_tower import takes_image_size
 from coca_scale.model.weights import Model, require_finite
 from coca_scale.openclip.state_dict import from_openclip, to_openclip
@@ -68,7 +67,7 @@ def openclip_obstacle(config: ModelConfig) -> str | None:
 
 def to_openclip_config(config: ModelConfig) -> dict[str, Any]:
     """The JSON object that OpenCLIP reads as `model_cfg`."""
-    raw = config.to_dict()
+    raw = _model_cfg(config)
     raw["text_cfg"].pop("hf_config", None)
     if not config.text_cfg.correct_cls_mask:
         raw["text_cfg"].pop("correct_cls_mask", None)
@@ -92,12 +91,7 @@ def write_folder(weights: Mapping[str, Tensor], config: ModelConfig, folder: Pat
     """
     folder.mkdir(parents=True, exist_ok=True)
     require_finite(weights)
-    preprocess = {
-        "mean": list(IMAGE_MEAN),
-        "std": list(IMAGE_STD),
-        "interpolation": "bicubic",
-        "resize_mode": "shortest",
-    }
+    preprocess = config.preprocess_cfg.model_dump(mode="json")
     for name in (CONFIG_FILE, SAFETENSORS_FILE, BIN_FILE, OWN_CONFIG_FILE, OWN_WEIGHTS_FILE):
         (folder / name).unlink(missing_ok=True)
     obstacle = openclip_obstacle(config)
@@ -110,7 +104,7 @@ def write_folder(weights: Mapping[str, Tensor], config: ModelConfig, folder: Pat
         (folder / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n")
     else:
         ours = {name: _saved(tensor) for name, tensor in weights.items()}
-        own = {"model_cfg": config.to_dict(), "preprocess_cfg": preprocess, "why": obstacle}
+        own = {"model_cfg": _model_cfg(config), "preprocess_cfg": preprocess, "why": obstacle}
         save_file(ours, folder / OWN_WEIGHTS_FILE)
         (folder / OWN_CONFIG_FILE).write_text(json.dumps(own, indent=2) + "\n")
     return obstacle
@@ -172,6 +166,11 @@ def verify_folder(folder: Path, model: Model, batch: int = 4, seed: int = 0) -> 
     ours = model.coca.caption_logits(image_tokens, tokens)[:, :-1]
     logits = theirs(images, tokens)["logits"]
     return Differences(image, words, _largest(ours[real], logits[real]))
+
+
+def _model_cfg(config: ModelConfig) -> dict[str, Any]:
+    """Without what stands beside it in a file."""
+    return {key: value for key, value in config.to_dict().items() if key != "preprocess_cfg"}
 
 
 def _is_flat(config: ModelConfig) -> bool:

@@ -256,7 +256,7 @@ def _samples(
     report: Report,
 ) -> None:
     """Decode the first samples."""
-    crop = train_crop(recipe.data, config.vision_cfg.image_size)
+    crop = train_crop(recipe.data, config.vision_cfg.image_size, config.preprocess_cfg)
     rng = np.random.default_rng(0)
     skipped: Counter[str] = Counter()
     good = captions = cut = 0

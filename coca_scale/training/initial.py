@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 
-from coca_scale.engine.checkpoint import read_constants
+from coca_scale.engine.checkpoint import read_config, read_constants
 from coca_scale.engine.config import require_compilable
 from coca_scale.engine.world import World
 from coca_scale.errors import UserError
 from coca_scale.inference.load import find_model, pretrained_name
 from coca_scale.model import CoCa, LogitScale, ModelConfig
 from coca_scale.model.freeze import freeze
+from coca_scale.model.preprocess import OPENAI
 from coca_scale.model.tower_weights import load_tower_weights, require_statistics
 from coca_scale.model.weights import fit_weights, load_coca, require_finite
 from coca_scale.recipe import Recipe
@@ -59,7 +60,7 @@ def _build(
     logit_scale = LogitScale()
     pretrained = recipe.model.pretrained
     if checkpoint is not None:
-        coca = CoCa(config)
+        coca = CoCa(_as_saved(config, recipe.model, checkpoint))
         coca.load_state_dict(read_constants(checkpoint), strict=False, assign=True)
     elif pretrained is not None:
         coca = _pretrained(config, logit_scale, recipe.model, notes)
@@ -79,11 +80,26 @@ def _build(
     return coca, logit_scale
 
 
+def _as_saved(config: ModelConfig, section: ModelSection, checkpoint: Path) -> ModelConfig:
+    """The config with what a checkpoint keeps of the weights its run began with."""
+    saved = read_config(checkpoint)
+    if section.pretrained is not None:
+        config = config.for_weights_of(saved)
+    if config.preprocess_cfg != saved.preprocess_cfg:
+        raise UserError(
+            f"{checkpoint} was trained with {saved.preprocess_cfg}, and {section.name} has "
+            f"{config.preprocess_cfg}: change it back, or start a new run with "
+            f"model.pretrained={checkpoint}"
+        )
+    return config
+
+
 def _pretrained(
     config: ModelConfig, logit_scale: LogitScale, section: ModelSection, notes: list[str]
 ) -> CoCa:
     name = pretrained_name(section)
     found = find_model(name, section.name)
+    config = config.for_weights_of(found.config)
     differences = _differences(found.config, config)
     if differences:
         raise UserError(f"model.pretrained={name}: made for another model: {differences}")
@@ -94,7 +110,19 @@ def _pretrained(
         raise UserError(f"model.pretrained={name}: {error}") from error
     notes.append(f"starts from {name}: {len(weights)} tensors")
     notes += changes
+    notes += _trained_with(config, found.config, section.name)
     return coca
+
+
+def _trained_with(config: ModelConfig, found: ModelConfig, name: str) -> list[str]:
+    """Lines about what came with the weights, where it is not OpenAI's default."""
+    notes = ["the weights were trained with QuickGELU"] if found.quick_gelu else []
+    ours, theirs = config.preprocess_cfg, found.preprocess_cfg
+    if ours != theirs:
+        notes.append(f"warning: {name} has {ours}, but the weights were trained with {theirs}")
+    elif ours != OPENAI:
+        notes.append(f"pictures as the weights were trained: {ours}")
+    return notes
 
 
 def _differences(made_for: ModelConfig, wanted: ModelConfig) -> str:
@@ -110,6 +138,7 @@ def _differences(made_for: ModelConfig, wanted: ModelConfig) -> str:
         for key in sorted(old.keys() - _ADAPTED[part]):
             if old[key] != new[key]:
                 lines.append(f"{part}.{key} {old[key]}, not {new[key]}")
-    theirs.pop("custom_text"), ours.pop("custom_text")
+    for key in ("custom_text", "preprocess_cfg"):
+        theirs.pop(key), ours.pop(key)
     lines += [f"{key} {theirs[key]}, not {ours[key]}" for key in theirs if theirs[key] != ours[key]]
     return "; ".join(lines)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -83,7 +83,9 @@ class Prepared:
         dataset = TrainDataset(
             source=self.source,
             tokenizer=self.tokenizer,
-            crop=train_crop(recipe.data, self.config.vision_cfg.image_size),
+            crop=train_crop(
+                recipe.data, self.config.vision_cfg.image_size, self.config.preprocess_cfg
+            ),
             seed=recipe.run.seed,
             lanes=split.lanes,
             samples_per_lane=split.samples_per_lane,
@@ -148,6 +150,7 @@ def set_up(recipe: Recipe, world: World) -> Setup:
         about = (identity, prepared.config, prepared.batch_split.lanes)
         notes += world.on_first(lambda: compare(resumed, read_progress(resumed), *about))
     coca, logit_scale = initial_model(recipe, prepared.config, resumed, world, notes)
+    prepared = replace(prepared, config=coca.config)  # with what came with the weights
     room = room_for_checkpoints(folder, sum(p.numel() for p in coca.parameters()))
     crowded = room_in_host(recipe, prepared.batch_split, coca, world)
     notes += [note for note in (room, crowded) if note is not None]

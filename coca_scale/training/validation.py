@@ -16,6 +16,7 @@ from coca_scale.evaluation.results import Evaluator, Result
 from coca_scale.evaluation.retrieval import Retrieval
 from coca_scale.evaluation.zeroshot import Labelled, ZeroShot
 from coca_scale.inference.generation_options import GenerationOptions
+from coca_scale.model import ModelConfig
 from coca_scale.recipe.schema import EvalSection
 
 GREEDY = GenerationOptions("greedy", min_seq_len=0)
@@ -32,11 +33,11 @@ class HeldPictures:
         self._entries: list[Picture | BadPicture] | None = None
 
     def entries(
-        self, image_size: int, rank: int, ranks: int, _: bool
+        self, model: ModelConfig, rank: int, ranks: int, _: bool
     ) -> Iterator[Picture | BadPicture]:
         """As of `PictureSource`; dealt in turn, always."""
         if self._entries is None:
-            self._entries = first_pictures(self._source, image_size, self.count, rank, ranks)
+            self._entries = first_pictures(self._source, model, self.count, rank, ranks)
         yield from self._entries
 
 

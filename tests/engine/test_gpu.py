@@ -13,6 +13,7 @@ from coca_scale.losses import FeatureGather, contrastive_loss
 from coca_scale.losses.matmul import wide_matmul
 from coca_scale.model import CoCa, load_model_config
 from coca_scale.model.image import normalize_pixels
+from coca_scale.model.preprocess import OPENAI
 from tests.conftest import tiny_recipe
 from tests.engine.batches import BATCH, batch_of
 from tests.json_lines import curve
@@ -61,7 +62,7 @@ def outcome(model, images, tokens):
     weight = next(model.parameters())
     model.zero_grad()
     captions = model.text.pack(tokens).to(weight.device)
-    pixels = normalize_pixels(images.to(weight.device), weight.dtype)
+    pixels = normalize_pixels(images.to(weight.device), weight.dtype, OPENAI)
     features, sums = model(pixels, captions)
     scale = torch.tensor([2.0], device=weight.device)
     made = contrastive_loss(FeatureGather(features.detach(), None), scale, None, 512)

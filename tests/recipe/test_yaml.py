@@ -23,10 +23,7 @@ TINY = "recipes/tiny.yaml"
     [
         *((word, word) for word in ("no", "No", "off", "y", "n", "on", "yes", "NO", "tRue")),
         *((word, word) for word in ("1:30", "190:20:30", "2024-01-01", "1_000", "0b11", "=")),
-        *(
-            (word, word)
-            for word in ("2001-12-14 21:59:43", "0o8", "+0x1", "1e", ".", "-x", "e1")
-        ),
+        *((word, word) for word in ("2001-12-14 21:59:43", "0o8", "+0x1", "1e", ".", "-x", "e1")),
         *(
             ("true", True),
             ("False", False),
