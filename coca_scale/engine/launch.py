@@ -179,8 +179,9 @@ def _see_that_port_is_free(address: str, port: int) -> None:
     except OSError as error:
         with socket.create_server(("", 0)) as free:
             other = free.getsockname()[1]
+        why = os.strerror(error.errno or 0)
         raise LaunchError(
-            f"rank 0 on {socket.gethostname()} cannot serve {address}:{port}: {os.strerror(error.errno or 0)}. "
+            f"rank 0 on {socket.gethostname()} cannot serve {address}:{port}: {why}. "
             f"If another run has that port, choose a free one: {_port_option(other)}"
         ) from error
 

@@ -145,7 +145,9 @@ def compare(
     Raises:
         UserError: it is of another run, and in what.
     """
-    old = parse_model_config(saved["model_cfg"], str(checkpoint))
+    old = parse_model_config(saved.get("model_cfg"), str(checkpoint))
+    if now.recipe["model.pretrained"] is not None:
+        config = config.for_weights_of(old)  # with what came with the weights
     other = list(_other_model(old, config))
     if (count := len(saved["lanes"])) != lanes:
         other.append(f"data.lanes {count} → {lanes}")

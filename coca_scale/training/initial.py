@@ -60,7 +60,7 @@ def _build(
     logit_scale = LogitScale()
     pretrained = recipe.model.pretrained
     if checkpoint is not None:
-        coca = CoCa(_as_saved(config, recipe.model, checkpoint))
+        coca = CoCa(config.for_weights_of(read_config(checkpoint)))
         coca.load_state_dict(read_constants(checkpoint), strict=False, assign=True)
     elif pretrained is not None:
         coca = _pretrained(config, logit_scale, recipe.model, notes)
@@ -78,20 +78,6 @@ def _build(
         total = sum(p.numel() for p in coca.parameters())
         notes.append(f"{frozen:,} of {total:,} parameters are locked")
     return coca, logit_scale
-
-
-def _as_saved(config: ModelConfig, section: ModelSection, checkpoint: Path) -> ModelConfig:
-    """The config with what a checkpoint keeps of the weights its run began with."""
-    saved = read_config(checkpoint)
-    if section.pretrained is not None:
-        config = config.for_weights_of(saved)
-    if config.preprocess_cfg != saved.preprocess_cfg:
-        raise UserError(
-            f"{checkpoint} was trained with {saved.preprocess_cfg}, and {section.name} has "
-            f"{config.preprocess_cfg}: change it back, or start a new run with "
-            f"model.pretrained={checkpoint}"
-        )
-    return config
 
 
 def _pretrained(
