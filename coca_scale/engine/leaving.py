@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import traceback
+from multiprocessing import parent_process
 from multiprocessing.util import get_temp_dir
 from pathlib import Path
 from typing import NoReturn
@@ -25,7 +26,8 @@ _FRAMES = re.compile(r"^(Exception raised from |frame #\d+: |<omitting python fr
 def appoint_witness() -> None:
     """From here on the death of this process is told by another one, unless it comes by `leave`."""
     name = f"rank {planned_rank()} on {planned_host()}"
-    scratch = get_temp_dir()  # of multiprocessing, for this process and those forked from it
+    # of multiprocessing, for this process and those forked from it; a child has its parent's
+    scratch = get_temp_dir() if parent_process() is None else ""
     witness = subprocess.Popen(
         [sys.executable, "-I", "-S", str(_WITNESS), str(os.getpid()), name, scratch],
         stdin=subprocess.DEVNULL,

@@ -27,6 +27,7 @@ _CORE = (
     ("int", _INT, list("-+0123456789")),
     ("float", _FLOAT, list("-+0123456789.")),
 )
+_LINE_ENDS = re.compile("[\x85\u2028\u2029]")
 _MOST_DIGITS = 100
 _MOST_REPEATED = 100_000  # parts of a file that aliases stand for
 
@@ -43,10 +44,20 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Puts in quotes what either version would take for something else than the text it is."""
+    """Puts in quotes what either version would take for something else than the text it is.
+
+    That is done for words and numbers by the rules below; line ends beside `\\n` are written out.
+    """
 
     def ignore_aliases(self, _: Any) -> bool:
         return True
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        """A text, in quotes that write such line ends as escapes."""
+        node: yaml.ScalarNode = super().represent_str(data)
+        if _LINE_ENDS.search(data):
+            node.style = '"'
+        return node
 
 
 def parse_yaml(text: str) -> Any:
@@ -142,6 +153,7 @@ def _float(_: _Loader, node: yaml.ScalarNode) -> float:
     return float(text.replace(".", "", 1) if text[-1] in "fFnN" else text)
 
 
+_Dumper.add_representer(str, _Dumper.represent_str)
 _Loader.yaml_implicit_resolvers = {}
 _Loader.yaml_constructors = {
     f"{_TAG}null": _null,
