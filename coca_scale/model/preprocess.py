@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, Strict, field_validator, model_validator
 
 Mean = Annotated[float, Strict(), Field(ge=0, le=1)]
-Deviation = Annotated[float, Strict(), Field(gt=0, le=1)]
+Deviation = Annotated[float, Strict(), Field(ge=1e-4, le=1)]  # a step of 8-bit pixels is 0.004
 CHANNELS = 3
 
 
@@ -36,21 +36,24 @@ class Preprocess(BaseModel):
     std: tuple[Deviation, Deviation, Deviation] = (0.26862954, 0.26130258, 0.27577711)
     interpolation: Literal["bicubic", "bilinear", "random"] = "bicubic"
     resize_mode: Literal["shortest", "longest", "squash"] = "shortest"
-    fill_color: Annotated[int, Field(ge=0, le=255)] = 0
+    fill_color: Annotated[int, Strict(), Field(ge=0, le=255)] = 0
 
     @model_validator(mode="before")
     @classmethod
     def _without_empty(cls, raw: Any) -> Any:
         if isinstance(raw, dict):
             return {key: value for key, value in raw.items() if value}
+        if raw and not isinstance(raw, Preprocess):
+            raise ValueError("should be an object with fields such as mean and std")
         return raw or {}
 
     @field_validator("mean", "std", mode="before")
     @classmethod
     def _per_channel(cls, value: Any) -> Any:
-        if isinstance(value, list | tuple):
-            return tuple(value) * CHANNELS if len(value) == 1 else value
-        return (value,) * CHANNELS if isinstance(value, int | float) else value
+        given = tuple(value) if isinstance(value, list | tuple) else (value,)
+        if len(given) not in (1, CHANNELS):
+            raise ValueError("should be one number, or one for each of three channels")
+        return given * CHANNELS if len(given) == 1 else given
 
     def but_as(self, other: Preprocess) -> Preprocess:
         """This, with the fields that `other` gives."""

@@ -23,6 +23,7 @@ from coca_scale.model import ModelConfig
 from coca_scale.model.config import parse_model_config
 from coca_scale.recipe import Recipe
 from coca_scale.recipe.section import Section
+from coca_scale.recipe.text import visible
 
 SAMPLES = 3  # that tell data which moved from other data
 _SHOWN = 80  # characters of a value
@@ -251,5 +252,5 @@ def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 
 def _shown(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    text = visible(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
     return text if len(text) <= _SHOWN else text[:_SHOWN] + "…"

@@ -42,7 +42,7 @@ def initial_model(
 
     Args:
         recipe: what to start from and what to lock.
-        config: the model.
+        config: the model; of `checkpoint`, as it was saved.
         checkpoint: that the run will resume from; only what training leaves alone is read here.
         world: the ranks.
         notes: gets a line for everything a user should know.

@@ -30,7 +30,7 @@ from coca_scale.recipe.text import visible
 BEAT_SECONDS = 5.0
 WATCH_SECONDS = 60.0  # without a beat, after which an owner elsewhere counts as gone
 _LOOK_SECONDS = 0.5
-_NAME = re.compile(r"(\d{1,18})\.json")
+_NAME = re.compile(r"([0-9]+)\.json")
 _Short = Annotated[str, Field(max_length=200)]
 
 

@@ -85,6 +85,36 @@ def test_a_bad_stretch_ends_the_run_or_is_gone_around(tmp_path):
     assert metrics[-1]["loss"] is not None
 
 
+def train_without_a_place_to_save(rank, ranks, folder):
+    """A run in whose place for checkpoints a file turns up at the end; how it ends."""
+    from coca_scale.engine.launch import end_world, start_world
+    from coca_scale.errors import AgreedError
+    from coca_scale.training.trainer import Trainer
+
+    class Hindered(Trainer):
+        def _train_step(self, batch, meter, log):
+            super()._train_step(batch, meter, log)
+            if rank == 0 and self.step == self.prepared.steps:
+                self.prepared.checkpoints.write_text("")
+
+    recipe = tiny_recipe(run__dir=folder, checkpoint__every_steps=None, train__steps=1)
+    world = start_world(60)
+    try:
+        Hindered(recipe, world).run()
+        message = None
+    except AgreedError as error:
+        message = str(error)
+    end_world()
+    return message
+
+
+@pytest.mark.slow
+def test_a_run_whose_last_save_fails_at_once_fails(tmp_path):
+    for message in on_ranks(train_without_a_place_to_save, 2, str(tmp_path)):
+        assert message is not None
+        assert message.startswith("the last checkpoint cannot be saved: ")
+
+
 def test_spikes_are_told_from_noise():
     spread = LossSpread()
     usual = [spread.add(5.0 + 0.1 * ((7 * i) % 5)) for i in range(200)]

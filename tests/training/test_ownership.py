@@ -155,6 +155,15 @@ def test_an_owner_that_slept_finds_the_folder_taken(other, take):
     assert lock.holds()
 
 
+@pytest.mark.parametrize(
+    "name", ["9" * 30 + ".json", "007.json", "\u0663.json", "x.json", "1.json.old"]
+)
+def test_any_file_may_lie_beside_the_lock(name, take, tmp_path):
+    (tmp_path / "lock").mkdir()
+    (tmp_path / "lock" / name).write_text("")
+    assert take(0.0).holds()
+
+
 def test_a_folder_that_somebody_removes_stays_ones_own(take, tmp_path):
     lock = take()
     owner_file(tmp_path).unlink()
@@ -244,4 +253,5 @@ def test_of_two_jobs_the_second_ends_and_a_requeue_goes_on(tmp_path, monkeypatch
     assert "Traceback" not in first.output
     assert (folder / "metrics.jsonl").read_text() == metrics
     assert [line[0] for line in curve(folder, steps)]
+    assert json.loads(owner_file(folder).read_text())["released"]
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == kept
