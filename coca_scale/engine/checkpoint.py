@@ -13,12 +13,13 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-import torch
-from pydantic import BaseModel, Field, field_validator
+from pydantic import BaseModel, Field, InstanceOf, field_validator
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -35,8 +36,9 @@ from coca_scale.engine.zero_files import (
 )
 from coca_scale.errors import AgreedError, UserError
 from coca_scale.model.config import ModelConfig, parse_model_config
+from coca_scale.model.pickles import read_pickle
 from coca_scale.model.weights import LOGIT_SCALE
-from coca_scale.recipe.files import read_json_as, sha256_of
+from coca_scale.recipe.files import read_json_as, sha256_of, validated
 
 MANIFEST = "manifest.json"
 PROGRESS = "progress.json"
@@ -289,9 +291,13 @@ def _convert(checkpoint: Path, saved: Layout, universal: Path) -> None:
 
 
 def saved_layout(folder: Path) -> Layout:
-    """How the state in a checkpoint is cut."""
-    state = torch.load(folder / SCALE_FILE, map_location="cpu", weights_only=True)
-    return Layout(state["ranks"], state["zero_stage"])
+    """How the state in a checkpoint is cut.
+
+    Raises:
+        UserError: it does not say so.
+    """
+    state = _read_scale(folder)
+    return Layout(state.ranks, state.zero_stage)
 
 
 def read_progress(folder: Path) -> dict[str, Any]:
@@ -316,17 +322,41 @@ def read_weights(folder: Path, raw: bool = False) -> dict[str, Tensor]:
     """All fp32 weights of a checkpoint, logit scale included, without any process group or GPU.
 
     Of a run that averages its weights this is the average, or with `raw` the last weights.
+
+    Raises:
+        UserError: a file is missing, damaged, or holds something else.
     """
-    state = torch.load(folder / SCALE_FILE, map_location="cpu", weights_only=True)
+    state = _read_scale(folder)
     averaged = (folder / AVERAGE_FOLDER).is_dir() and not raw
-    if state["zero_stage"] == 0:
+    if state.zero_stage == 0:
         weights = replica_weights(folder)
     else:
         weights = full_weights(folder / AVERAGE_FOLDER if averaged else folder)
-    return {**weights, **read_constants(folder), LOGIT_SCALE: state["model"]["log_scale"]}
+    return {**weights, **read_constants(folder), LOGIT_SCALE: state.model["log_scale"]}
 
 
 def read_constants(folder: Path) -> dict[str, Tensor]:
-    """Weights and buffers that training did not change, as they were when it began."""
+    """Weights and buffers that training did not change, as they were when it began.
+
+    Raises:
+        UserError: damaged.
+    """
     file = folder / CONSTANTS_FILE
-    return load_file(file) if file.is_file() else {}
+    try:
+        return load_file(file) if file.is_file() else {}
+    except SafetensorError as error:
+        raise UserError(f"{file}: damaged or cut short ({error})") from error
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """What is needed of a checkpoint's `SCALE_FILE`."""
+
+    ranks: Annotated[int, Field(ge=1)]
+    zero_stage: Literal[0, 1, 2, 3]
+    model: Annotated[dict[Literal["log_scale"], InstanceOf[Tensor]], Field(min_length=1)]
+
+
+def _read_scale(folder: Path) -> _Scale:
+    file = folder / SCALE_FILE
+    return validated(read_pickle(file), _Scale, str(file))

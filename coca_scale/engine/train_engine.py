@@ -45,13 +45,15 @@ from coca_scale.engine.weight_average import AVERAGE_FOLDER, WeightAverage
 from coca_scale.engine.world import World
 from coca_scale.engine.writing import Entries, FileWriter
 from coca_scale.engine.zero import ZeroEngine
-from coca_scale.engine.zero_files import STATE_TAG, Layout
-from coca_scale.errors import UserError
+from coca_scale.engine.zero_files import STATE_TAG, Layout, look_through
+from coca_scale.errors import AgreedError, UserError
 from coca_scale.losses import FeatureGather
 from coca_scale.model import CoCa, LogitScale
 from coca_scale.model.image import normalize_pixels
 from coca_scale.model.packing import PackedCaptions
+from coca_scale.model.pickles import read_pickle
 from coca_scale.model.timm_tower import cast_statistics
+from coca_scale.model.weights import require_finite
 from coca_scale.recipe import BatchSplit, Recipe
 
 SCALE_FILE = "logit_scale.pt"
@@ -298,17 +300,19 @@ class TrainEngine:
         return self._writer.start(folder, average_folder)
 
     def load_state(self, folder: Path, universal: Path | None) -> None:
-        """Read what `save_state` wrote.
+        """Read what `save_state` wrote. A collective.
 
         Args:
             folder: of the checkpoint.
             universal: its state in DeepSpeed's universal format, where it has another layout.
 
         Raises:
-            UserError: the checkpoint lacks something that this run needs, or is of another
-                optimizer.
+            UserError: the checkpoint lacks something that this run needs, is of another optimizer,
+                holds more than data, or weights that are not finite.
         """
-        saved = torch.load(folder / SCALE_FILE, map_location=self.world.device, weights_only=True)
+        world, state = self.world, folder / STATE_TAG
+        world.agree(lambda: look_through(state, world.rank, world.size))
+        saved = read_pickle(folder / SCALE_FILE, place=self.world.device)
         kind, own = saved.get("optimizer_kind", ADAMW.name), self._optimizer_kind.name
         if kind != own:
             raise UserError(f"{folder} was written with the optimizer {kind}, this run has {own}")
@@ -322,9 +326,14 @@ class TrainEngine:
             self._zero.load_universal(universal, self._updates)
         if self._average is not None:
             if universal is None:
-                self._average.load(folder, self.world.rank)
+                self._average.load(folder, world.rank)
             else:
                 self._average.load_resharded(folder)
+        scale = {"logit_scale": self._logit_scale.log_scale}
+        try:
+            world.agree(lambda: require_finite({**self._zero.own_weights(), **scale}))
+        except AgreedError as error:
+            raise AgreedError(f"{folder}: {error}") from error
 
 
 def _room_for_copies(ranks_here: int, in_background: bool) -> int:

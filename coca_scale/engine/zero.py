@@ -44,7 +44,8 @@ from coca_scale.engine.optimizer import own_settings
 from coca_scale.engine.writing import FileWriter
 from coca_scale.engine.zero3 import ManyAtOnce
 from coca_scale.engine.zero3_layers import WholeLayers
-from coca_scale.engine.zero_files import STATE_TAG, atom
+from coca_scale.engine.zero_files import HARMLESS, STATE_TAG, atom
+from coca_scale.model.pickles import read_pickle, tensors_alone
 
 
 class ZeroEngine:
@@ -148,15 +149,24 @@ class ZeroEngine:
             return list(self._engine.optimizer.fp32_partitioned_groups_flat)
         return list(self._engine.optimizer.single_partition_of_fp32_groups)
 
+    def own_weights(self) -> dict[str, Tensor]:
+        """What this rank has of the weights that train: its masters, or whole ones. Local."""
+        if self._stage == 0:
+            return dict(self._trained())
+        return {f"master {number}": master for number, master in enumerate(self.masters())}
+
     def save(self, folder: Path) -> None:
         """Hand weights and optimizer state to the writer."""
         self._engine.save_checkpoint(str(folder), tag=STATE_TAG, save_latest=False)
 
     def load(self, folder: Path) -> None:
-        """Read what a run of this layout saved; settings stay those of this one."""
+        """Read what a run of this layout saved, all of it looked through before.
+
+        Settings stay those of this run.
+        """
         optimizer = self._engine.optimizer
         clip_norm = getattr(optimizer, "clip_grad", None)
-        with own_settings(optimizer):
+        with own_settings(optimizer), tensors_alone(HARMLESS):
             self._engine.load_checkpoint(str(folder), tag=STATE_TAG)
         if clip_norm is not None:
             optimizer.clip_grad = clip_norm
@@ -249,8 +259,8 @@ class _Handover(CheckpointEngine):
         self._writer.save(state_dict, Path(path))
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        """A file of an own run's checkpoint: DeepSpeed's pickle, not an exchange format."""
-        return torch.load(path, map_location=map_location, weights_only=False)
+        """A file that a run of ours wrote, or somebody who says so."""
+        return read_pickle(Path(path), HARMLESS, place=map_location)
 
 
 def _own_part(parameter: Any, full: Tensor) -> Tensor:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import datetime
 import json
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import huggingface_hub
+import numpy as np
 import open_clip
 import pytest
 import torch
@@ -287,3 +291,68 @@ def test_every_field_of_our_configs_is_openclips_or_dropped():
     ):
         known = {field.name for field in dataclasses.fields(theirs)} | dropped
         assert set(ours.model_fields) <= known
+
+
+def epoch_of(state_dict):
+    """Beside weights, what trainers keep: of numpy, argparse, pathlib, datetime."""
+    rates = [kind(1e-3) for kind in (np.float64, np.float32, np.float16, np.int64)]
+    return {
+        "epoch": np.int32(7),
+        "state_dict": state_dict,
+        "optimizer": {"param_groups": [{"lr": rate} for rate in rates]},
+        "random": np.random.get_state(),
+        "grid": np.arange(6).reshape(2, 3),
+        "names": np.array(["a", "b"]),
+        "args": argparse.Namespace(logs=Path("/logs"), lr=np.float64(1e-3)),
+        "at": datetime.datetime(2024, 1, 1),
+    }
+
+
+def test_training_checkpoints_with_numpys_numbers_are_read_without_numpy(weights, tmp_path):
+    theirs = {f"module.{n}": t.clone() for n, t in to_openclip(weights).items()}
+    torch.save(epoch_of(theirs), tmp_path / "epoch_7.pt")
+    found = find_model(str(tmp_path / "epoch_7.pt"), "coca_tiny")
+    assert all(torch.equal(found.weights[n], t) for n, t in weights.items())
+    theirs["module.logit_scale"] = np.float64(2.5)
+    torch.save(epoch_of(theirs), tmp_path / "odd.pt")
+    with pytest.raises(UserError, match="logit_scale' is a Unread, not a tensor"):
+        read_weight_file(tmp_path / "odd.pt")
+    torch.save({**epoch_of({}), "more": Evil()}, tmp_path / "evil.pt")
+    with pytest.raises(UserError, match="could run code"):
+        read_weight_file(tmp_path / "evil.pt")
+    assert not Path("/tmp/coca_scale_code_ran").exists()
+
+
+def test_files_that_unfold_into_more_than_they_are(tmp_path):
+    huge = {"a": torch.zeros(1).expand(10**6, 10**6)}
+    torch.save(huge, tmp_path / "expanded.pt")
+    torch.save({"a": torch.zeros(4, device="meta")}, tmp_path / "meta.pt")
+    torch.save({"a": torch.eye(300).to_sparse()}, tmp_path / "sparse.pt")
+    torch.save({"a": torch.zeros(2**20), "b": torch.randn(64)}, tmp_path / "plain.pt")
+    with zipfile.ZipFile(tmp_path / "plain.pt") as plain:
+        files = {name: plain.read(name) for name in plain.namelist()}
+    with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as bomb:
+        for name, content in files.items():
+            bomb.writestr(name, content)
+    for name, message in (
+        ("expanded.pt", "1000000 × 1000000 without as many numbers"),
+        ("meta.pt", "without data"),
+        ("sparse.pt", "sparse"),
+        ("bomb.pt", "unfold into more than it is"),
+    ):
+        with pytest.raises(UserError, match=message):
+            read_weight_file(tmp_path / name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_other_precisions_become_fp32(weights, tmp_path, dtype):
+    theirs = {n: t.to(dtype) for n, t in to_openclip(weights).items()}
+    save_file(theirs, tmp_path / "w.safetensors")
+    loaded = load_model(str(tmp_path / "w.safetensors"), "coca_tiny")
+    assert {p.dtype for p in loaded.model.coca.parameters()} == {torch.float32}
+    expected = weights["image.projection"].to(dtype).float()
+    assert torch.equal(loaded.weights["image.projection"], expected)
+    whole = {n: t.round().long() if n == "visual.proj" else t for n, t in theirs.items()}
+    save_file(whole, tmp_path / "whole.safetensors")
+    with pytest.raises(UserError, match=r"image\.projection is torch\.int64 in the weights"):
+        load_model(str(tmp_path / "whole.safetensors"), "coca_tiny")
