@@ -18,11 +18,23 @@ from coca_scale.errors import UserError
 from coca_scale.inference.generate import generate
 from coca_scale.inference.generation_options import GenerationOptions
 from coca_scale.model import ModelConfig, load_model_config
-from coca_scale.model.config import available_models
+from coca_scale.model.config import available_models, parse_model_config
 from coca_scale.model.image import normalize_pixels
 from coca_scale.model.weights import Model, build_model
-from coca_scale.openclip.folder import is_model_folder, read_folder
-from coca_scale.openclip.hub import HUB_PREFIX, hub_folder, registry_file
+from coca_scale.openclip.folder import (
+    BIN_FILE,
+    CONFIG_FILE,
+    SAFETENSORS_FILE,
+    is_model_folder,
+    read_folder,
+)
+from coca_scale.openclip.hub import (
+    HUB_PREFIX,
+    hub_folder,
+    registry_config,
+    registry_facts,
+    registry_file,
+)
 from coca_scale.openclip.state_dict import from_openclip
 from coca_scale.openclip.weight_files import WEIGHT_SUFFIXES, read_weight_file
 from coca_scale.recipe.run_folder import CHECKPOINTS
@@ -185,8 +197,7 @@ def find_model(name: str, config: str | None = None, raw_weights: bool = False) 
         return _in_file(path, config)
     model, separator, tag = name.partition("@")
     if separator:
-        load_model_config(model)  # its own message for an unknown model comes first
-        return _in_file(registry_file(model, tag), model)
+        return _in_registry(model, tag)
     raise UserError(
         f"{name}: no such folder or file; a model is a run, a checkpoint, an exported folder, a "
         "weight file, hf-hub:ORG/NAME, or NAME@TAG"
@@ -225,7 +236,18 @@ def _in_folder(folder: Path, raw_weights: bool) -> Found:
     return Found(config, read_weights(checkpoint, raw_weights), checkpoint.parents[1])
 
 
+def _in_registry(model: str, tag: str) -> Found:
+    file = None if model in available_models() else registry_config(model)
+    config = load_model_config(str(file or model))  # its own message for an unknown model is first
+    weights = from_openclip(read_weight_file(registry_file(model, tag)))
+    said = {**config.to_dict(), **registry_facts(model, tag)}
+    return Found(parse_model_config(said, f"{model}@{tag}"), weights, None)
+
+
 def _in_file(file: Path, config: str) -> Found:
     weights = from_openclip(read_weight_file(file))
     beside = Path(config).parent if config.endswith(".json") else None
-    return Found(load_model_config(config), weights, beside)
+    model, own_config = load_model_config(config), file.with_name(CONFIG_FILE)
+    if file.name in (SAFETENSORS_FILE, BIN_FILE) and own_config.is_file():
+        model = model.for_weights_of(load_model_config(str(own_config)))
+    return Found(model, weights, beside)

@@ -6,11 +6,13 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HTTPError  # of whichever client it uses
 
 from coca_scale.errors import UserError
+from coca_scale.openclip.alone import package_folder
 from coca_scale.openclip.folder import CONFIG_FILE
 
 HUB_PREFIX = "hf-hub:"
@@ -58,6 +60,25 @@ def registry_file(model: str, tag: str) -> Path:
         return Path(download_pretrained(entry))
     except _FAULTS as error:
         raise UserError(_unreachable(f"{model}@{tag}", error)) from error
+
+
+def registry_config(model: str) -> Path | None:
+    """OpenCLIP's own config of that name, None if it has none."""
+    file = package_folder("open_clip") / "model_configs" / f"{model}.json"
+    return file if file.is_file() else None
+
+
+def registry_facts(model: str, tag: str) -> dict[str, Any]:
+    """What OpenCLIP's registry says of an entry's weights, as fields of a model config.
+
+    QuickGELU where they were trained with it, which OpenCLIP itself only warns of unless the
+    model's name ends in -quickgelu, and how pictures become pixels.
+    """
+    from open_clip.pretrained import get_pretrained_cfg  # takes seconds
+
+    entry = get_pretrained_cfg(model, tag)
+    forced = {"quick_gelu": True} if entry.get("quick_gelu") else {}
+    return {**forced, "preprocess_cfg": entry}
 
 
 @dataclass(frozen=True)

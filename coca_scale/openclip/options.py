@@ -47,7 +47,7 @@ def _refused(note: str) -> Option:
 
 _LAUNCH = "the launcher decides"
 _EXACT = "the loss and its gradient are exact over all ranks, and sharded, anyway"
-_STATISTICS = "a model carries its own, and OpenCLIP's are the default"
+_PREPROCESS = "weights bring their own; or give a model JSON with preprocess_cfg as --model"
 
 # by the name under which OpenCLIP's parser stores them
 OPTIONS: dict[str, Option] = {
@@ -98,10 +98,10 @@ OPTIONS: dict[str, Option] = {
     "lock_image": _taken("model.lock_image"),
     "lock_image_unlocked_groups": _taken("model.image_unlocked_groups"),
     "lock_image_freeze_bn_stats": _needless("they always are"),
-    "image_mean": _refused(_STATISTICS),
-    "image_std": _refused(_STATISTICS),
-    "image_interpolation": _refused("pictures are resized bicubically"),
-    "image_resize_mode": _refused("the shortest side is resized, and the centre cut out"),
+    "image_mean": _refused(_PREPROCESS),
+    "image_std": _refused(_PREPROCESS),
+    "image_interpolation": _refused(_PREPROCESS),
+    "image_resize_mode": _refused(_PREPROCESS),
     "aug_cfg": _differs("data.crop_scale_min", "the smallest `scale`; nothing else is augmented"),
     "grad_checkpointing": _differs(
         "engine.activation_checkpointing", "full; without it selective, which is nearly free"

@@ -112,6 +112,8 @@ def test_registry_names_of_the_guide(model, tag, repository, tmp_path, monkeypat
         ("coca_ViT-L-14@laion2b_s13b_b9k", "did you mean laion2b_s13b_b90k"),
         ("coca_base@laion2b_s13b_b90k", "no weights for coca_base"),
         ("coca_ViT-L14@laion2b_s13b_b90k", "did you mean coca_ViT-L-14"),
+        ("ViT-B-16-quickgelu@openai", "cannot be downloaded"),
+        ("ViT-B-16@opanai", "did you mean openai"),
         ("hf-hub:nobody/nothing", "cannot be downloaded"),
         ("/nowhere/model.pt", "does not say what model it is"),
         ("nonsense", "no such folder or file"),

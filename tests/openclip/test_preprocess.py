@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import io
 import json
@@ -25,10 +26,10 @@ from coca_scale.errors import UserError
 from coca_scale.evaluation.encoder import loaded_encoder
 from coca_scale.evaluation.pictures import open_pictures, read_pictures
 from coca_scale.inference.export import export
-from coca_scale.inference.load import load_model
+from coca_scale.inference.load import find_model, load_model
 from coca_scale.model import CoCa, load_model_config
 from coca_scale.model.config import parse_model_config
-from coca_scale.openclip.folder import CONFIG_FILE, write_folder
+from coca_scale.openclip.folder import CONFIG_FILE, SAFETENSORS_FILE, write_folder
 from tests.conftest import tiny_recipe
 from tests.ranks import on_ranks, quiet
 from tests.variants import raw_config, weights_of
@@ -156,6 +157,57 @@ def test_pixels_are_openclips(prepared, sides, image_size, preprocess):
     expected = image_transform_v2(PreprocessCfg(**merged), is_train=False)(image)
     found = prepared(image, image_size, preprocess)
     assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5)  # a pixel is 0.004 or more
+
+
+def test_the_whole_registry_is_read_as_openclip_reads_it():
+    from coca_scale.openclip.hub import registry_facts
+
+    entries = all_entries()
+    assert {entry["mean"] for *_, entry in entries} > {(0.5, 0.5, 0.5)}
+    for model, tag, entry in entries:
+        said = registry_facts(model, tag)
+        config = parse_model_config({**raw_config("clip_tiny"), **said}, tag)
+        merged = merge_preprocess_dict(PreprocessCfg(), entry)
+        found = config.preprocess_cfg.model_dump()
+        assert found == {key: merged[key] for key in found}, (model, tag)
+        assert merged.keys() - found.keys() == {"size"}
+        assert config.quick_gelu == entry.get("quick_gelu", False), (model, tag)
+
+
+@pytest.fixture
+def entries(start, tmp_path, monkeypatch):
+    """coca_tiny in OpenCLIP's registry, its weights in the cache of the Hugging Face hub."""
+    raw = json.loads((start / CONFIG_FILE).read_text())["model_cfg"]
+    (tmp_path / "coca_tiny.json").write_text(json.dumps(raw))
+    monkeypatch.setattr(
+        open_clip.factory, "_MODEL_CONFIGS", copy.copy(open_clip.factory._MODEL_CONFIGS)
+    )
+    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIG_PATHS", [tmp_path / "coca_tiny.json"])
+    open_clip.factory._rescan_model_configs()
+    tags = {
+        "odd": registry._slpcfg(interpolation="bilinear"),
+        "openai": registry._pcfg(quick_gelu=True),
+    }
+    for entry in tags.values():
+        entry["file"] = str(start / SAFETENSORS_FILE)
+    monkeypatch.setitem(registry._PRETRAINED, "coca_tiny", tags)
+
+
+def test_registry_entries_give_openclips_features(entries):
+    pictures = [picture(70, 40), picture(33, 90, seed=1)]
+    for tag in ("odd", "openai"):
+        options = {"pretrained": tag, "force_quick_gelu": tag == "openai"}
+        expected = theirs("coca_tiny", pictures, **options)
+        found = ours(load_model(f"coca_tiny@{tag}"), pictures)
+        assert torch.allclose(found, expected, atol=1e-5), tag
+
+
+def test_a_weight_file_goes_by_the_config_beside_it(start, tmp_path):
+    folder = changed(start, tmp_path / "model", ODD, quick_gelu=True)
+    alone = shutil.copy(folder / SAFETENSORS_FILE, tmp_path / "alone.safetensors")
+    found = find_model(str(folder / SAFETENSORS_FILE), "coca_tiny").config
+    assert found == load_model_config(str(folder / CONFIG_FILE))
+    assert find_model(str(alone), "coca_tiny").config == load_model_config("coca_tiny")
 
 
 @pytest.mark.parametrize(
