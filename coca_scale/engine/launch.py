@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from importlib import import_module
 from typing import Any
 
 import deepspeed
@@ -89,6 +90,8 @@ def _find_rank() -> None:
     if any(name in os.environ for name in _MPI_MARKERS):
         port = int(os.environ.get("MASTER_PORT", "29500"))
         deepspeed.comm.mpi_discovery(distributed_port=port, verbose=False)
+        # its daemon would end this process when mpirun is gone, before it has saved
+        import_module("mpi4py.MPI").Finalize()
         return
     with socket.create_server(("127.0.0.1", 0)) as free:  # several runs may share a machine
         defaults = ("0", "0", "1", "127.0.0.1", str(free.getsockname()[1]))
