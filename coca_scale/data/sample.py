@@ -13,6 +13,7 @@ from coca_scale.errors import UserError
 from coca_scale.recipe.text import one_line, visible
 
 MAX_CAPTION_CHARACTERS = 4096  # merging a "word" of n letters takes CLIP's BPE n² steps
+MAX_CAPTIONS = 1000  # a MiB of text has half a million lines, which a shuffle window cannot hold
 
 NOT_ADJACENT, COMPRESSED = "files_not_adjacent", "compressed_shard"
 REMEDIES = {
@@ -73,8 +74,8 @@ class RawSample:
     """An image, encoded or already drawn, with its captions.
 
     Whatever a reader found, here it becomes text that can be tokenised, written and shown: a line
-    per caption without controls and escapes, cut to 4,096 characters; what is empty then is left
-    out.
+    per caption without controls and escapes, cut to 4,096 characters, and of many captions the
+    first 1,000; what is empty then is left out.
 
     Attributes:
         key: name of the sample.
@@ -89,7 +90,8 @@ class RawSample:
     shard: str = ""
 
     def __post_init__(self) -> None:
-        lines = ((one_line(text)[:MAX_CAPTION_CHARACTERS], w) for text, w in self.captions)
+        few = self.captions[:MAX_CAPTIONS]
+        lines = ((one_line(text)[:MAX_CAPTION_CHARACTERS], weight) for text, weight in few)
         object.__setattr__(self, "captions", tuple((line, w) for line, w in lines if line))
         object.__setattr__(self, "key", visible(self.key))
 

@@ -136,6 +136,14 @@ def test_a_caption_that_would_take_for_ever_is_cut_in_every_reader(tmp_path):
         assert len(read("x" * 50_000, tmp_path).caption) == 4096
 
 
+@pytest.mark.parametrize("weights", [{}, {"caption": 1.0}])
+def test_of_half_a_million_captions_a_thousand_are_kept(weights):
+    many = ["a"] * 500_000
+    files = {"txt": "\n".join(many).encode(), "json": json.dumps({"caption": many}).encode()}
+    sample = SampleRules(weights, DataFilters()).sample("k", {"jpg": PICTURE, **files}, "")
+    assert len(sample.captions) == 1000
+
+
 def test_names_of_files_that_are_no_text_can_be_written(tmp_path):
     name = b"caf\xe9\x1b[2J.jpg".decode("utf-8", "surrogateescape")
     (tmp_path / name).write_bytes(PICTURE)
