@@ -42,7 +42,8 @@ class SampleRules:
                 ImageNet's shards) or a json field; several texts share the weight of their name.
                 Empty takes .txt, else `caption`.
             filters: of pictures and json fields.
-            captions_needed: whether a picture without a caption is a bad sample.
+            captions_needed: whether a picture without a caption is a bad sample; if not, what is
+                wrong with a caption leaves its picture without it.
             every_caption: where `captions` is empty, take all that `data pack` has listed.
         """
         self._every_caption = every_caption
@@ -66,13 +67,12 @@ class SampleRules:
         for name, rule in self._filters.fields.items():
             if not rule.accepts(fields.get(name)):
                 raise BadSample(f"filtered_{name}", key, shard, filtered=True)
-        captions: list[tuple[str, float]] = []
-        for name, weight in self._weights(fields, files.get(TEXT)).items():
-            if name in (TEXT, CLASS):
-                found = _lines(files.get(name), key, shard)
-            else:
-                found = _texts(fields.get(name))
-            captions += [(caption, weight / len(found)) for caption in found]
+        try:
+            captions = self._weighted(files, fields, key, shard)
+        except BadSample:
+            if self._captions_needed:
+                raise
+            captions = []
         if not captions and self._captions_needed:
             raise BadSample("missing_caption", key, shard)
         sample = RawSample(key, image, tuple(captions), shard)
@@ -82,8 +82,9 @@ class SampleRules:
 
     def _fields(self, files: Mapping[str, bytes | None], key: str, shard: str) -> dict[str, Any]:
         """Of the .json, as far as it matters; a broken one is no fault where it does not."""
-        needed = self._captions or self._filters.fields or files.get(TEXT) is None
-        if not needed and not self._every_caption:
+        wanted = self._captions or files.get(TEXT) is None
+        needed = self._filters.fields or (wanted and self._captions_needed)
+        if not (needed or wanted) and not self._every_caption:
             return {}
         try:
             return _json_fields(files.get(JSON), key, shard)
@@ -91,6 +92,23 @@ class SampleRules:
             if needed:
                 raise
             return {}
+
+    def _weighted(
+        self,
+        files: Mapping[str, bytes | None],
+        fields: Mapping[str, Any],
+        key: str,
+        shard: str,
+    ) -> list[tuple[str, float]]:
+        """Captions as they are written, several of one name with equal shares of its weight."""
+        captions: list[tuple[str, float]] = []
+        for name, weight in self._weights(fields, files.get(TEXT)).items():
+            if name in (TEXT, CLASS):
+                found = _lines(files.get(name), key, shard)
+            else:
+                found = _texts(fields.get(name))
+            captions += [(caption, weight / len(found)) for caption in found]
+        return captions
 
     def _weights(self, fields: Mapping[str, Any], text: bytes | None) -> Mapping[str, float]:
         """Names of what holds captions."""

@@ -154,7 +154,8 @@ def open_pictures(
             .json files, shards (paths, braces, urls, pipe:), synthetic://.
         data: captions of shards, how remote shards are read.
         options: how tables and annotation files are read.
-        captions_needed: whether a table must have a column with captions.
+        captions_needed: whether a table must have a column with captions, and what is wrong with
+            the captions of a shard is a fault of the sample.
 
     Raises:
         DataError: an input that names nothing.
@@ -281,7 +282,7 @@ def _open(
     elif path.suffix in (*TABLE_SUFFIXES, ANNOTATIONS) or is_picture_folder(path):
         yield listed_part(list_pictures(path, options, captions_needed), name)
     else:
-        yield from _shards(name, data)
+        yield from _shards(name, data, captions_needed)
 
 
 def listed_part(pictures: Sequence[ListedPicture], name: str) -> Part:
@@ -289,12 +290,12 @@ def listed_part(pictures: Sequence[ListedPicture], name: str) -> Part:
     return Part(name, IndexedSource(PictureFiles(pictures), name, 0).ordered, len(pictures))
 
 
-def _shards(name: str, data: DataSection) -> Iterator[Part]:
+def _shards(name: str, data: DataSection, captions_needed: bool) -> Iterator[Part]:
     storage = storage_options(data)
     urls = list(expand_shards(name, storage))
     if missing := missing_shards(urls):
         raise DataError(f"{missing[0]}: no such shard")
-    rules = SampleRules(data.captions, data.filters, captions_needed=False, every_caption=True)
+    rules = SampleRules(data.captions, data.filters, captions_needed, every_caption=True)
 
     def reader(url: str) -> Read:
         def read(index: int, stride: int) -> Iterator[Entry]:

@@ -144,6 +144,18 @@ def test_of_half_a_million_captions_a_thousand_are_kept(weights):
     assert len(sample.captions) == 1000
 
 
+@pytest.mark.parametrize("broken", [{"txt": b"caf\xe9"}, {"json": b"{"}, {"json": b"\xff"}, {}])
+def test_a_picture_to_be_captioned_needs_no_captions_of_its_own(broken, tmp_path):
+    with TarWriter(str(tmp_path / "0.tar")) as writer:
+        writer.write({"__key__": "a", "jpg": PICTURE, **broken})
+    [found] = read_pictures(open_pictures([str(tmp_path)], DATA, ListOptions()), 16, Counter())
+    assert (found.key, found.captions) == ("a", ())
+    bad = Counter()
+    needed = open_pictures([str(tmp_path)], DATA, ListOptions(), captions_needed=True)
+    assert not list(read_pictures(needed, 16, bad))
+    assert set(bad) < {"caption_not_utf8", "broken_json", "missing_caption"}
+
+
 def test_names_of_files_that_are_no_text_can_be_written(tmp_path):
     name = b"caf\xe9\x1b[2J.jpg".decode("utf-8", "surrogateescape")
     (tmp_path / name).write_bytes(PICTURE)
