@@ -119,4 +119,4 @@ class Result:
         console.print(table)
         for name, reason in self.left_out.items():
             label = self.kind.scores[name].label
-            console.print(f"without {label}: {reason}", highlight=False)
+            console.print(f"without {label}: {reason}", highlight=False, markup=False)

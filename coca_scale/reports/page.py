@@ -20,7 +20,7 @@ from pydantic import BaseModel
 from coca_scale.errors import UserError
 from coca_scale.evaluation.kinds import flat_scores
 from coca_scale.losses import LABELS
-from coca_scale.recipe.files import read_json_as, readable_lines
+from coca_scale.recipe.files import read_json_as, read_text, readable_lines
 from coca_scale.recipe.load import read_sections
 from coca_scale.recipe.run_folder import (
     BAD_SAMPLES,
@@ -223,7 +223,7 @@ def _differences(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
 
 def recipe_text(run: RunRecord) -> str:
     """Its resolved recipe as YAML."""
-    return (run.folder / RECIPE).read_text()
+    return read_text(run.folder / RECIPE)
 
 
 def _flat(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -87,7 +87,7 @@ class RunLog:
         if self._active:
             message = visible(message)
             if self._bar is not None:
-                self._bar.console.print(message, highlight=False)
+                self._bar.console.print(message, highlight=False, markup=False)
             else:
                 print(message, file=sys.stderr, flush=True)
 

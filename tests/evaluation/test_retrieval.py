@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from rich.console import Console
 from timm.data import ImageNetInfo
 from typer.testing import CliRunner
 
@@ -19,6 +20,7 @@ from coca_scale.data.images import decode_image
 from coca_scale.data.sample import DataError
 from coca_scale.data.synthetic import Shapes
 from coca_scale.evaluation import retrieval
+from coca_scale.evaluation.results import Result
 from coca_scale.evaluation.retrieval import recall, same_caption_ids
 from coca_scale.evaluation.zeroshot import make_classes
 from tests.invoke import output_of
@@ -115,6 +117,12 @@ def test_retrieval_is_what_open_clip_finds(trained, pictures, tmp_path):
     assert found["scores"]["text_to_image_r10"] > 0.3, "the model learnt something"
     assert (found["pictures"], found["captions"]) == (50, 100)
     assert "image to text, R@10" in shown
+
+
+def test_words_of_others_are_no_markup_of_a_table(capsys):
+    reason = "OSError: [/usr/bin/java] is [bold]gone"
+    Result(retrieval.KIND, {}, {"pictures": 1}, {"image_to_text_r1": reason}).show(Console())
+    assert reason in capsys.readouterr().out
 
 
 def test_folders_of_wordnet_ids_are_called_as_open_clip_calls_them():
