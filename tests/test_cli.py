@@ -49,17 +49,17 @@ def test_help_has_an_example_and_fits_a_terminal(path):
 
 
 def test_names_of_files_and_words_of_data_steer_no_terminal(tmp_path):
-    shard = tmp_path / "a\x1b[2J\x9b31m.tar"
+    shard = tmp_path / "a\x1b[2J\x9b31m\udce9.tar"
     with TarWriter(str(shard)) as writer:
         writer.write({"__key__": "a", "jpg": b"broken", "txt": "words"})
     found = CliRunner().invoke(app, ["data", "inspect", str(tmp_path)], color=True)
-    assert "a\\x1b[2J\\x9b31m.tar" in found.output
+    assert "a\\x1b[2J\\x9b31m\\udce9.tar" in found.output
     code = "import sys; from coca_scale.cli import main; main()"
-    missing = f"{shard}.gone\udce9.tar"
+    missing = f"{shard}.gone.tar"
     command = [sys.executable, "-c", code, "eval", "retrieval", "none", missing]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "a\\x1b[2J\\x9b31m.tar.gone\\udce9.tar: matches nothing" in done.stderr
+    assert "a\\x1b[2J\\x9b31m\\udce9.tar.gone.tar: matches nothing" in done.stderr
     for text in (found.output, done.stderr):
         assert not set(text) & {"\x1b", "\x9b"}
 

@@ -21,6 +21,7 @@ from coca_scale.data.sample import DataError
 from coca_scale.data.storage import PIPE, StorageOptions, is_local
 
 UNLISTED = (PIPE, "http://", "https://")
+_ANY_NAME = ("utf-8", "surrogatepass")  # names of files need not be text
 
 
 class ShardList(Sequence[str]):
@@ -30,7 +31,7 @@ class ShardList(Sequence[str]):
         ends = [0]
         blob = bytearray()
         for url in urls:
-            blob += url.encode()
+            blob += url.encode(*_ANY_NAME)
             ends.append(len(blob))
         self._blob = bytes(blob)
         self._ends = np.array(ends, np.int64)
@@ -41,7 +42,7 @@ class ShardList(Sequence[str]):
     def __getitem__(self, index: int) -> str:  # type: ignore[override]
         if not 0 <= index < len(self):
             raise IndexError(index)
-        return self._blob[self._ends[index] : self._ends[index + 1]].decode()
+        return self._blob[self._ends[index] : self._ends[index + 1]].decode(*_ANY_NAME)
 
 
 def expand_shards(pattern: str, storage: StorageOptions) -> Iterator[str]:
