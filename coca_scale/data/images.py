@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, features
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TILELENGTH, TILEWIDTH
 from torch import Tensor
@@ -20,9 +20,21 @@ from torch import Tensor
 from coca_scale.data.sample import BadSample
 from coca_scale.model.preprocess import OPENAI, Preprocess
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-# by content, whatever the name says; others can start programs (EPS) or are no pictures
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+# what is opened, by content whatever the name says, and how such files are called; of others, some
+# can start programs (EPS) or are no pictures
+EXTENSIONS_OF = {
+    "JPEG": ("jpg", "jpeg", "jpe", "jfif", "mpo"),
+    "PNG": ("png",),
+    "WEBP": ("webp",),
+    "GIF": ("gif",),
+    "BMP": ("bmp", "dib"),
+    "TIFF": ("tif", "tiff"),
+    "PPM": ("ppm", "pgm", "pbm", "pnm"),
+    **({"JPEG2000": ("jp2", "j2k", "jpx", "jpf")} if features.check("jpg_2000") else {}),
+    **({"AVIF": ("avif",)} if features.check("avif") else {}),  # in Pillow from 11.3 on
+}
+FORMATS = tuple(EXTENSIONS_OF)
+IMAGE_EXTENSIONS = tuple(e for extensions in EXTENSIONS_OF.values() for e in extensions)
 MIN_SIDE_PIXELS = 2
 MAX_PIXELS = 2**27
 MAX_ASPECT = 128  # with its short side at 1024 pixels such a picture has MAX_PIXELS
