@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import os
 import re
 import shlex
+
+from coca_scale.errors import UserError
 
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 # of terminals: colours and cursors (CSI), titles and links (OSC … BEL or ST), and short ones
@@ -24,12 +28,29 @@ def decoded(data: bytes, encoding: str | None = None) -> str:
     Raises:
         UnicodeError: it is something else; a NUL is no text either.
     """
-    if encoding is None:
-        encoding = "utf-16" if data.startswith(_UTF16_MARKS) else "utf-8-sig"
-    text = data.decode(encoding)
+    text = data.decode(encoding or marked_encoding(data)).removeprefix("\ufeff")
     if "\0" in text:
         raise UnicodeError("it has NUL characters")
     return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def marked_encoding(start: bytes) -> str:
+    """UTF-16 where a text begins with its mark, else UTF-8 with or without one."""
+    return "utf-16" if start.startswith(_UTF16_MARKS) else "utf-8-sig"
+
+
+def known_encoding(name: str) -> str:
+    """The name of an encoding of text, as Python knows it.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        with contextlib.suppress(UnicodeError):
+            b" ".decode(name)  # refuses codecs that are not of text, such as hex
+        return codecs.lookup(name).name
+    except (LookupError, ValueError) as error:
+        raise UserError(f"{name!r} is no encoding; say cp1252, shift_jis, koi8-r …") from error
 
 
 def cleaned(text: str) -> str:
