@@ -82,6 +82,10 @@ FirstLine = Annotated[
 ]
 CORES = len(os.sched_getaffinity(0))
 Workers = Annotated[int, typer.Option(min=1, help="Processes.")]
+EncodingOption = Annotated[
+    str | None,
+    typer.Option(help="Of captions and lists that are neither UTF-8 nor UTF-16: cp1252, …"),
+]
 CaptionColumn = Annotated[str, typer.Option(help="CSV/TSV column with the caption.")]
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML recipe.")]
 Overrides = Annotated[
@@ -111,6 +115,6 @@ def skipped(bad: Counter[str]) -> str:
     """The end of a line about what was used."""
     if not bad:
         return ""
-    from coca_scale.data.sample import causes_text
+    from coca_scale.data.naming import told
 
-    return f"; skipped {sum(bad.values())} ({causes_text(bad)})"
+    return f"; skipped {sum(bad.values())} ({told(bad)})"

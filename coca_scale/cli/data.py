@@ -11,6 +11,7 @@ import typer
 from coca_scale.cli.arguments import (
     CORES,
     CaptionColumn,
+    EncodingOption,
     FirstLine,
     ImageColumn,
     ImagesOption,
@@ -20,6 +21,7 @@ from coca_scale.cli.arguments import (
     say,
     skipped,
 )
+from coca_scale.errors import UserError
 
 app = typer.Typer(help="Prepare and inspect training data.", no_args_is_help=True)
 
@@ -39,6 +41,7 @@ def data_pack(
     first_line: FirstLine = False,
     image_column: ImageColumn = "filepath",
     caption_column: CaptionColumn = "title",
+    encoding: EncodingOption = None,
     shard_samples: Annotated[int, typer.Option(min=1, help="Samples per shard.")] = 10000,
     max_side: Annotated[
         int | None, typer.Option(min=16, help="Scale larger pictures down, in pixels.")
@@ -56,7 +59,7 @@ def data_pack(
     from coca_scale.data.pack import PackOptions, pack, pack_split
 
     columns = (image_column, caption_column)
-    options = PackOptions(images, *columns, split, first_line, shard_samples, max_side)
+    options = PackOptions(images, *columns, split, first_line, encoding, shard_samples, max_side)
     with progress_bar("pictures") as progress:
         if hold_out is None:
             results = {out: pack(source, out, options, workers, progress)}
@@ -98,3 +101,5 @@ def data_inspect(
         out.write_text(json.dumps(found.facts(), indent=1) + "\n")
     if write_manifest:
         say(f"wrote {inspection.write_manifest(found)}")
+    if not found.lengths:
+        raise UserError(f"{', '.join(shards)}: no usable sample")

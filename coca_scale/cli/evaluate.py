@@ -20,6 +20,7 @@ from coca_scale.cli.arguments import (
     CaptionColumn,
     ConfigOption,
     DataArgument,
+    EncodingOption,
     FirstLine,
     ImageColumn,
     ImagesOption,
@@ -131,11 +132,12 @@ def _captioned(
     images: Path | None,
     split: str | None,
     first_line: bool,
+    encoding: str | None,
 ) -> InputPictures:
     from coca_scale.evaluation.pictures import InputPictures
 
     columns = (image_column, caption_column)
-    parts = open_inputs(data, *columns, images, split, first_line, captions_needed=True)
+    parts = open_inputs(data, *columns, images, split, first_line, encoding, captions_needed=True)
     return InputPictures(parts)
 
 
@@ -173,6 +175,7 @@ def eval_retrieval(
     images: ImagesOption = None,
     split: SplitOption = None,
     first_line: FirstLine = False,
+    encoding: EncodingOption = None,
 ) -> Evaluator:
     """Recall at 1, 5 and 10, image to text and text to image.
 
@@ -181,7 +184,9 @@ def eval_retrieval(
     from coca_scale.evaluation.retrieval import Retrieval
 
     columns = (image_column, caption_column)
-    return Retrieval(_captioned(data, *columns, images, split, first_line), equal_captions)
+    return Retrieval(
+        _captioned(data, *columns, images, split, first_line, encoding), equal_captions
+    )
 
 
 @_verb("captioning")
@@ -196,6 +201,7 @@ def eval_captioning(
     images: ImagesOption = None,
     split: SplitOption = None,
     first_line: FirstLine = False,
+    encoding: EncodingOption = None,
 ) -> Evaluator:
     """BLEU, METEOR, ROUGE-L, CIDEr and SPICE of generated captions, by COCO's own code.
 
@@ -206,4 +212,4 @@ def eval_captioning(
 
     options = GenerationOptions(METHODS[method], max_length, min_length, num_beams)
     columns = (image_column, caption_column)
-    return Captioning(_captioned(data, *columns, images, split, first_line), options)
+    return Captioning(_captioned(data, *columns, images, split, first_line, encoding), options)

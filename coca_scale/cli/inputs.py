@@ -27,13 +27,14 @@ def open_inputs(
     images: Path | None,
     split: str | None,
     first_line: bool,
+    encoding: str | None,
     captions_needed: bool,
 ) -> list[Part]:
     """What DATA or INPUTS of a verb name."""
     from coca_scale.data.listing import ListOptions
     from coca_scale.evaluation.pictures import open_pictures
 
-    listing = ListOptions(images, image_column, caption_column, split, first_line)
+    listing = ListOptions(images, image_column, caption_column, split, first_line, encoding)
     return open_pictures(inputs, data_section(inputs), listing, captions_needed)
 
 

@@ -13,6 +13,7 @@ from coca_scale.cli.arguments import (
     BatchSize,
     CaptionColumn,
     ConfigOption,
+    EncodingOption,
     FirstLine,
     ImageColumn,
     ImagesOption,
@@ -147,6 +148,7 @@ def caption_command(
     images: ImagesOption = None,
     split: SplitOption = None,
     first_line: FirstLine = False,
+    encoding: EncodingOption = None,
     config: ConfigOption = None,
     raw_weights: RawWeights = False,
 ) -> None:
@@ -179,13 +181,16 @@ def caption_command(
     with ranks() as world:
         columns = (image_column, caption_column)
         parts = world.agree(
-            lambda: open_inputs(inputs, *columns, images, split, first_line, captions_needed=False)
+            lambda: open_inputs(
+                inputs, *columns, images, split, first_line, encoding, captions_needed=False
+            )
         )
         encoder = loaded_encoder(load(model, config, raw_weights, precision, world), world)
         captioner = world.agree(lambda: captioning.Captioner(encoder, options, prompt, batch_size))
         settings = {"model": model, "raw_weights": raw_weights, "inputs": inputs, "prompt": prompt}
         settings |= {"precision": precision.value, "split": split, **asdict(options)}
         settings |= {"first_line": True} if first_line else {}
+        settings |= {} if encoding is None else {"encoding": encoding}
         with progress_bar("pictures", world.rank == 0) as progress:
             job = CaptionJob(captioner, parts, settings, world, progress)
             in_file = out.suffix in (".jsonl", ".json")

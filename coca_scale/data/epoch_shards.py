@@ -15,11 +15,13 @@ from typing import NamedTuple
 import braceexpand
 import numpy as np
 
+from coca_scale.data.naming import is_annotation_file, is_picture, is_table
 from coca_scale.data.remote import list_remote
 from coca_scale.data.retries import StorageError
 from coca_scale.data.sample import DataError
 from coca_scale.data.storage import PIPE, StorageOptions, is_local
 
+_MAGIC = slice(257, 262)  # of a tar file
 UNLISTED = (PIPE, "http://", "https://")
 _ANY_NAME = ("utf-8", "surrogatepass")  # names of files need not be text
 
@@ -49,7 +51,8 @@ def expand_shards(pattern: str, storage: StorageOptions) -> Iterator[str]:
     """Shard urls and paths named by a brace or glob pattern, or all .tar files of a folder.
 
     Raises:
-        DataError: a pattern that names nothing, or a bucket that cannot be listed.
+        DataError: a pattern that names nothing or what is no shard, or a bucket that cannot be
+            listed.
     """
     names: Iterator[str]
     try:
@@ -57,6 +60,8 @@ def expand_shards(pattern: str, storage: StorageOptions) -> Iterator[str]:
     except ValueError as error:
         raise DataError(f"{pattern}: unbalanced braces") from error
     local = is_local(pattern)
+    if local:
+        _see_that_it_may_be_shards(pattern)
     if local and Path(pattern).is_dir():
         names = iter([f"{glob.escape(pattern.rstrip('/'))}/*.tar"])
     elif not any(c in pattern for c in ("*?[" if local else "*")) or pattern.startswith(UNLISTED):
@@ -73,6 +78,37 @@ def expand_shards(pattern: str, storage: StorageOptions) -> Iterator[str]:
         if not found:
             raise DataError(f"{pattern}: matches nothing")
         yield from found
+
+
+def _see_that_it_may_be_shards(name: str) -> None:
+    """Raises DataError with what a local name is instead, and what becomes of that."""
+    path = Path(name)
+    if path.suffix == ".tar":
+        return  # there may be 200,000
+    if path.is_dir():
+        if not any(path.glob("*.tar")):
+            raise DataError(f"{name}: no .tar files in this folder; pictures are {_packed(name)}")
+        return
+    if not path.is_file():
+        return
+    if is_table(name):
+        raise DataError(f"{name}: a table, not a shard; it is {_packed(name)}")
+    if is_annotation_file(name):
+        packed = _packed(f"{name} --images DIR")
+        raise DataError(f"{name}: a .json, not a shard; COCO's and Karpathy's are {packed}")
+    if is_picture(name):
+        raise DataError(f"{name}: a picture, not a shard; a folder of them is {_packed('FOLDER')}")
+    if ".tar" not in path.name and not _begins_as_tar(path):
+        raise DataError(f"{name}: neither a shard (.tar) nor a picture in a format that is opened")
+
+
+def _packed(what: str) -> str:
+    return f"packed first: coca-scale data pack {what} --out SHARDS"
+
+
+def _begins_as_tar(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(_MAGIC.stop)[_MAGIC] == b"ustar"
 
 
 class ShardRange(NamedTuple):

@@ -17,9 +17,11 @@ from PIL import Image
 from webdataset import TarWriter
 
 from coca_scale.data.images import MIN_SIDE_PIXELS, decode_image, image_format
-from coca_scale.data.listing import ListedPicture, ListOptions, list_pictures
+from coca_scale.data.listing import ListedPicture, Listing, ListOptions, list_pictures
+from coca_scale.data.local_files import read_picture
 from coca_scale.data.manifest import MANIFEST
-from coca_scale.data.sample import BadSample, DataError, causes_text
+from coca_scale.data.naming import told
+from coca_scale.data.sample import BadSample, DataError, Skipped
 from coca_scale.recipe.files import read_json, sha256_of
 
 JPEG_QUALITY = 95
@@ -78,7 +80,7 @@ def pack(
         DataError: the source cannot be read, or nothing in it can be used, or `out` holds shards of
             something else.
     """
-    return _pack(list_pictures(source, options), source, out, options, workers, progress)
+    return _pack(_captioned(source, options), source, out, options, workers, progress)
 
 
 def pack_split(
@@ -91,13 +93,16 @@ def pack_split(
 ) -> dict[str, PackResult]:
     """Write every `hold_out`-th picture into `out`/val and the others into `out`/train.
 
-    A picture is in one of them with all its captions. The rest is as in `pack`; val comes first, so
-    after an interruption it may be complete already.
+    A picture is in one of them with all its captions; what the list itself leaves out is counted
+    in train. The rest is as in `pack`; val comes first, so after an interruption it may be complete
+    already.
     """
-    pictures = list_pictures(source, options)
-    held = pictures[::hold_out]
-    rest = [picture for index, picture in enumerate(pictures) if index % hold_out]
-    if not rest:
+    listing = _captioned(source, options)
+    pictures = listing.pictures
+    held = Listing(pictures[::hold_out])
+    others = [picture for index, picture in enumerate(pictures) if index % hold_out]
+    rest = Listing(others, listing.skipped)
+    if not others:
         raise DataError(f"{source}: has one picture, so none can be held out")
     if (out / "val" / MANIFEST).exists() and not (out / "train" / MANIFEST).exists():
         validation = _packed(out / "val")
@@ -109,6 +114,13 @@ def pack_split(
     }
 
 
+def _captioned(source: Path, options: PackOptions) -> Listing:
+    """A list, in which a picture without a caption is left out."""
+    listing = list_pictures(source, options)
+    without = (Skipped("missing_caption", str(p.path)) for p in listing.pictures if not p.captions)
+    return Listing([p for p in listing.pictures if p.captions], [*listing.skipped, *without])
+
+
 def _packed(out: Path) -> PackResult:
     """What an earlier call has written."""
     found = read_json(out / MANIFEST)
@@ -116,7 +128,7 @@ def _packed(out: Path) -> PackResult:
 
 
 def _pack(
-    pictures: Sequence[ListedPicture],
+    listing: Listing,
     source: Path,
     out: Path,
     options: PackOptions,
@@ -126,6 +138,7 @@ def _pack(
     if (out / MANIFEST).exists():
         raise DataError(f"{out}: holds packed shards already; choose another folder")
     out.mkdir(parents=True, exist_ok=True)
+    pictures = listing.pictures
     _settle(out, source, options, pictures)
     several = any(len(picture.captions) > 1 for picture in pictures)
     count = -(-len(pictures) // options.shard_samples)
@@ -150,7 +163,7 @@ def _pack(
             done += jobs[job]
             if progress is not None:
                 progress(done, len(pictures))
-    return _finish(out, source, count)
+    return _finish(out, source, count, listing.skipped)
 
 
 def _settle(
@@ -212,8 +225,6 @@ def _write_shard(
 
 
 def _files_of(picture: ListedPicture, options: PackOptions, several: bool) -> dict[str, bytes]:
-    if not picture.captions:
-        raise BadSample("empty_caption", str(picture.path))
     extension, data = _image_bytes(picture.path, options.max_side)
     files = {extension: data, "txt": picture.captions[0].encode("utf-8", "replace")}
     if several:
@@ -223,10 +234,7 @@ def _files_of(picture: ListedPicture, options: PackOptions, several: bool) -> di
 
 def _image_bytes(path: Path, max_side: int | None) -> tuple[str, bytes]:
     """The file as it is, or scaled down to `max_side` and written as JPEG."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise BadSample("missing_image", str(path)) from error
+    data = read_picture(path)
     image = decode_image(data, str(path))
     extension = EXTENSION_OF.get(image_format(data, str(path)))
     if extension is not None and (max_side is None or max(image.size) <= max_side):
@@ -240,10 +248,11 @@ def _image_bytes(path: Path, max_side: int | None) -> tuple[str, bytes]:
     return "jpg", buffer.getvalue()
 
 
-def _finish(out: Path, source: Path, count: int) -> PackResult:
-    """Put the receipts together as the manifest."""
+def _finish(out: Path, source: Path, count: int, skipped: Sequence[Skipped]) -> PackResult:
+    """Put the receipts together as the manifest, with what the list had left out."""
     receipts = [read_json(_receipt(out, number)) for number in range(count)]
     bad = [(cause, key) for receipt in receipts for cause, key in receipt["bad"]]
+    bad += [(left_out.cause, left_out.key) for left_out in skipped]
     causes = Counter(cause for cause, _ in bad)
     shards = [receipt["shard"] for receipt in receipts if receipt["shard"] is not None]
     if bad:
@@ -256,8 +265,7 @@ def _finish(out: Path, source: Path, count: int) -> PackResult:
     for path in (out / PLAN, *(_receipt(out, number) for number in range(count))):
         path.unlink()
     if not shards:
-        found = causes_text(causes)
-        raise DataError(f"{source}: none of {len(bad)} samples can be used ({found})")
+        raise DataError(f"{source}: none of {len(bad)} samples can be used ({told(causes)})")
     return PackResult(total, len(shards), causes)
 
 

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from coca_scale.data.images import TrainCrop
+from coca_scale.data.naming import is_table
+from coca_scale.data.rows import TableOptions
 from coca_scale.data.rules import SampleRules
 from coca_scale.data.sample import DataError, Source
 from coca_scale.data.shards import Mixed, ShardOptions, ShardSource
 from coca_scale.data.storage import StorageOptions
 from coca_scale.data.synthetic import Shapes
-from coca_scale.data.tables import TABLE_SUFFIXES, CaptionTable, IndexedSource
+from coca_scale.data.tables import CaptionTable, IndexedSource
 from coca_scale.model.preprocess import OPENAI, Preprocess
 from coca_scale.recipe.data import DataSection, WeightedShards
 
@@ -28,6 +30,8 @@ def open_source(spec: str | Sequence[str | WeightedShards], data: DataSection, s
     if len(kinds) > 1:
         raise DataError(f"{', '.join(patterns)}: shards, tables and synthetic data do not mix")
     kind = kinds.pop()
+    if kind != "table" and data.encoding is not None:
+        raise DataError(f"{', '.join(patterns)}: data.encoding is for tables")
     if kind == "shards":
         rules = SampleRules(data.captions, data.filters)
         options = ShardOptions(seed, data.shuffle_window, data.replacement)
@@ -42,7 +46,8 @@ def open_source(spec: str | Sequence[str | WeightedShards], data: DataSection, s
         if len(patterns) > 1:
             raise DataError("give one synthetic:// source, not a list")
         return IndexedSource(Shapes.from_url(patterns[0]), patterns[0], seed)
-    table = CaptionTable(patterns, data.image_column, data.caption_column)
+    columns = TableOptions(data.image_column, data.caption_column, encoding=data.encoding)
+    table = CaptionTable(patterns, columns)
     return IndexedSource(table, ", ".join(patterns), seed)
 
 
@@ -74,4 +79,4 @@ def _mixed(spec: str | Sequence[str | WeightedShards]) -> list[Mixed]:
 def _kind(pattern: str) -> str:
     if pattern.startswith("synthetic://"):
         return "synthetic"
-    return "table" if pattern.endswith(TABLE_SUFFIXES) else "shards"
+    return "table" if is_table(pattern) else "shards"

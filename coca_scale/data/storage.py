@@ -168,7 +168,7 @@ class _LocalReader:
     def read_at(self, position: int, size: int) -> bytes:
         if self._file is None:
             if self._path.exists() and not self._path.is_file():
-                raise StorageError(f"{self._path}: not a file")  # a pipe would wait for ever
+                raise StorageError(f"{self._path}: not a regular file")  # opening could hang
             self._file = self._path.open("rb")
         self._file.seek(position)
         return self._file.read(size)

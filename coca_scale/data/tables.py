@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import csv
+import itertools
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -10,9 +10,10 @@ from typing import Protocol
 
 import numpy as np
 
-from coca_scale.data.sample import BadSample, DataError, Position, RawSample
-
-TABLE_SUFFIXES = (".csv", ".tsv")
+from coca_scale.data.epoch_shards import ShardList
+from coca_scale.data.local_files import read_picture
+from coca_scale.data.rows import TableOptions, read_rows
+from coca_scale.data.sample import BadSample, DataError, Position, RawSample, Skipped
 
 
 class Indexed(Protocol):
@@ -24,61 +25,35 @@ class Indexed(Protocol):
 
 
 class CaptionTable:
-    """Rows (image path, caption) of one or more CSV/TSV files.
+    """Rows (image path, caption) of one or more CSV/TSV files; one that cannot be used is a bad
+    sample in its place.
 
     Relative image paths are looked up from the folder of the table.
     """
 
-    def __init__(self, paths: Sequence[str], image_column: str, caption_column: str) -> None:
-        self._rows: list[tuple[str, str]] = []
-        for path in paths:
-            self._rows += read_table(Path(path), image_column, caption_column)
+    def __init__(self, paths: Sequence[str], options: TableOptions) -> None:
+        """Raises DataError for a table that is none."""
+        self._bad: dict[int, Skipped] = {}
+        self._rows = ShardList(self._read(paths, options))
+
+    def _read(self, paths: Sequence[str], options: TableOptions) -> Iterator[str]:
+        rows = itertools.chain.from_iterable(read_rows(Path(path), options) for path in paths)
+        for number, row in enumerate(rows):
+            if isinstance(row, Skipped):
+                self._bad[number] = row
+                yield ""
+            else:
+                yield "\0".join(row)  # no NUL is in a row that can be used
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> RawSample:
-        path, caption = self._rows[index]
-        try:
-            return RawSample(path, Path(path).read_bytes(), ((caption, 1.0),))
-        except OSError as error:
-            raise BadSample("missing_image", path) from error
-
-
-def read_table(
-    path: Path, image_column: str, caption_column: str, captions_needed: bool = True
-) -> list[tuple[str, str]]:
-    """Image paths and captions of a .csv or .tsv file; without need, captions may be empty.
-
-    A tab in the first line means that tabs separate: OpenCLIP's .csv files have them as well.
-
-    Raises:
-        DataError: no such file, not UTF-8, columns missing, or no rows.
-    """
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            delimiter = "\t" if path.suffix == ".tsv" or "\t" in file.readline() else ","
-            file.seek(0)
-            reader = csv.DictReader(file, delimiter=delimiter)
-            columns = reader.fieldnames or []
-            for column in (image_column, caption_column)[: 1 + captions_needed]:
-                if column not in columns:
-                    raise DataError(
-                        f"{path}: no column {column!r}, found {', '.join(columns) or 'nothing'}; "
-                        "set data.image_column and data.caption_column (--image-column and "
-                        "--caption-column on the command line)"
-                    )
-            rows = [
-                (str(path.parent / (row[image_column] or "")), row.get(caption_column) or "")
-                for row in reader
-            ]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: not a readable table: {error}") from error
-    if not rows:
-        raise DataError(f"{path}: no rows")
-    return rows
+        """The sample; raises BadSample if it cannot be used."""
+        if index in self._bad:
+            raise BadSample(*self._bad[index])
+        path, _, caption = self._rows[index].partition("\0")
+        return RawSample(path, read_picture(Path(path)), ((caption, 1.0),))
 
 
 class IndexedSource:

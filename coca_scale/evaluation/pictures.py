@@ -16,19 +16,20 @@ from torch import Tensor
 from coca_scale.data.epoch_shards import expand_shards
 from coca_scale.data.images import decode_image, eval_pixels
 from coca_scale.data.listing import (
-    ANNOTATIONS,
     ListedPicture,
+    Listing,
     ListOptions,
     PictureFiles,
-    is_picture,
     list_pictures,
 )
+from coca_scale.data.naming import is_annotation_file, is_picture, is_table
 from coca_scale.data.rules import SampleRules
 from coca_scale.data.sample import BadSample, DataError, RawSample, Source
 from coca_scale.data.shards import missing_shards, read_shard
 from coca_scale.data.sources import storage_options
+from coca_scale.data.storage import is_local
 from coca_scale.data.synthetic import Shapes
-from coca_scale.data.tables import TABLE_SUFFIXES, IndexedSource
+from coca_scale.data.tables import IndexedSource
 from coca_scale.model import ModelConfig
 from coca_scale.recipe.data import DataSection
 
@@ -163,7 +164,8 @@ def open_pictures(
     parts: list[Part] = []
     for are_files, names in itertools.groupby(inputs, _is_file):
         if are_files:
-            parts.append(listed_part([ListedPicture(Path(name), ()) for name in names], "pictures"))
+            listing = Listing([ListedPicture(Path(name)) for name in names])
+            parts.append(listed_part(listing, "pictures"))
         else:
             for name in names:
                 parts += _open(name, data, options, captions_needed)
@@ -265,9 +267,10 @@ def _decode(
 
 
 def _is_file(name: str) -> bool:
-    if "://" in name or not is_picture(Path(name)):
+    path = Path(name)
+    if not is_local(name) or not is_picture(path) or path.is_dir():
         return False
-    if not Path(name).is_file():
+    if not path.is_file():
         raise DataError(f"{name}: no such file")
     return True
 
@@ -279,22 +282,27 @@ def _open(
     if name.startswith("synthetic://"):
         shapes = Shapes.from_url(name)
         yield Part(name, IndexedSource(shapes, name, 0).ordered, len(shapes))
-    elif path.suffix in (*TABLE_SUFFIXES, ANNOTATIONS) or is_picture_folder(path):
+    elif is_local(name) and (_is_list(path) or is_picture_folder(path)):
         yield listed_part(list_pictures(path, options, captions_needed), name)
     else:
         yield from _shards(name, data, captions_needed)
 
 
-def listed_part(pictures: Sequence[ListedPicture], name: str) -> Part:
+def _is_list(path: Path) -> bool:
+    return is_table(path) or is_annotation_file(path)
+
+
+def listed_part(listing: Listing, name: str) -> Part:
     """Picture files as one part."""
-    return Part(name, IndexedSource(PictureFiles(pictures), name, 0).ordered, len(pictures))
+    files = PictureFiles(listing)
+    return Part(name, IndexedSource(files, name, 0).ordered, len(files))
 
 
 def _shards(name: str, data: DataSection, captions_needed: bool) -> Iterator[Part]:
     storage = storage_options(data)
     urls = list(expand_shards(name, storage))
     if missing := missing_shards(urls):
-        raise DataError(f"{missing[0]}: no such shard")
+        raise DataError(f"{missing[0]}: no such file or folder")
     rules = SampleRules(data.captions, data.filters, captions_needed, every_caption=True)
 
     def reader(url: str) -> Read:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from coca_scale.data.listing import ListedPicture, ListOptions, is_picture
+from coca_scale.data.listing import ListedPicture, Listing, ListOptions, look_into
 from coca_scale.data.rules import CLASS
 from coca_scale.data.sample import DataError
 from coca_scale.evaluation.encoder import Encoder, Feeding
@@ -144,8 +144,8 @@ def open_labelled(
         DataError: neither of these, or class names that do not fit.
     """
     if len(data) == 1 and is_picture_folder(Path(data[0])):
-        folders, pictures = class_folders(Path(data[0]))
-        parts = [listed_part(pictures, data[0])]
+        folders, listing = class_folders(Path(data[0]))
+        parts = [listed_part(listing, data[0])]
         return Labelled(parts, make_classes(classnames, templates, folders))
     by_class = section.model_copy(update={"captions": {CLASS: 1.0}})
     parts = open_pictures(data, by_class, ListOptions(), captions_needed=True)
@@ -186,22 +186,22 @@ def make_classes(classnames: str | None, templates: str, folders: Sequence[str] 
     return Classes(names, [_filler(sentence) for sentence in sentences])
 
 
-def class_folders(folder: Path) -> tuple[list[str], list[ListedPicture]]:
+def class_folders(folder: Path) -> tuple[list[str], Listing]:
     """Names of the folders in a folder, sorted, and the pictures in each with its number.
 
     Raises:
         DataError: no folders, or none with pictures.
     """
     names = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    contents = [look_into(folder / name) for name in names]
     pictures = [
         ListedPicture(path, (str(number),))
-        for number, name in enumerate(names)
-        for path in sorted((folder / name).rglob("*"))
-        if is_picture(path)
+        for number, content in enumerate(contents)
+        for path in content.pictures
     ]
     if not pictures:
         raise DataError(f"{folder}: no folders with pictures in it, one per class")
-    return names, pictures
+    return names, Listing(pictures, [left_out for c in contents for left_out in c.skipped])
 
 
 def classifier(features_of_prompts: Tensor, classes: Classes) -> Tensor:

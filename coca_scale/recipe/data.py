@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from coca_scale.recipe.section import (
     Fraction,
@@ -14,6 +14,7 @@ from coca_scale.recipe.section import (
     SampleCount,
     Section,
 )
+from coca_scale.recipe.text import known_encoding
 
 
 class WeightedShards(Section):
@@ -133,6 +134,9 @@ class DataSection(Section):
     )
     image_column: str = Field("filepath", description="CSV/TSV column with the image path.")
     caption_column: str = Field("title", description="CSV/TSV column with the caption.")
+    encoding: Annotated[str, AfterValidator(known_encoding)] | None = Field(
+        None, description="Of CSV/TSV files that are neither UTF-8 nor UTF-16: cp1252, …"
+    )
     crop_scale_min: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
         0.9,
         description="Smallest area fraction of the random training crop; 1 uses the centre crop.",
