@@ -58,6 +58,10 @@ class CaptionFile:
         os.fsync(self._file.fileno())
         self._file.close()
 
+    def discard(self) -> None:
+        """Remove a closed file in which no captions are."""
+        self._mine.unlink()
+
     def merge(self) -> None:
         """Make one file of the parts of all ranks, which have closed them."""
         parts = self._parts()
@@ -108,6 +112,11 @@ class SideCars:
     def is_done(self, part: int) -> bool:
         """Whether the side-car of a shard is there."""
         return self._paths[part].is_file()
+
+    def count(self, part: int) -> int:
+        """Pictures in the side-car of a shard."""
+        with self._paths[part].open("rb") as file:
+            return sum(1 for _ in file)
 
     def add(self, part: int, batches: Iterable[Iterable[Captioned]]) -> None:
         """Write a side-car; it is there as a whole or not at all."""

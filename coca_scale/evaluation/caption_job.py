@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from coca_scale.data.naming import told
 from coca_scale.engine.world import World
+from coca_scale.errors import AgreedError
 from coca_scale.evaluation.caption_files import CaptionFile, SideCars
 from coca_scale.evaluation.captioning import Captioned, Captioner
 from coca_scale.evaluation.encoder import Progress
@@ -41,6 +43,11 @@ class Summary:
     bad: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
     shown: list[Captioned] = field(default_factory=list)
+
+    @property
+    def captioned(self) -> int:
+        """Pictures that have captions now."""
+        return self.written + self.there
 
     @property
     def per_second(self) -> float:
@@ -74,6 +81,7 @@ class CaptionJob:
 
         Raises:
             DataError: the file was begun with other settings.
+            AgreedError: no picture can be used.
         """
         file = CaptionFile(out, self._rank, self._ranks, self._settings)
         self._summary.there = len(file.done)
@@ -83,6 +91,9 @@ class CaptionJob:
         finally:
             file.close()
         self._add_up()
+        if not self._summary.captioned:
+            file.discard()
+            raise self._nothing()
         if self._rank == 0:
             file.merge()
         return self._summary
@@ -92,14 +103,20 @@ class CaptionJob:
 
         Raises:
             DataError: inputs that are no shards, or a folder of another job.
+            AgreedError: no picture can be used.
         """
         # more shards may be captioned into it later
         settings = {name: value for name, value in self._settings.items() if name != "inputs"}
         side_cars = SideCars(folder, self._parts, settings)
         for number in range(self._rank, len(self._parts), self._ranks):
-            if not side_cars.is_done(number):
+            if side_cars.is_done(number):
+                self._summary.there += side_cars.count(number)
+            else:
                 side_cars.add(number, self._batches(self._parts[number : number + 1], 0, 1))
+        self._summary.there = int(self._world.sum(self._summary.there)[0])
         self._add_up()
+        if not self._summary.captioned:
+            raise self._nothing()
         return self._summary
 
     def _batches(
@@ -117,6 +134,10 @@ class CaptionJob:
             summary.shown += itertools.islice(batch, max(0, missing))
             yield batch
             self._progress((summary.written + sum(summary.bad.values())) * ranks, self._total)
+
+    def _nothing(self) -> AgreedError:
+        found = told(self._summary.bad) or "none"
+        return AgreedError(f"no picture can be captioned (found {found})")
 
     def _add_up(self) -> None:
         """Wait for all ranks, and add up what they did."""

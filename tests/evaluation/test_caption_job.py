@@ -78,6 +78,41 @@ def test_what_cannot_be_written_leaves_nothing_behind(trained, folder, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["clip.pt"]
 
 
+def test_a_call_that_could_caption_nothing_fails_and_leaves_nothing(trained, tmp_path):
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    (folder / "a.tif").write_bytes(b"no picture")
+    (folder / "b.heic").write_bytes(b"ftypheic")
+    (tmp_path / "broken.tar").write_bytes(b"no tar" * 500)
+    out = tmp_path / "captions.jsonl"
+    for name, message in (
+        ("scans/a.tif", "no picture can be captioned (found 1 × broken_image)"),
+        ("scans", "found 1 × broken_image, 1 × format_heic; pictures in formats"),
+        ("scans/b.heic", "neither a shard (.tar) nor a picture"),
+        ("broken.tar", "found 1 × broken_shard"),
+        ("gone.heic", "no such file or folder"),
+    ):
+        for target in (out, tmp_path / "folder") if name == "broken.tar" else (out,):
+            arguments = ["caption", str(trained.folder), str(tmp_path / name), "--out", str(target)]
+            done = CliRunner().invoke(app, arguments)
+            assert isinstance(done.exception, UserError), (name, done.output)
+            assert message in str(done.exception)
+    assert {path.name for path in tmp_path.iterdir()} == {"scans", "broken.tar", "folder"}
+
+
+def test_a_table_in_another_encoding_and_a_folder_called_as_a_picture(trained, folder, tmp_path):
+    pictures = tmp_path / "holiday.jpg"
+    pictures.mkdir()
+    (pictures / "é.PNG").write_bytes((folder / "001.png").read_bytes())
+    table = tmp_path / "T.TSV"
+    table.write_bytes(f"filepath\ttitle\n{pictures}/é.PNG\tcafé".encode("cp1252"))
+    out = tmp_path / "captions.jsonl"
+    caption(trained.folder, table, pictures, "--encoding", "cp1252", "--out", out, *QUICK)
+    found = lines_of(out)
+    assert [line["key"] for line in found] == 2 * [f"{pictures}/é.PNG"]
+    assert found[0]["references"] == ["café"]
+
+
 def test_captions_do_not_depend_on_batches(trained, folder, tmp_path):
     outs = []
     for size in (3, 50):
