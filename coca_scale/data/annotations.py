@@ -16,6 +16,7 @@ from coca_scale.data.sample import DataError, Skipped
 from coca_scale.recipe.files import parse_json
 from coca_scale.recipe.text import decoded
 
+MAX_BYTES = 2**31  # COCO's largest has 0.5 GB
 Entry = tuple[Path, str] | Skipped
 Id = int | str | float
 
@@ -82,6 +83,8 @@ def read_annotations(
 
 
 def _content(path: Path, encoding: str | None) -> Mapping[str, Any]:
+    if path.stat().st_size > MAX_BYTES:
+        raise DataError(f"{path}: over 2 GiB; is it an annotation file?")
     try:
         text = decoded(path.read_bytes(), encoding)
     except UnicodeError as error:

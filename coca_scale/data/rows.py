@@ -75,6 +75,7 @@ def read_rows(path: Path, options: TableOptions) -> Iterator[tuple[str, str] | S
 def _rows(path: Path, file: TextIO, options: TableOptions) -> Iterator[tuple[str, str] | Skipped]:
     lines = _lines(file, path)
     number, first = next(((n, line) for n, line in lines if line.strip()), (0, ""))
+    first = first.removeprefix("\ufeff")  # where somebody says that UTF-8 is UTF-8
     tabs = path.suffix.lower() == ".tsv" or "\t" in first
     delimiter = "\t" if tabs else ";" if ";" in first and "," not in first else ","
     numbered = itertools.chain([(number, first)], lines)
@@ -194,13 +195,13 @@ class _RowReader:
         needed = self._image if self._caption is None else max(self._image, self._caption)
         if len(fields) <= needed:
             return Skipped("short_row", name)
-        image = fields[self._image]
+        image = fields[self._image].strip()
         caption = "" if self._caption is None else fields[self._caption]
         if _NUL in image or _NUL in caption:
             return Skipped("broken_row", name)
         if _SURROGATE.search(image) or _SURROGATE.search(caption):
             return Skipped(self._cause, name)
-        if not image.strip():
+        if not image:
             return Skipped("missing_image", name)
         return str(self._path.parent / image), caption
 

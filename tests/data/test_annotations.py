@@ -126,6 +126,10 @@ def test_pictures_need_no_captions_to_be_captioned(tmp_path):
 def test_a_file_that_is_none_is_one_sentence(tmp_path, content):
     with pytest.raises(UserError, match=r"list\.json: "):
         listed(tmp_path, content)
+    with (tmp_path / "giant.json").open("wb") as giant:
+        giant.truncate(2**40)
+    with pytest.raises(DataError, match="over 2 GiB"):
+        list_pictures(tmp_path / "giant.json", ListOptions(images=tmp_path))
     with pytest.raises(UserError, match="neither COCO's"):
         listed(tmp_path, {"images": IMAGES, "annotations": {"0": "a"}})
 

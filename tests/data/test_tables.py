@@ -119,13 +119,17 @@ def test_a_table_that_cannot_be_read_says_where(tmp_path, name, text, message):
         ("t.TSV", '"filepath"\t"title"\n"a.jpg"\t"b c"\n'),
         ("t.csv", "id,title,filepath,more\n1,b c,a.jpg\n"),
         ("t.csv", "filepath,title\na.jpg,b c,,\n"),
+        ("t.csv", "title, filepath\nb c, a.jpg\n"),
     ],
 )
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le"])
 def test_tables_in_the_wild(tmp_path, name, text, encoding):
-    told = encoding if encoding == "utf-16-le" else None
-    options = TableOptions("filepath", "title", encoding=told)
-    assert rows_of(written(tmp_path / name, text, encoding), options)[0] == [("a.jpg", "b c")]
+    table = written(tmp_path / name, text, encoding)
+    for told in (encoding, None) if encoding != "utf-16-le" else (encoding,):
+        options = TableOptions("filepath", "title", encoding=told)
+        assert rows_of(table, options)[0] == [("a.jpg", "b c")]
+    if encoding == "utf-8-sig":
+        assert rows_of(table, TableOptions("filepath", "title", encoding="utf-8"))[0]
 
 
 def test_rows_that_cannot_be_used_are_counted_in_packing_and_training(tmp_path):
