@@ -117,6 +117,8 @@ def list_pictures(source: Path, options: ListOptions, captions_needed: bool = Tr
         entries = read_annotations(
             source, options.images, options.split, options.encoding, captions_needed
         )
+    elif not source.exists():
+        raise DataError(f"{source}: no such file or folder")
     else:
         raise DataError(f"{source}: give a folder, a .csv or .tsv file, or a COCO .json file")
     captions: dict[Path, list[str]] = {}

@@ -81,6 +81,9 @@ def _rows(path: Path, file: TextIO, options: TableOptions) -> Iterator[tuple[str
     numbered = itertools.chain([(number, first)], lines)
     rows = _tabbed(numbered) if tabs else _quoted(numbered, delimiter, path)
     header = [name.strip() for name in next(rows, (0, []))[1]]
+    if any(_SURROGATE.search(name) for name in header):
+        known = options.encoding or "UTF-8"
+        raise DataError(f"{path}: not a text in {known}; --encoding says what it is")
     reader = _RowReader(path, header, delimiter, options)
     empty = True
     for line, fields in rows:

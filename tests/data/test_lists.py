@@ -67,6 +67,7 @@ def test_a_folder_with_nothing_to_open_says_what_lies_there(tmp_path):
     for number in range(3):
         (folder / f"IMG_{number}.HEIC").write_bytes(b"ftypheic")
     assert "no .tar files" in failure_of("data", "inspect", folder)
+    assert "no such file or folder" in failure_of("data", "pack", tmp_path / "gone", "--out", "no")
     message = failure_of("data", "pack", folder, "--out", tmp_path / "out")
     assert "3 × format_heic" in message and "converted" in message
     (folder / "a.jpg").write_bytes(encoded())

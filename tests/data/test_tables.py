@@ -100,6 +100,7 @@ def test_no_bytes_in_a_table_are_more_than_a_data_error(tmp_path, content, heade
         ("t.csv", "filepath,title,title\na.jpg,b,c\n", "several columns are called 'title'"),
         ("t.csv", "a.jpg,a red circle\nb.jpg,c\n", "found a.jpg, a red circle; the first line"),
         ("t.csv", "", "no column 'filepath', found nothing"),
+        ("t.csv", "PK\3\4\0\0", "not a text in UTF-8; --encoding says"),
         ("t.tsv", "filepath\ttitle\n\n\n", "no rows"),
         ("t.tsv", "filepath\ttitle\n" + "x" * 2**20 + "y", "line 2: over a million characters"),
     ],
