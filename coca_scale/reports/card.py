@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, StrictUndefined
@@ -20,12 +17,11 @@ from coca_scale.evaluation.kinds import KINDS, by_kind
 from coca_scale.evaluation.results import Kind, Score
 from coca_scale.losses import LABELS
 from coca_scale.model import ModelConfig
-from coca_scale.openclip.folder import OWN_CONFIG_FILE
+from coca_scale.recipe.files import read_json_as
+from coca_scale.recipe.public import public_text
 from coca_scale.recipe.schema import OptimSection
 from coca_scale.reports.page import RunRecord
 from coca_scale.version import __version__
-
-_MACHINE = re.compile(r"^(/|~|\.\.?/|[A-Za-z]:\\)")
 
 
 @dataclass(frozen=True)
@@ -47,6 +43,14 @@ class ScoreSet:
         return self.kind.scores.get(name) or Score(name)
 
 
+@dataclass(frozen=True)
+class _ScoreFile:
+    task: str
+    data: list[str]
+    scores: dict[str, float]
+    pictures: int | None = None
+
+
 def read_scores(path: Path) -> ScoreSet:
     """A file that `coca-scale eval --out` wrote.
 
@@ -54,12 +58,15 @@ def read_scores(path: Path) -> ScoreSet:
         UserError: it is none.
     """
     try:
-        found = json.loads(path.read_text())
-        names = ", ".join(public(str(name)) for name in found["data"])
-        counts = f"{found['pictures']:,} pictures" if "pictures" in found else "pictures"
-        return ScoreSet(KINDS[found["task"]], f"{names}, {counts}", dict(found["scores"]))
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: not scores of coca-scale eval ({error!r})") from error
+        found = read_json_as(path, _ScoreFile)
+    except UserError as error:
+        raise UserError(f"{error}: not scores of coca-scale eval") from error
+    if found.task not in KINDS:
+        raise UserError(f"{path}: not scores of coca-scale eval, which has no {found.task!r:.40}")
+    names = ", ".join(map(public_text, found.data))
+    counts = "pictures" if found.pictures is None else f"{found.pictures:,} pictures"
+    scores = {public_text(name): value for name, value in found.scores.items()}
+    return ScoreSet(KINDS[found.task], f"{names}, {counts}", scores)
 
 
 def validation_scores(record: RunRecord | None) -> list[ScoreSet]:
@@ -71,35 +78,9 @@ def validation_scores(record: RunRecord | None) -> list[ScoreSet]:
     return [ScoreSet(KINDS[name], about, scores) for name, scores in by_kind(last).items()]
 
 
-def public(value: Any) -> Any:
-    """The same without what is of one machine or secret.
-
-    Of local paths the last part stays, of `pipe:` commands nothing, and from addresses user,
-    password and query are cut.
-    """
-    if isinstance(value, dict):
-        return {key: public(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [public(item) for item in value]
-    if not isinstance(value, str):
-        return value
-    if value.startswith("pipe:"):
-        return "pipe:..."
-    if "://" in value:
-        try:
-            parts = urlsplit(value)
-        except ValueError:  # no address after all
-            return "..."
-        if parts.scheme == "synthetic":
-            return value
-        host = parts.netloc.rpartition("@")[2]
-        return urlunsplit((parts.scheme, host, parts.path, "", ""))
-    return Path(value).name or value if _MACHINE.match(value) else value
-
-
 def model_card(
     config: ModelConfig,
-    config_file: Path,
+    obstacle: str | None,
     parameters: int,
     repo: str,
     record: RunRecord | None,
@@ -110,8 +91,8 @@ def model_card(
     """Text of the card.
 
     Args:
-        config: of the model.
-        config_file: as it is published.
+        config: of the model, as it is published.
+        obstacle: why OpenCLIP cannot load it.
         parameters: of the model.
         repo: ORG/NAME.
         record: of the run it came from.
@@ -120,7 +101,6 @@ def model_card(
         has_captions: whether captions.png goes with it.
     """
     captions = config.multimodal_cfg is not None
-    own = config_file.name == OWN_CONFIG_FILE
     vision, text = config.vision_cfg, config.text_cfg
     model = {
         "image tower": vision.label,
@@ -130,7 +110,7 @@ def model_card(
     }
     data = ModelCardData(
         language="en",
-        library_name="coca-scale" if own else "open_clip",
+        library_name="coca-scale" if obstacle else "open_clip",
         license=licence,
         model_name=repo.partition("/")[2],
         pipeline_tag="image-to-text" if captions else "zero-shot-image-classification",
@@ -149,7 +129,7 @@ def model_card(
         model=model,
         captions=captions,
         has_captions=has_captions,
-        obstacle=json.loads(config_file.read_text())["why"] if own else "",
+        obstacle=obstacle or "",
         scores=[
             {
                 "title": f"{found.kind.name} on {found.data}",
@@ -183,9 +163,9 @@ def _eval_results(found: ScoreSet) -> list[EvalResult]:
 
 def _training_facts(record: RunRecord) -> dict[str, str]:
     recipe, last = record.recipe, record.metrics[-1]
-    sources = [public(source["shards"]) for source in recipe.get("data.train", [])]
-    start = public(recipe.get("model.pretrained"))
-    versions = record.about.get("versions", {})
+    shards = [source["shards"] for source in recipe.get("data.train", [])]
+    sources = [name for of in shards for name in (of if isinstance(of, list) else [of])]
+    start = recipe.get("model.pretrained")
     keys = {k.partition(".")[2]: v for k, v in recipe.items() if k.startswith("optim.")}
     optim = OptimSection.model_validate(keys)
     weights = {name: recipe.get(f"loss.{name}_weight") for name in LABELS}
@@ -199,6 +179,6 @@ def _training_facts(record: RunRecord) -> dict[str, str]:
         f"{recipe.get('optim.weight_decay')}, {recipe.get('schedule.name')} schedule, "
         f"{recipe.get('schedule.warmup_steps')} steps of warm-up",
         "engine": f"DeepSpeed ZeRO {recipe.get('engine.zero_stage')}, "
-        f"{recipe.get('engine.precision')}, {record.about.get('ranks', '?')} rank(s)",
-        "versions": ", ".join(f"{name} {number}" for name, number in versions.items()),
+        f"{recipe.get('engine.precision')}, {record.ranks or '?'} rank(s)",
+        "versions": ", ".join(f"{name} {number}" for name, number in record.versions.items()),
     }

@@ -20,8 +20,15 @@ from pydantic import BaseModel
 from coca_scale.errors import UserError
 from coca_scale.evaluation.kinds import flat_scores
 from coca_scale.losses import LABELS
-from coca_scale.recipe.files import read_json_as, read_text, readable_lines
+from coca_scale.recipe.files import read_json_as, readable_lines
 from coca_scale.recipe.load import read_sections
+from coca_scale.recipe.public import (
+    public_cause,
+    public_commit,
+    public_name,
+    public_recipe,
+    public_versions,
+)
 from coca_scale.recipe.run_folder import (
     BAD_SAMPLES,
     METRICS,
@@ -30,6 +37,7 @@ from coca_scale.recipe.run_folder import (
     VALIDATION,
     VERSIONS,
 )
+from coca_scale.recipe.yaml_text import dump_yaml
 from coca_scale.reports.curves import Curve, chart
 from coca_scale.version import __version__
 
@@ -55,15 +63,20 @@ _VALIDATION = {
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run has written.
+    """What a run has written, as others may see it, but for `unredacted`.
 
     Attributes:
         name: of its folder.
         folder: the folder.
         metrics: lines of metrics.jsonl.
         validation: lines of validation.jsonl.
-        recipe: resolved, flattened to dotted keys.
-        about: versions, commit, ranks.
+        sections: the resolved recipe.
+        recipe: the same, flattened to dotted keys.
+        unredacted: values of the recipe as they are, with the keys of `recipe` that they have
+            there; for comparing runs, and never to be shown.
+        versions: of packages.
+        commit: of coca-scale.
+        ranks: of the job.
         bad: bad samples by cause.
         damaged: lines of its files that cannot be read.
     """
@@ -72,8 +85,12 @@ class RunRecord:
     folder: Path
     metrics: list[dict[str, Any]]
     validation: list[dict[str, Any]]
+    sections: dict[str, Any]
     recipe: dict[str, Any]
-    about: dict[str, Any]
+    unredacted: dict[str, tuple[Any, str]]
+    versions: dict[str, str]
+    commit: str
+    ranks: int | None
     bad: Counter[str]
     damaged: int
 
@@ -105,14 +122,21 @@ def read_run(folder: Path) -> RunRecord:
     if not metrics:
         raise UserError(f"{folder} has logged nothing yet: metrics.jsonl is empty or not there")
     versions = folder / VERSIONS
+    about = _about(versions) if versions.is_file() else {}
+    shown = public_recipe(sections)
+    pairs = zip(_flat(sections), _flat(shown), strict=True)
     return RunRecord(
-        name=folder.resolve().name,
+        name=public_name(folder.resolve().name),
         folder=folder,
         metrics=metrics,
         validation=validation,
-        recipe=dict(_flat(sections)),
-        about=_about(versions) if versions.is_file() else {},
-        bad=Counter(str(line.get("cause")) for line in bad),
+        sections=shown,
+        recipe=dict(_flat(shown)),
+        unredacted={key: (value, shown_key) for (key, value), (shown_key, _) in pairs},
+        versions=public_versions(about),
+        commit=public_commit(about),
+        ranks=about.get("ranks"),
+        bad=Counter(public_cause(str(line.get("cause"))) for line in bad),
         damaged=damaged.total(),
     )
 
@@ -138,7 +162,7 @@ def report(folders: Sequence[Path]) -> str:
         ],
         charts=list(_charts(runs)),
         differences=_differences(runs),
-        recipes=[{"name": run.name, "text": recipe_text(run)} for run in runs],
+        recipes=[{"name": run.name, "text": dump_yaml(run.sections)} for run in runs],
         bad=[{"name": run.name, "causes": run.bad.most_common()} for run in runs if run.bad],
     )
 
@@ -156,7 +180,7 @@ def _facts(run: RunRecord) -> dict[str, str]:
     peak = max(line.get("peak_memory_bytes") or 0 for line in run.metrics)
     facts = {
         "model": str(recipe.get("model.name", "")),
-        "ranks": str(run.about.get("ranks", "")),
+        "ranks": "" if run.ranks is None else str(run.ranks),
         "global batch": _count(last.get("global_batch")),
         "precision": f"{recipe.get('engine.precision')}, ZeRO {recipe.get('engine.zero_stage')}",
         "steps": f"{last['step']:,}",
@@ -176,9 +200,8 @@ def _facts(run: RunRecord) -> dict[str, str]:
             if score.headline and final.get(name) is not None:
                 unit = " %" if score.percent else ""
                 facts[score.label] = f"{score.shown(final[name]):.1f}{unit}"
-    versions = run.about.get("versions", {})
-    facts["versions"] = ", ".join(f"{name} {number}" for name, number in versions.items())
-    facts["commit"] = (run.about.get("git_commit") or "unknown")[:12]
+    facts["versions"] = ", ".join(f"{name} {number}" for name, number in run.versions.items())
+    facts["commit"] = run.commit
     return facts
 
 
@@ -216,14 +239,14 @@ def _sheet(run: RunRecord) -> dict[str, str] | None:
 
 def _differences(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
     """Recipe keys whose values are not the same in all runs, but for names and folders."""
-    keys = sorted({key for run in runs for key in run.recipe} - {"run.name", "run.dir"})
-    rows = [(key, [json.dumps(run.recipe.get(key)) for run in runs]) for key in keys]
-    return [(key, values) for key, values in rows if len(set(values)) > 1]
-
-
-def recipe_text(run: RunRecord) -> str:
-    """Its resolved recipe as YAML."""
-    return read_text(run.folder / RECIPE)
+    keys = {key: shown for run in runs for key, (_, shown) in run.unredacted.items()}
+    rows = []
+    for key in sorted(keys.keys() - {"run.name", "run.dir"}):
+        values = [json.dumps(run.unredacted.get(key, (None,))[0]) for run in runs]
+        if len(set(values)) > 1:
+            shown = [json.dumps(run.recipe.get(keys[key])) for run in runs]
+            rows.append((keys[key], shown))
+    return rows
 
 
 def _flat(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import yaml
 from safetensors import SafetensorError, safe_open
 
 from coca_scale.data.tokens import TOKENIZER_CONFIG, TOKENIZER_FILE
 from coca_scale.errors import UserError
-from coca_scale.model import load_model_config
+from coca_scale.model import ModelConfig, load_model_config
 from coca_scale.openclip.folder import (
     BIN_FILE,
     CONFIG_FILE,
@@ -21,12 +22,21 @@ from coca_scale.openclip.folder import (
     OWN_WEIGHTS_FILE,
     SAFETENSORS_FILE,
     is_model_folder,
+    openclip_obstacle,
+    to_openclip_config,
 )
 from coca_scale.openclip.hub import HubFile
-from coca_scale.recipe.load import read_sections
+from coca_scale.recipe.files import read_json, read_json_as
+from coca_scale.recipe.public import PRIVATE, public, public_architecture, public_hub_name
 from coca_scale.recipe.run_folder import EXPORT, RECIPE
-from coca_scale.reports.card import model_card, public, read_scores, validation_scores
+from coca_scale.recipe.yaml_text import dump_yaml
+from coca_scale.reports.card import model_card, read_scores, validation_scores
 from coca_scale.reports.page import last_sheet, read_run
+
+_TOKENIZER_KEY = re.compile(
+    r"(tokenizer_class|model_max_length|do_lower_case|clean_up_tokenization_spaces|"
+    r"add_prefix_space|added_tokens_decoder|(pad|bos|eos|cls|sep|unk|mask)_token)"
+)
 
 
 @dataclass(frozen=True)
@@ -71,23 +81,25 @@ def prepare(
     export, run = _locate(folder, run)
     record = None if run is None else read_run(run)
     config_file, weight_files = _model_files(export)
-    config = load_model_config(str(config_file))
+    config = _without_folders(load_model_config(str(config_file)))
+    obstacle = openclip_obstacle(config) if config_file.name == OWN_CONFIG_FILE else None
     parameters = _count_parameters(weight_files[0])
     sets = [*validation_scores(record), *(read_scores(path) for path in scores)]
     sheet = None if record is None else last_sheet(record)
-    about = (config, config_file, parameters, repo, record, sets, licence)
+    about = (config, obstacle, parameters, repo, record, sets, licence)
     card = model_card(*about, has_captions=sheet is not None)
     content = [HubFile(path.name, path) for path in weight_files]
-    content += _config_and_tokenizer(config_file, repo)
+    content += _config_and_tokenizer(config_file, config, repo)
     content.append(HubFile("README.md", card.encode()))
     if record is not None:
-        text = yaml.safe_dump(public(read_sections(record.folder / RECIPE)), sort_keys=False)
-        content.append(HubFile(RECIPE, text.encode()))
+        content.append(HubFile(RECIPE, dump_yaml(record.sections).encode()))
     if sheet is not None:
         content.append(HubFile("captions.png", sheet))
     warnings = []
     if licence is None:
         warnings.append("no licence chosen: --licence mit, apache-2.0, cc-by-4.0, ...")
+    if PRIVATE in (config.text_cfg.hf_model_name, config.vision_cfg.timm_model_name):
+        warnings.append("a tower is named by a folder of this machine, which others do not have")
     if not sets:
         warnings.append("no scores: --scores takes what coca-scale eval wrote with --out")
     return Publication(content, warnings)
@@ -124,22 +136,58 @@ def _model_files(export: Path) -> tuple[Path, list[Path]]:
     return config, [export / name for name in names]
 
 
-def _config_and_tokenizer(config_file: Path, repo: str) -> list[HubFile]:
-    """A tokenizer of the model's own is looked for where its config says: in the repository."""
-    names = (TOKENIZER_FILE, TOKENIZER_CONFIG)
-    own = [
-        HubFile(n, config_file.with_name(n)) for n in names if config_file.with_name(n).is_file()
-    ]
-    if not own:
-        return [HubFile(config_file.name, config_file)]
-    content = json.loads(config_file.read_text())
-    content["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = repo
-    return [HubFile(config_file.name, json.dumps(content, indent=2).encode()), *own]
+def _without_folders(config: ModelConfig) -> ModelConfig:
+    """The config as others can use it: models and tokenizers that lie on this machine are none."""
+    vision, text = config.vision_cfg, config.text_cfg
+    names = ("hf_model_name", "hf_tokenizer_name")
+    change: dict[str, Any] = {n: public_hub_name(v) for n in names if (v := getattr(text, n))}
+    if text.hf_config is not None:
+        change["hf_config"] = public_architecture(text.hf_config)
+    parts: dict[str, Any] = {"text_cfg": text.model_copy(update=change)}
+    if vision.timm_model_name is not None:
+        shown = {"timm_model_name": public_hub_name(vision.timm_model_name)}
+        parts["vision_cfg"] = vision.model_copy(update=shown)
+    return config.model_copy(update=parts)
+
+
+def _config_and_tokenizer(config_file: Path, config: ModelConfig, repo: str) -> list[HubFile]:
+    """Made anew, as a file may hold more than it has to.
+
+    A tokenizer of the model's own is looked for where its config says: in the repository.
+    """
+    own = config_file.name == OWN_CONFIG_FILE
+    model = config.to_dict() if own else to_openclip_config(config)
+    tokenizer = _tokenizer(config_file.parent)
+    if tokenizer:
+        model["text_cfg"]["hf_tokenizer_name"] = repo
+    preprocess = public(read_json(config_file).get("preprocess_cfg", {}))
+    content = {"model_cfg": model, "preprocess_cfg": preprocess}
+    if own:
+        content["why"] = openclip_obstacle(config)
+    return [HubFile(config_file.name, _json(content)), *tokenizer]
+
+
+def _tokenizer(folder: Path) -> list[HubFile]:
+    """The files of a tokenizer, if there are some; of its settings those that a tokenizer needs."""
+    files = []
+    if (folder / TOKENIZER_FILE).is_file():
+        files.append(HubFile(TOKENIZER_FILE, folder / TOKENIZER_FILE))
+    if (folder / TOKENIZER_CONFIG).is_file():
+        found = read_json_as(folder / TOKENIZER_CONFIG, dict[str, Any])
+        kept = {key: value for key, value in found.items() if _TOKENIZER_KEY.fullmatch(key)}
+        files.append(HubFile(TOKENIZER_CONFIG, _json(kept)))
+    return files
+
+
+def _json(content: Any) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode()
 
 
 def _count_parameters(weights: Path) -> int:
     try:
         with safe_open(weights, "pt") as content:
+            if set(content.metadata() or {}) - {"format"}:
+                raise UserError(f"{weights}: has notes of another program; export the model again")
             shapes = [content.get_slice(name).get_shape() for name in content.keys()]  # noqa: SIM118
     except SafetensorError as error:
         raise UserError(f"{weights}: damaged ({error}); export the model again") from error

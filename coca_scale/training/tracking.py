@@ -7,10 +7,23 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from coca_scale.errors import UserError
 from coca_scale.recipe import Recipe
+from coca_scale.recipe.public import PRIVATE, public_name, public_recipe
 
 IDENTITY = "wandb_id"
 FINISH_SECONDS = 60  # a job that was told to leave has minutes, and uploads can be repeated
+# by itself it sends the command line, with every override of the recipe, paths of program and
+# folder, the host's name, the user's, the remote of a git checkout and a list of packages
+_NOTHING_OF_THIS_MACHINE: dict[str, Any] = {
+    "x_disable_meta": True,
+    "x_disable_machine_info": True,
+    "x_save_requirements": False,
+    "disable_git": True,
+    "disable_code": True,
+    "save_code": False,
+    **dict.fromkeys(("host", "program", "username", "email"), ""),
+}
 
 
 class Tracker:
@@ -29,18 +42,24 @@ class Tracker:
         self._wandb = wandb
         self._say = say
         self._run: Any = None
+        project = public_name(str(recipe.log.wandb))
+        if project == PRIVATE:
+            self._give_up(UserError("log.wandb does not look like the name of a project"))
+            return
         identity = folder / IDENTITY
         if not identity.is_file():
             identity.write_text(uuid4().hex[:12] + "\n")
         try:
             self._run = wandb.init(
-                project=recipe.log.wandb,
-                name=recipe.run.name,
+                project=project,
+                name=public_name(recipe.run.name),
                 id=identity.read_text().strip(),
                 resume="allow",
                 dir=str(folder),
-                config=recipe.model_dump(),
-                settings=wandb.Settings(finish_timeout=FINISH_SECONDS, console="off"),
+                config=public_recipe(recipe.model_dump()),
+                settings=wandb.Settings(
+                    finish_timeout=FINISH_SECONDS, console="off", **_NOTHING_OF_THIS_MACHINE
+                ),
             )
         except wandb.Error as error:
             self._give_up(error)
