@@ -221,10 +221,9 @@ def demo_command(
 
     Example: coca-scale demo runs/tiny
     """
-    import uvicorn
-
-    from coca_scale.inference.demo import LOOPBACK, Describer, Limits, listen, make_app
+    from coca_scale.inference.demo import LOOPBACK, Describer, Limits, listen, make_app, serve
     from coca_scale.inference.generation_options import GenerationOptions
+    from coca_scale.recipe.public import public_text
 
     options = GenerationOptions(
         seq_len=max_length, min_seq_len=min_length, num_beams=num_beams, samples=min(3, num_beams)
@@ -233,8 +232,8 @@ def demo_command(
     describer = Describer(load(model, config, raw_weights, precision), options)
     on_loopback = host in LOOPBACK
     limits = Limits(upload_bytes=int(upload_megabytes * 1e6))
-    site = make_app(describer, model, limits, LOOPBACK if on_loopback else None)
+    site = make_app(describer, model if on_loopback else public_text(model), limits, host)
     if not on_loopback:
         say(f"warning: everybody who reaches {host} can use this page", err=True)
     say(f"http://{host}:{socket.getsockname()[1]}   (ctrl-c ends it)")
-    uvicorn.Server(uvicorn.Config(site, log_level="warning")).run(sockets=[socket])
+    serve(site, socket)

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import html
+import ipaddress
 import socket
 import threading
 import time
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
+import uvicorn
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
-from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from coca_scale.data.images import decode_image
 from coca_scale.data.sample import BadSample
@@ -31,6 +34,8 @@ MOST_LABELS = 100
 MOST_CHARACTERS = 300
 _PAGE = "demo.html"
 _READ_ON = 20  # times the limit
+_MOST_CONNECTIONS = 128
+_SILENT_SECONDS = 10.0  # that a connection may be open without a whole request
 
 
 @dataclass(frozen=True)
@@ -39,10 +44,12 @@ class Limits:
 
     Attributes:
         upload_bytes: of a picture file.
-        waiting: requests at a time; more are turned away.
+        upload_seconds: longest wait for the whole of it.
+        waiting: pictures that are sent or looked at, at a time; more are turned away.
     """
 
     upload_bytes: int = 20_000_000
+    upload_seconds: float = 60.0
     waiting: int = 8
 
 
@@ -102,62 +109,150 @@ def listen(host: str, port: int) -> socket.socket:
         ) from error
 
 
-def make_app(
-    describer: Describer, name: str, limits: Limits, hosts: tuple[str, ...] | None = LOOPBACK
-) -> Starlette:
+def make_app(describer: Describer, name: str, limits: Limits, host: str) -> Starlette:
     """The page and what it calls.
 
     Args:
         describer: answers.
         name: of the model, for the page.
         limits: of requests.
-        hosts: host names that a request may be addressed to, so that no other web page can reach a
-            server on loopback; None takes any.
+        host: that is listened on; what requests may be addressed to follows from it.
     """
     template = files("coca_scale.inference").joinpath(_PAGE).read_text(encoding="utf-8")
     busy = threading.BoundedSemaphore(limits.waiting)
 
-    async def page(_: Request) -> Response:
+    async def page(request: Request) -> Response:
+        if not _is_for(request, host):
+            return _refusal(400, "this server does not go by that name")
         return HTMLResponse(template.replace("{{ model }}", html.escape(name)))
 
     async def describe(request: Request) -> Response:
+        if not _is_for(request, host):
+            return _refusal(400, "this server does not go by that name")
+        if not _is_from_page(request):
+            return _refusal(403, "only the page of this server may ask")
         labels = [label.strip() for label in request.query_params.getlist("label")]
         labels = [label for label in labels if label]
         if len(labels) > MOST_LABELS or any(len(label) > MOST_CHARACTERS for label in labels):
             most = f"at most {MOST_LABELS} labels of {MOST_CHARACTERS} characters"
             return _refusal(413, most)
-        data = await _body(request, limits.upload_bytes)
-        if data is None:
-            return _refusal(413, f"the file is larger than {limits.upload_bytes / 1e6:.0f} MB")
-        if not busy.acquire(blocking=False):
+        if not busy.acquire(blocking=False):  # before anything is read
+            await _received(request, 0, limits)
             return _refusal(503, "too many pictures at a time; try again")
         try:
+            data = await _received(request, limits.upload_bytes, limits)
+            if isinstance(data, Response):
+                return data
             return JSONResponse(await run_in_threadpool(describer.describe, data, labels))
         except BadSample as bad:
             return _refusal(415, f"this file cannot be used: {bad.cause.replace('_', ' ')}")
         finally:
             busy.release()
 
-    middleware = []
-    if hosts is not None:
-        middleware.append(Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts)))
-    routes = [Route("/", page), Route("/api/describe", describe, methods=["POST"])]
-    return Starlette(routes=routes, middleware=middleware)
+    return Starlette(routes=[Route("/", page), Route("/api/describe", describe, methods=["POST"])])
 
 
-async def _body(request: Request, most: int) -> bytes | None:
-    """What was sent, None if it is more than `most` bytes, of which no more are kept.
+def serve(site: Starlette, listening: socket.socket) -> None:
+    """Answer until ctrl-c."""
+    config = uvicorn.Config(site, http=_Impatient, log_level="warning")
+    uvicorn.Server(config).run(sockets=[listening])
+
+
+class _Impatient(H11Protocol):
+    """Connections that are few, and closed where no request comes.
+
+    uvicorn itself waits for ever for the rest of a header.
+    """
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if len(self.connections) > _MOST_CONNECTIONS:
+            transport.abort()
+        else:
+            self.loop.call_later(_SILENT_SECONDS, self._look, None)
+
+    def _look(self, before: object) -> None:
+        """Close what is where it was the last time, with no request between."""
+        if self.transport.is_closing():
+            return
+        idle = self.cycle is None or self.cycle.response_complete
+        if idle and self.cycle is before:
+            self.transport.abort()
+        else:
+            self.loop.call_later(_SILENT_SECONDS, self._look, self.cycle)
+
+
+def _is_for(request: Request, listened: str) -> bool:
+    """Whether a request names this server, and not a name somebody else lets point here.
+
+    Pages of others reach a server by such a name, and then count as its own. On loopback only
+    loopback is meant, through a tunnel too; else any address, as those cannot be made to point
+    elsewhere, and the names of this machine.
+    """
+    name = _host(request.headers.get("host", ""))
+    if name in LOOPBACK:
+        return True
+    if listened in LOOPBACK:
+        return False
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return name == listened.lower() or name.partition(".")[0] == _short_name()
+    return True
+
+
+def _is_from_page(request: Request) -> bool:
+    """Whether a browser that sends this shows our page; programs say nothing of where they are."""
+    origin = request.headers.get("origin")
+    site = request.headers.get("sec-fetch-site", "none")
+    if site not in ("same-origin", "none"):
+        return False
+    return origin is None or origin.partition("://")[2] == request.headers.get("host")
+
+
+def _host(address: str) -> str:
+    """The host of HOST:PORT or [HOST]:PORT, in small letters; nothing of what is neither."""
+    try:
+        parts = urlsplit(f"//{address}")
+    except ValueError:
+        return ""
+    return "" if "@" in parts.netloc else parts.hostname or ""
+
+
+def _short_name() -> str:
+    return socket.gethostname().partition(".")[0].lower()
+
+
+async def _received(request: Request, most: int, limits: Limits) -> bytes | Response:
+    """What was sent, or what there is to say instead; no more than `most` bytes are kept.
 
     The rest is read all the same, up to a point: a browser that is still sending when the server
     hangs up shows a broken connection and not the answer.
     """
+    too_large = _refusal(413, f"the file is larger than {most / 1e6:.0f} MB")
+    try:
+        if int(request.headers.get("content-length", 0)) > _READ_ON * limits.upload_bytes:
+            return too_large
+        data = await asyncio.wait_for(
+            _body(request, most, _READ_ON * limits.upload_bytes), limits.upload_seconds
+        )
+    except asyncio.TimeoutError:
+        return _refusal(408, f"the file did not arrive within {limits.upload_seconds:.0f} s")
+    except ClientDisconnect:
+        return Response(status_code=400)  # which nobody reads
+    return too_large if data is None else data
+
+
+async def _body(request: Request, most: int, furthest: int) -> bytes | None:
     data, size = bytearray(), 0
     async for chunk in request.stream():
         size += len(chunk)
         if size <= most:
             data += chunk
-        elif size > _READ_ON * most:
+        elif size > furthest:
             break
+        else:
+            data.clear()
     return bytes(data) if size <= most else None
 
 
