@@ -1,7 +1,7 @@
 #!/bin/sh
 # What every image needs, shared by Dockerfile and coca-scale.def:
 #   install.sh system              Debian or Ubuntu packages
-#   install.sh python LOCK VENV    virtual environment VENV with the pins of LOCK
+#   install.sh python LOCK VENV    virtual environment VENV with the pins and hashes of LOCK
 # From the environment: UV_VERSION; DEEPSPEED_CUDA_OPS and TORCH_CUDA_ARCH_LIST for bases with nvcc.
 set -eu
 
@@ -22,9 +22,10 @@ python() {
   python3 -m venv "$venv"
   "$venv/bin/pip" install --quiet --no-cache-dir --disable-pip-version-check "uv==$UV_VERSION"
   export VIRTUAL_ENV="$venv" UV_NO_CACHE=1 UV_COMPILE_BYTECODE=1 PATH="$venv/bin:$PATH"
-  grep -v '^deepspeed==' "$lock" >/tmp/others.lock
-  uv pip install --quiet -r /tmp/others.lock
-  rm /tmp/others.lock
+  # an entry ends with its last hash, on a line without a backslash
+  sed '/^deepspeed==/,/[^\\]$/d' "$lock" >/tmp/others.lock
+  sed -n '/^deepspeed==/,/[^\\]$/p' "$lock" >/tmp/deepspeed.lock
+  uv pip install --quiet --require-hashes -r /tmp/others.lock
 
   # DeepSpeed finds built ops for one accelerator only. On CPUs a run loads the shared-memory op, on
   # GPUs none, unless its recipe turns on more: QUANTIZER for ZeRO++'s zero_quantized_*. CPU Adam is
@@ -35,7 +36,8 @@ python() {
   else
     export DS_ACCELERATOR=cpu DS_BUILD_SHM_COMM=1
   fi
-  uv pip install --quiet --no-deps --no-build-isolation "$(grep '^deepspeed==' "$lock")"
+  uv pip install --quiet --require-hashes --no-deps --no-build-isolation -r /tmp/deepspeed.lock
+  rm /tmp/others.lock /tmp/deepspeed.lock
 }
 
 "$@"

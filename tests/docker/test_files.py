@@ -6,7 +6,9 @@ import re
 import subprocess
 from pathlib import Path
 
+import pytest
 import yaml
+from packaging.requirements import Requirement
 
 DOCKER = Path("docker")
 DOCKERFILE = (DOCKER / "Dockerfile").read_text()
@@ -58,3 +60,41 @@ def test_apptainer_definition_matches_the_dockerfile():
     assert base is not None and f"From: {base[1]}\n" in DEFINITION
     version = re.search(r"^ARG UV_VERSION=(\S+)$", DOCKERFILE, re.M)
     assert version is not None and f"UV_VERSION={version[1]}\n" in found["post"]
+
+
+def entries(lock: str) -> dict[str, list[str]]:
+    """Hashes of every line of a lock file that names a package."""
+    lines = lock.replace("\\\n", "").splitlines()
+    return {line.partition(" --hash")[0].strip(): line.split("--hash=")[1:] for line in lines}
+
+
+def test_every_package_has_one_version_and_its_hashes():
+    lock = Path("requirements.lock").read_text()
+    assert "://" not in lock, "no addresses of indexes"
+    for named, hashes in entries(lock).items():
+        pins = list(Requirement(named).specifier)
+        assert [pin.operator for pin in pins] == ["=="], named
+        assert hashes and all(re.fullmatch(r"sha256:[0-9a-f]{64}\s*", found) for found in hashes)
+
+
+@pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13"])
+def test_no_python_gets_two_versions(python):
+    place = {"python_version": python, "python_full_version": f"{python}.1"}
+    place |= {"sys_platform": "linux", "platform_machine": "x86_64"}
+    found = [Requirement(named) for named in entries(Path("requirements.lock").read_text())]
+    here = [r.name for r in found if r.marker is None or r.marker.evaluate(place)]
+    assert len(here) == len(set(here)) > 150
+    assert {"torch", "deepspeed", "hypothesis"} <= set(here)
+
+
+def test_the_image_installs_deepspeed_apart_from_the_rest():
+    """Its entry has several lines; the commands are those of the script."""
+    script = (DOCKER / "install.sh").read_text()
+    lock = Path("requirements.lock").read_text()
+    parts = []
+    for command in re.findall(r"^  (sed .*) \"\$lock\"", script, re.M):
+        done = subprocess.run(["sh", "-c", command], input=lock, capture_output=True, text=True)
+        parts.append(entries(done.stdout))
+    others, deepspeed = parts
+    assert [named.partition("==")[0] for named in deepspeed] == ["deepspeed"]
+    assert {**others, **deepspeed} == entries(lock)
