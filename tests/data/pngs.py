@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import zlib
 
+PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+
 
 def chunk(kind, content):
     """A chunk of a PNG."""
@@ -19,4 +21,4 @@ def black_png(width, height, extra=b"", channels=0):
     data = b"".join(packer.compress(row) for _ in range(height)) + packer.flush()
     size = width.to_bytes(4, "big") + height.to_bytes(4, "big")
     header = chunk(b"IHDR", size + bytes([bits, colour, 0, 0, 0]))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", data) + extra + chunk(b"IEND", b"")
+    return PNG_MAGIC + header + chunk(b"IDAT", data) + extra + chunk(b"IEND", b"")
