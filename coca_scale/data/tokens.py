@@ -10,9 +10,10 @@ from __future__ import annotations
 import gzip
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors
@@ -22,11 +23,12 @@ from torch import Tensor
 from coca_scale.errors import UserError
 from coca_scale.model.config import ModelConfig
 from coca_scale.openclip.alone import open_clip_module
+from coca_scale.recipe.files import read_json_as
 from coca_scale.recipe.text import cleaned, one_line
 
 _openclip = open_clip_module("tokenizer")
 
-PREFIX_NAME = re.compile(r"coca-scale/clip-bpe-(\d+)")
+PREFIX_NAME = re.compile(r"coca-scale/clip-bpe-([0-9]{1,9})")
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 SPECIAL = ("pad_token", "bos_token", "eos_token")
@@ -102,7 +104,7 @@ class FastTokenizer:
         self._special = {role: special[role] for role in SPECIAL}
         self._clean = _openclip.get_clean_fn("whitespace")
         self.context_length = context_length
-        self.vocab_size = backend.get_vocab_size()
+        self.vocab_size = 1 + max(backend.get_vocab().values(), default=-1)
 
     def __call__(self, captions: str | Sequence[str]) -> Tensor:
         """Token ids [n, context_length]."""
@@ -129,8 +131,14 @@ class FastTokenizer:
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """Start token and words of a prompt, without the end that a whole caption has."""
+    """Start token and words of a prompt, without the end that a whole caption has.
+
+    Raises:
+        UserError: the tokenizer marks no end.
+    """
     ids: list[int] = tokenizer([cleaned(prompt)])[0].tolist()
+    if tokenizer.end_id not in ids[1:]:
+        raise UserError("the tokenizer puts no end token behind captions: this model writes none")
     return ids[: ids.index(tokenizer.end_id, 1)]
 
 
@@ -158,6 +166,9 @@ def make_tokenizer(config: ModelConfig, folder: Path | None = None) -> Tokenizer
             f"the tokenizer has {tokenizer.vocab_size} tokens, "
             f"text_cfg.vocab_size is {text.vocab_size}"
         )
+    used = int(tokenizer("a word").max())  # which a template may add
+    if used >= text.vocab_size:
+        raise UserError(f"the tokenizer writes id {used}, text_cfg.vocab_size is {text.vocab_size}")
     if tokenizer.pad_id != text.pad_id:
         raise UserError(
             f"the tokenizer pads with id {tokenizer.pad_id}, text_cfg.pad_id is {text.pad_id}"
@@ -174,14 +185,19 @@ def _from_hugging_face(name: str, context_length: int) -> FastTokenizer:
     """A tokenizer in a local folder, in the local cache or on the hub."""
     from transformers import AutoTokenizer  # slow to import
 
-    try:
-        found = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(
-            f"tokenizer {name!r} is neither a folder with {TOKENIZER_FILE} nor in the local cache "
-            "nor reachable on the hub; download it where there is a network and give the folder as "
-            "text_cfg.hf_tokenizer_name"
-        ) from error
+    with _readable(name):
+        for file in (Path(name) / TOKENIZER_FILE, Path(name) / TOKENIZER_CONFIG):
+            if file.is_file():
+                read_json_as(file, dict[str, Any])  # transformers says less of what is wrong
+        try:  # code that a tokenizer brings is not run, nor is anybody asked about it
+            found = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        except (OSError, ValueError, ImportError) as error:
+            raise UserError(
+                f"tokenizer {name!r} is neither a folder with {TOKENIZER_FILE} nor in the local "
+                "cache nor reachable on the hub, or brings code of its own, which is never run; "
+                "download it where there is a network and give the folder as "
+                "text_cfg.hf_tokenizer_name"
+            ) from error
     backend = getattr(found, "backend_tokenizer", None)
     if not isinstance(backend, HuggingFaceTokenizer):
         raise UserError(f"tokenizer {name!r} has no fast version ({TOKENIZER_FILE})")
@@ -193,7 +209,28 @@ def _from_hugging_face(name: str, context_length: int) -> FastTokenizer:
     missing = [role for role, token in special.items() if token is None]
     if missing:
         raise UserError(f"tokenizer {name!r} has no {' and no '.join(missing)}")
-    return FastTokenizer(backend, context_length, special)
+    with _readable(name):
+        tokenizer = FastTokenizer(backend, context_length, special)
+        tokenizer("a word")  # some faults of its files show only now
+    return tokenizer
+
+
+@contextmanager
+def _readable(name: str) -> Iterator[None]:
+    """Reading a tokenizer's files: of rubbish in them, two libraries raise anything.
+
+    Raises:
+        UserError: what they say.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # Rust's
+            raise
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"tokenizer {name!r} is not readable ({reason})") from error
 
 
 def clip_bpe_prefix(size: int) -> HuggingFaceTokenizer:

@@ -7,7 +7,6 @@ that a config never means one thing here and another there.
 from __future__ import annotations
 
 import difflib
-import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,10 +22,20 @@ from pydantic import (
 from coca_scale.errors import UserError
 from coca_scale.model.hf_config import architecture
 from coca_scale.model.preprocess import OPENAI, Preprocess
+from coca_scale.model.sizes import (
+    MOST_PATCHES,
+    Count,
+    Layers,
+    MlpRatio,
+    Name,
+    Pixels,
+    TokenId,
+    Vocabulary,
+)
+from coca_scale.recipe.files import read_json
 from coca_scale.recipe.schema import ModelSection
 
 CONFIG_FOLDER = Path(__file__).parent / "configs"
-Size = Annotated[int, Field(ge=1)]
 
 
 class _Config(BaseModel):
@@ -42,19 +51,19 @@ class VisionConfig(_Config):
     one, or the image.
     """
 
-    image_size: Size = 224
-    patch_size: Size = 16
-    width: Size = 768
-    layers: Size = 12
-    head_width: Size = 64
-    mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
+    image_size: Pixels = 224
+    patch_size: Pixels = 16
+    width: Count = 768
+    layers: Layers = 12
+    head_width: Count = 64
+    mlp_ratio: MlpRatio = 4.0
     patch_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     attentional_pool: bool | Literal["cascade", "parallel"] = False
-    attn_pooler_queries: Annotated[int, Field(ge=2)] = 256
-    attn_pooler_heads: Size = 8
+    attn_pooler_queries: Annotated[Count, Field(ge=2)] = 256
+    attn_pooler_heads: Count = 8
     pool_type: Literal["tok"] = "tok"
     output_tokens: bool = False
-    timm_model_name: str | None = None
+    timm_model_name: Name | None = None
     timm_model_pretrained: bool = False
     timm_pool: Literal["avg", "token", "map"] = "avg"
     timm_proj: Literal["linear"] = "linear"
@@ -97,6 +106,11 @@ class VisionConfig(_Config):
             raise ValueError(
                 f"image_size {self.image_size} is smaller than patch_size {self.patch_size}"
             )
+        if self.grid**2 > MOST_PATCHES:
+            raise ValueError(
+                f"image_size {self.image_size} in patches of {self.patch_size} gives more than "
+                f"{MOST_PATCHES} of them"
+            )
         return self
 
 
@@ -108,20 +122,20 @@ class TextConfig(_Config):
     or `eos_id`.
     """
 
-    context_length: Annotated[int, Field(ge=3)] = 77
-    vocab_size: Size = 49408
-    width: Size = 512
-    heads: Size = 8
-    layers: Size = 12
-    mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
+    context_length: Annotated[Count, Field(ge=3)] = 77
+    vocab_size: Vocabulary = 49408
+    width: Count = 512
+    heads: Count = 8
+    layers: Layers = 12
+    mlp_ratio: MlpRatio = 4.0
     embed_cls: bool = False
     correct_cls_mask: bool = False
-    pad_id: Annotated[int, Field(ge=0)] = 0
+    pad_id: TokenId = 0
     pool_type: Literal["argmax", "eos"] = "argmax"
-    eos_id: Annotated[int, Field(ge=0)] = 2
+    eos_id: TokenId = 2
     output_tokens: bool = False
-    hf_tokenizer_name: str | None = None
-    hf_model_name: str | None = None
+    hf_tokenizer_name: Name | None = None
+    hf_model_name: Name | None = None
     hf_model_pretrained: bool = True
     hf_proj_type: Literal["linear", "mlp"] = "mlp"
     hf_pooler_type: Literal["mean_pooler"] = "mean_pooler"
@@ -140,15 +154,15 @@ class DecoderConfig(_Config):
     not used by it; `mlp_ratio` is therefore accepted only at the 4 that OpenCLIP always builds.
     """
 
-    context_length: Size = 77
-    vocab_size: Size = 49408
-    width: Size = 512
-    heads: Size = 8
-    layers: Size = 12
+    context_length: Count = 77
+    vocab_size: Vocabulary = 49408
+    width: Count = 512
+    heads: Count = 8
+    layers: Layers = 12
     mlp_ratio: Literal[4] = 4
-    dim_head: Size = 64
-    n_queries: Size = 256
-    attn_pooler_heads: Size = 8
+    dim_head: Count = 64
+    n_queries: Count = 256
+    attn_pooler_heads: Count = 8
 
 
 class ModelConfig(_Config):
@@ -158,7 +172,7 @@ class ModelConfig(_Config):
     is, since the same weights see something else in other pixels.
     """
 
-    embed_dim: Size
+    embed_dim: Count
     vision_cfg: VisionConfig
     text_cfg: TextConfig
     multimodal_cfg: DecoderConfig | None = None
@@ -171,6 +185,8 @@ class ModelConfig(_Config):
         text = self.text_cfg
         if text.hf_model_name is None and text.width % text.heads:
             raise ValueError(f"text_cfg: width {text.width} over {text.heads} heads")
+        if text.pad_id >= text.vocab_size:
+            raise ValueError(f"text_cfg: pad_id {text.pad_id} is none of {text.vocab_size} tokens")
         if self.multimodal_cfg is not None:
             self._check_coca(self.multimodal_cfg)
         elif text.embed_cls or self.vision_cfg.attentional_pool not in (False, True):
@@ -183,6 +199,10 @@ class ModelConfig(_Config):
             raise ValueError("a CoCa's text_cfg needs embed_cls: true")
         if vision.timm_model_name is not None and not vision.attentional_pool:
             raise ValueError("a timm image tower of a CoCa needs vision_cfg.attentional_pool: true")
+        if vision.attentional_pool and self.embed_dim % vision.attn_pooler_heads:
+            raise ValueError(
+                f"vision_cfg: embed_dim {self.embed_dim} over {vision.attn_pooler_heads} heads"
+            )
         token_width = self.embed_dim if vision.attentional_pool else vision.width
         if token_width != decoder.width:
             raise ValueError(
@@ -281,10 +301,7 @@ def load_model_config(name: str) -> ModelConfig:
             f"model {name!r} is not known; {hint}Shipped: {', '.join(available_models())}; "
             "or give the path of an OpenCLIP JSON file"
         )
-    try:
-        raw = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not readable as JSON: {error}") from error
+    raw = read_json(path)
     if isinstance(raw, dict) and "model_cfg" in raw:
         raw = _joined(raw["model_cfg"], raw.get("preprocess_cfg"))
     return parse_model_config(raw, str(path))
@@ -325,7 +342,7 @@ def _completed(raw: Any, origin: str) -> Any:
         return raw  # left to the validation
     text, decoder = dict(text), raw.get("multimodal_cfg")
     if text.get("hf_model_name") is not None:
-        found = text.get("hf_config") or architecture(str(text["hf_model_name"]), origin)
+        found = architecture(str(text["hf_model_name"]), text.get("hf_config"), origin)
         text["hf_config"] = found
         text["width"] = found["hidden_size"]
         text.setdefault("vocab_size", found["vocab_size"])
