@@ -115,6 +115,6 @@ def skipped(bad: Counter[str]) -> str:
     """The end of a line about what was used."""
     if not bad:
         return ""
-    from coca_scale.data.naming import told
+    from coca_scale.data.sample import causes_text
 
-    return f"; skipped {sum(bad.values())} ({told(bad)})"
+    return f"; skipped {sum(bad.values())} ({causes_text(bad)})"

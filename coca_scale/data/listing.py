@@ -20,12 +20,18 @@ from coca_scale.data.naming import (
     is_picture,
     is_side_car,
     is_table,
-    told,
     undecodable_cause,
 )
 from coca_scale.data.rows import TableOptions, read_rows
 from coca_scale.data.rules import captions_of_lines
-from coca_scale.data.sample import BadSample, DataError, RawSample, Skipped
+from coca_scale.data.sample import (
+    LINKED_FOLDER,
+    BadSample,
+    DataError,
+    RawSample,
+    Skipped,
+    causes_text,
+)
 from coca_scale.recipe.text import decoded, known_encoding, one_line
 
 
@@ -173,7 +179,7 @@ def look_into(folder: Path) -> FolderContent:
             elif not is_companion(path):
                 skipped.append(Skipped(format_cause(path), str(path)))
         links = (path for name in folders if (path := Path(root, name)).is_symlink())
-        skipped += (Skipped("linked_folder", str(path)) for path in links)
+        skipped += (Skipped(LINKED_FOLDER, str(path)) for path in links)
     return FolderContent(sorted(pictures), side_cars, sorted(skipped))
 
 
@@ -204,7 +210,7 @@ def _side_car_captions(side_car: Path, options: ListOptions) -> list[str]:
 
 def _see_that_there_is_something(source: Path, listing: Listing, captions_needed: bool) -> None:
     causes = Counter(skipped.cause for skipped in listing.skipped)
-    found = f" (left out: {told(causes)})" if causes else ""
+    found = f" (left out: {causes_text(causes)})" if causes else ""
     if not listing.pictures:
         raise DataError(f"{source}: no pictures in it that can be used{found}")
     if captions_needed and not any(picture.captions for picture in listing.pictures):

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from pathlib import Path
 
 from coca_scale.data.images import IMAGE_EXTENSIONS
-from coca_scale.data.sample import causes_text
+from coca_scale.data.sample import FORMAT, OTHER_ENCODING
 
 SIDE_CAR = ".txt"
 TABLES = (".csv", ".tsv")
@@ -47,21 +46,9 @@ def is_companion(name: str | Path) -> bool:
 def format_cause(name: str | Path) -> str:
     """Why a file of another kind is left out: `format_heic`, by its name."""
     suffix = Path(name).suffix.lower()
-    return f"format_{suffix[1:] if _PLAIN_SUFFIX.fullmatch(suffix) else 'unknown'}"
+    return FORMAT + (suffix[1:] if _PLAIN_SUFFIX.fullmatch(suffix) else "unknown")
 
 
 def undecodable_cause(encoding: str | None) -> str:
     """Why a caption in another encoding is left out."""
-    return f"caption_not_{encoding or 'utf8'}"
-
-
-def told(causes: Counter[str]) -> str:
-    """`2 × format_heic; …`: what was left out, and what a user can do about it."""
-    found = [causes_text(causes)]
-    if any(cause.startswith("format_") for cause in causes):
-        found.append("pictures in formats that are not opened (.heic, .psd, …) are converted first")
-    if any(cause.startswith("caption_not_") for cause in causes):
-        found.append("--encoding names the encoding of captions that are not UTF-8")
-    if "linked_folder" in causes:
-        found.append("links to folders are not followed")
-    return "; ".join(found)
+    return OTHER_ENCODING + (encoding or "utf8")

@@ -20,8 +20,7 @@ from coca_scale.data.images import MIN_SIDE_PIXELS, decode_image, image_format
 from coca_scale.data.listing import ListedPicture, Listing, ListOptions, list_pictures
 from coca_scale.data.local_files import read_picture
 from coca_scale.data.manifest import MANIFEST
-from coca_scale.data.naming import told
-from coca_scale.data.sample import BadSample, DataError, Skipped
+from coca_scale.data.sample import BadSample, DataError, Skipped, causes_text
 from coca_scale.recipe.files import read_json, sha256_of
 
 JPEG_QUALITY = 95
@@ -265,7 +264,7 @@ def _finish(out: Path, source: Path, count: int, skipped: Sequence[Skipped]) -> 
     for path in (out / PLAN, *(_receipt(out, number) for number in range(count))):
         path.unlink()
     if not shards:
-        raise DataError(f"{source}: none of {len(bad)} samples can be used ({told(causes)})")
+        raise DataError(f"{source}: none of {len(bad)} samples can be used ({causes_text(causes)})")
     return PackResult(total, len(shards), causes)
 
 

@@ -16,10 +16,14 @@ MAX_CAPTION_CHARACTERS = 4096  # merging a "word" of n letters takes CLIP's BPE 
 MAX_CAPTIONS = 1000  # a MiB of text has half a million lines, which a shuffle window cannot hold
 
 NOT_ADJACENT, COMPRESSED = "files_not_adjacent", "compressed_shard"
+FORMAT, OTHER_ENCODING, LINKED_FOLDER = "format_", "caption_not_", "linked_folder"
 REMEDIES = {
     NOT_ADJACENT: "files of a sample stand next to each other after tar --sort=name",
     COMPRESSED: "shards are plain tar files: decompress it, or read it by pipe:gzip -dc FILE",
-}
+    FORMAT: "a format that is not opened: convert it first",
+    OTHER_ENCODING: "--encoding names that of side-cars and lists",
+    LINKED_FOLDER: "links to folders are not followed",
+}  # by how a cause begins
 
 
 class DataError(UserError):
@@ -51,7 +55,8 @@ def causes_text(causes: Counter[str]) -> str:
 
 def with_remedy(cause: str) -> str:
     """The cause, and what to do where that is the same for all data."""
-    return f"{cause} ({REMEDIES[cause]})" if cause in REMEDIES else cause
+    remedy = next((words for begin, words in REMEDIES.items() if cause.startswith(begin)), None)
+    return cause if remedy is None else f"{cause} ({remedy})"
 
 
 class BadSample(Exception):

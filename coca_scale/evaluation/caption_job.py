@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from coca_scale.data.naming import told
+from coca_scale.data.sample import causes_text
 from coca_scale.engine.world import World
 from coca_scale.errors import AgreedError
 from coca_scale.evaluation.caption_files import CaptionFile, SideCars
@@ -136,7 +136,7 @@ class CaptionJob:
             self._progress((summary.written + sum(summary.bad.values())) * ranks, self._total)
 
     def _nothing(self) -> AgreedError:
-        found = told(self._summary.bad) or "none"
+        found = causes_text(self._summary.bad) or "none"
         return AgreedError(f"no picture can be captioned (found {found})")
 
     def _add_up(self) -> None:

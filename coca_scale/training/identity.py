@@ -54,7 +54,7 @@ KEYS: dict[str, Key] = {
     **_keys("data", Key.RESOLVED, "train lanes"),
     # which samples there are, and their order (docs/data.md)
     **_keys("data", Key.FIXED, "shuffle_window replacement captions filters"),
-    **_keys("data", Key.FIXED, "image_column caption_column"),
+    **_keys("data", Key.FIXED, "image_column caption_column encoding"),
     **_keys("data", Key.FREE, "val mean_tokens train_samples workers crop_scale_min"),
     **_keys("data", Key.FREE, "retries timeout_seconds cache_dir cache_gigabytes max_bad_fraction"),
     **_keys("loss", Key.FIXED, "contrastive_weight caption_weight label_smoothing z_loss"),
