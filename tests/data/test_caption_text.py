@@ -32,7 +32,8 @@ ANY_TEXT = st.text(st.characters(exclude_categories=()), max_size=30)
 ESCAPES = "\ud800 a red \x1b[31mcat\x1b[0m\x1b]0;owned\x07\x00\u2028 on\ta\x9b mat "
 DATA = tiny_recipe().data
 RULES = SampleRules({}, DataFilters())
-TOKENIZER = make_tokenizer(load_model_config("coca_tiny"))
+MODEL = load_model_config("coca_tiny")
+TOKENIZER = make_tokenizer(MODEL)
 PICTURE = encoded()
 
 
@@ -148,11 +149,11 @@ def test_of_half_a_million_captions_a_thousand_are_kept(weights):
 def test_a_picture_to_be_captioned_needs_no_captions_of_its_own(broken, tmp_path):
     with TarWriter(str(tmp_path / "0.tar")) as writer:
         writer.write({"__key__": "a", "jpg": PICTURE, **broken})
-    [found] = read_pictures(open_pictures([str(tmp_path)], DATA, ListOptions()), 16, Counter())
+    [found] = read_pictures(open_pictures([str(tmp_path)], DATA, ListOptions()), MODEL, Counter())
     assert (found.key, found.captions) == ("a", ())
     bad = Counter()
     needed = open_pictures([str(tmp_path)], DATA, ListOptions(), captions_needed=True)
-    assert not list(read_pictures(needed, 16, bad))
+    assert not list(read_pictures(needed, MODEL, bad))
     assert set(bad) < {"caption_not_utf8", "broken_json", "missing_caption"}
 
 
@@ -228,7 +229,7 @@ def test_every_form_of_the_same_pictures_has_the_same_captions(sources):
     for name, more in sources.items():
         options = ListOptions(images=Path(more[1]) if more else None)
         parts = open_pictures([name], DATA, options, captions_needed=True)
-        found = [list(p.captions) for p in read_pictures(parts, 16, Counter())]
+        found = [list(p.captions) for p in read_pictures(parts, MODEL, Counter())]
         assert found == expected, name
 
 
@@ -277,7 +278,7 @@ def test_the_first_line_alone_where_others_are_no_captions(tmp_path):
     for name, more, count in (("all", [], 2), ("first", ["--first-line"], 1)):
         output_of("data", "pack", tmp_path / "in", "--out", tmp_path / name, *more)
         parts = open_pictures([str(tmp_path / name)], DATA, ListOptions())
-        [picture] = read_pictures(parts, 16, Counter())
+        [picture] = read_pictures(parts, MODEL, Counter())
         assert picture.captions[0] == "A goldfish."
         assert len(picture.captions) == count
 

@@ -11,13 +11,14 @@ from hypothesis import strategies as st
 from coca_scale.data.sample import Skipped
 from coca_scale.engine.world import World
 from coca_scale.errors import AgreedError
+from coca_scale.training.ownership import Owner
 from coca_scale.training.skipped import SkipLog, too_many
 from tests.json_lines import lines_of
 
 
 def steps_until_it_ends(folder, share_of_bad, limit, steps, batch=8):
     """Steps of a run with so many bad samples beside every good one; None if it goes on."""
-    log = SkipLog(World.alone(torch.device("cpu")), folder, limit)
+    log = SkipLog(World.alone(torch.device("cpu")), Owner(None, True), folder, limit)
     due = 0.0
     for step in range(1, steps + 1):
         due += batch * share_of_bad / (1 - share_of_bad)
