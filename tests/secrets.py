@@ -28,7 +28,7 @@ SECRETS = st.from_regex(r"(?=[A-Za-z]*[0-9])(?=[0-9]*[A-Za-z])[A-Za-z0-9]{16,24}
 # every key of a recipe that has text; tests hold the list complete
 PLACES = (
     *("run.name", "run.dir", "model.name", "model.pretrained", "data.train", "data.val"),
-    *("data.cache_dir", "data.image_column", "data.caption_column", "data.encoding", "data.captions"),
+    *("data.cache_dir", "data.image_column", "data.caption_column", "data.captions"),
     *("data.filters.fields", "engine.deepspeed", "checkpoint.resume", "eval.zeroshot"),
     *("eval.classnames", "eval.templates", "log.wandb"),
 )

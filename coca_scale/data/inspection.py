@@ -17,7 +17,7 @@ from coca_scale.data.images import decode_image
 from coca_scale.data.manifest import MANIFEST
 from coca_scale.data.pack import Progress
 from coca_scale.data.rules import SampleRules
-from coca_scale.data.sample import BadSample, DataError, RawSample, Skipped, with_remedy
+from coca_scale.data.sample import BadSample, DataError, RawSample, Skipped, remedy_of
 from coca_scale.data.shards import read_shard
 from coca_scale.data.storage import StorageOptions, is_local
 from coca_scale.openclip.alone import open_clip_module
@@ -127,9 +127,9 @@ class Inspection:
             )
         if self.causes:
             lines.append("unusable")
-            lines += [
-                f"  {count:>9,}  {with_remedy(cause)}" for cause, count in self.causes.most_common()
-            ]
+            for cause, count in self.causes.most_common():
+                remedy = remedy_of(cause)
+                lines.append(f"  {count:>9,}  {cause}{f' ({remedy})' if remedy else ''}")
             worst = sorted(self.shards, key=lambda shard: -len(shard.skipped))[:WORST_SHARDS]
             lines += [f"  {len(w.skipped):>9,}  in {w.url}" for w in worst if w.skipped]
         return "\n".join(lines)

@@ -20,7 +20,7 @@ FORMAT, OTHER_ENCODING, LINKED_FOLDER = "format_", "caption_not_", "linked_folde
 REMEDIES = {
     NOT_ADJACENT: "files of a sample stand next to each other after tar --sort=name",
     COMPRESSED: "shards are plain tar files: decompress it, or read it by pipe:gzip -dc FILE",
-    FORMAT: "a format that is not opened: convert it first",
+    FORMAT: "pictures in formats that are not opened are converted first",
     OTHER_ENCODING: "--encoding names that of side-cars and lists",
     LINKED_FOLDER: "links to folders are not followed",
 }  # by how a cause begins
@@ -49,14 +49,15 @@ class Skipped(NamedTuple):
 
 
 def causes_text(causes: Counter[str]) -> str:
-    """`2 × broken_image, 1 × empty_caption`, the most frequent first, with what mends them."""
-    return ", ".join(f"{count} × {with_remedy(cause)}" for cause, count in causes.most_common())
+    """`2 × broken_image, 1 × empty_caption`, the most frequent first; then what mends them."""
+    counts = ", ".join(f"{count} × {cause}" for cause, count in causes.most_common())
+    remedies = dict.fromkeys(remedy for cause in causes if (remedy := remedy_of(cause)))
+    return "; ".join([counts, *remedies])
 
 
-def with_remedy(cause: str) -> str:
-    """The cause, and what to do where that is the same for all data."""
-    remedy = next((words for begin, words in REMEDIES.items() if cause.startswith(begin)), None)
-    return cause if remedy is None else f"{cause} ({remedy})"
+def remedy_of(cause: str) -> str | None:
+    """What to do about a cause, where that is the same for all data."""
+    return next((words for begin, words in REMEDIES.items() if cause.startswith(begin)), None)
 
 
 class BadSample(Exception):

