@@ -26,7 +26,7 @@ _FRAMES = re.compile(r"^(Exception raised from |frame #\d+: |<omitting python fr
 def appoint_witness() -> None:
     """From here on the death of this process is told by another one, unless it comes by `leave`."""
     name = f"rank {planned_rank()} on {planned_host()}"
-    # of multiprocessing, for this process and those forked from it; a child has its parent's
+    # of multiprocessing, for this process and those forked from it; not one of who forked this
     scratch = get_temp_dir() if parent_process() is None else ""
     witness = subprocess.Popen(
         [sys.executable, "-I", "-S", str(_WITNESS), str(os.getpid()), name, scratch],
@@ -35,14 +35,15 @@ def appoint_witness() -> None:
         start_new_session=True,  # who ends the ranks does not mean it
     )
     atexit.register(_dismiss, witness, os.getpid())
-    _witnesses.append((witness, scratch))
+    _witnesses.append((witness, os.getpid(), scratch))
 
 
 def leave(code: int) -> NoReturn:
     """End this process now, whatever its threads wait for, and what it has started with it."""
-    for witness, scratch in _witnesses:
-        _dismiss(witness, os.getpid())
-        shutil.rmtree(scratch, ignore_errors=True)
+    for witness, owner, scratch in _witnesses:
+        _dismiss(witness, owner)
+        if scratch and owner == os.getpid():
+            shutil.rmtree(scratch, ignore_errors=True)
     for child in _children():
         with contextlib.suppress(OSError):
             os.kill(child, signal.SIGTERM)
@@ -57,7 +58,7 @@ def told(error: BaseException) -> str:
     return _FRAMES.sub("", "".join(traceback.format_exception(error))).rstrip()
 
 
-_witnesses: list[tuple[subprocess.Popen[bytes], str]] = []  # none or one
+_witnesses: list[tuple[subprocess.Popen[bytes], int, str]] = []  # and those of who forked this
 
 
 def _dismiss(witness: subprocess.Popen[bytes], owner: int) -> None:

@@ -35,7 +35,8 @@ def main() -> None:
             "killed by the kernel, which found no memory left on this node for it (out of memory); "
             "`coca-scale plan` says what a rank needs"
         )
-    shutil.rmtree(scratch, ignore_errors=True)
+    if scratch:
+        shutil.rmtree(scratch, ignore_errors=True)
     os.write(sys.stderr.fileno(), f"coca-scale: {name} is dead: {cause}\n".encode())
 
 

@@ -79,6 +79,20 @@ def test_the_kernel_is_named_where_it_ended_a_rank_for_memory():
     assert "is dead: killed by the kernel, which found no memory left" in errors
 
 
+def test_the_scratch_folder_of_who_forked_a_rank_is_not_its_own():
+    code = (
+        "import multiprocessing\n"
+        "def rank():\n"
+        "    appoint_witness()\n"
+        "    leave(0)\n"
+        "child = multiprocessing.get_context('fork').Process(target=rank)\n"
+        "child.start(); child.join()\n"
+        "print(child.exitcode, os.path.isdir(get_temp_dir()), file=sys.stderr)\n"
+    )
+    code_of_parent, errors, _ = ended(code)
+    assert (code_of_parent, errors) == (0, "0 True\n")
+
+
 def test_frames_of_torch_are_left_out():
     message = (
         "recvValue failed: Connection reset by peer\n"
