@@ -84,7 +84,7 @@ CORES = len(os.sched_getaffinity(0))
 Workers = Annotated[int, typer.Option(min=1, help="Processes.")]
 EncodingOption = Annotated[
     str | None,
-    typer.Option(help="Of captions and lists that are neither UTF-8 nor UTF-16: cp1252, …"),
+    typer.Option(help="Of side-cars and lists that are neither UTF-8 nor UTF-16: cp1252, …"),
 ]
 CaptionColumn = Annotated[str, typer.Option(help="CSV/TSV column with the caption.")]
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML recipe.")]

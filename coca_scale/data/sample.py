@@ -21,7 +21,7 @@ REMEDIES = {
     NOT_ADJACENT: "files of a sample stand next to each other after tar --sort=name",
     COMPRESSED: "shards are plain tar files: decompress it, or read it by pipe:gzip -dc FILE",
     FORMAT: "pictures in formats that are not opened are converted first",
-    OTHER_ENCODING: "--encoding names that of side-cars and lists",
+    OTHER_ENCODING: "--encoding says what side-cars and lists are in if not UTF-8",
     LINKED_FOLDER: "links to folders are not followed",
 }  # by how a cause begins
 
