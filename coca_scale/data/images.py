@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import struct
 import warnings
 from collections.abc import Callable, Iterator
@@ -14,7 +15,14 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, features
 from PIL.JpegImagePlugin import JpegImageFile
-from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TILELENGTH, TILEWIDTH
+from PIL.TiffImagePlugin import (
+    BITSPERSAMPLE,
+    IMAGELENGTH,
+    IMAGEWIDTH,
+    PHOTOMETRIC_INTERPRETATION,
+    TILELENGTH,
+    TILEWIDTH,
+)
 from torch import Tensor
 
 from coca_scale.data.sample import BadSample
@@ -43,6 +51,8 @@ ASPECT_RANGE = (3 / 4, 4 / 3)
 # what PIL raises on broken files, and on broken EXIF
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError)
 _BROKEN_EXIF = (*_BROKEN, TypeError, LookupError, ArithmeticError, struct.error)
+_SOI, _EOI, _SOS = b"\xff\xd8", b"\xff\xd9", b"\xff\xda"
+_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]", re.DOTALL)  # of those with a length, or EOI
 _ALPHA_MODES = ("RGBA", "LA", "PA", "La", "RGBa")
 _STRIP_PIXELS = 2**20
 _WHITE_IS_ZERO = 0
@@ -71,7 +81,7 @@ def _opened(data: bytes | Image.Image, key: str) -> Iterator[Image.Image]:
                 return
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 _check_size(image, key)
-                if isinstance(image, JpegImageFile) and data.count(b"\xff\xda") > MAX_SCANS:
+                if image.info.get("progressive") and _count_scans(data) > MAX_SCANS:
                     raise BadSample("too_many_scans", key)  # each goes over the whole picture
                 yield image
     except Image.DecompressionBombError as error:
@@ -95,13 +105,22 @@ def _check_size(image: Image.Image, key: str) -> None:
 def _tiled_pixels(image: Image.Image) -> int:
     """Pixels of all tiles of a TIFF, which are decoded whole however small the picture is."""
     tags = getattr(image, "tag_v2", {})
-    tile = tags.get(TILEWIDTH), tags.get(TILELENGTH)
     pixels = 1
-    for length, side in zip(image.size, tile, strict=True):
-        if not isinstance(side, int) or side < 1:
+    for whole, part in ((IMAGEWIDTH, TILEWIDTH), (IMAGELENGTH, TILELENGTH)):
+        length, side = tags.get(whole), tags.get(part)
+        if not isinstance(length, int) or not isinstance(side, int) or side < 1:
             return 0  # none, or broken
         pixels *= -(-length // side) * side
     return pixels
+
+
+def _count_scans(jpeg: bytes) -> int:
+    """Scans of the picture alone, not of a thumbnail before or a film behind it."""
+    scans, position = 0, len(_SOI)
+    while (found := _MARKER.search(jpeg, position)) is not None and found[0] != _EOI:
+        scans += found[0] == _SOS
+        position = found.end() + int.from_bytes(jpeg[found.end() : found.end() + 2], "big")
+    return scans
 
 
 def decode_image(data: bytes | Image.Image, key: str) -> Image.Image:

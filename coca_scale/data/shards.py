@@ -231,7 +231,10 @@ def _parse(
     try:
         if run.fault is not None:
             raise BadSample(run.fault, run.key, url)
-        found.append(rules.sample(run.key, run.files, url))
+        sample = rules.sample(run.key, run.files, url)
+        if not sample.captions:
+            incomplete.add(hash(run.key))
+        found.append(sample)
     except BadSample as bad:
         skipped = bad.skipped
         if skipped.cause in INCOMPLETE:

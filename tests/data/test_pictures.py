@@ -136,6 +136,8 @@ def test_tiles_and_metadata_are_not_believed():
     small = zlib.compress(bytes(256))
     tiles = {322: 2**27, 323: 1, 324: None, 325: len(small)}
     assert causes(tiff(16, 16, small, tiles)) == {"huge_image"}
+    lying = {**tiles, 274: 6, 322: 2**26}
+    assert causes(tiff(2, 256, small, lying)) == {"huge_image"}
     assert causes(tiff(16, 16, small, {**tiles, 322: 16, 323: 16})) == {"good"}
     packed = zlib.compress(bytes(2**24), 9)
     for kind in (b"zTXt", b"iCCP"):
@@ -156,6 +158,8 @@ def test_a_jpeg_of_endless_scans_is_not_decoded():
     scan = data[first:second]
     assert causes(data[:second] + 20 * scan + data[second:]) == {"good"}
     assert causes(data[:second] + MAX_SCANS * scan + data[second:]) == {"too_many_scans"}
+    # phones hang films behind their photos
+    assert causes(data + MAX_SCANS * scan) == {"good"}
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF", "MPO"])

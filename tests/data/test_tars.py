@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from coca_scale.data.inspection import inspect_shards
 from coca_scale.data.rules import LIMITS, SampleRules
-from coca_scale.data.sample import BadSample, DataError
+from coca_scale.data.sample import BadSample, DataError, RawSample
 from coca_scale.data.shards import read_shard
 from coca_scale.data.sources import open_source
 from coca_scale.data.storage import StorageOptions
@@ -185,6 +185,11 @@ def test_files_of_a_sample_that_are_apart_are_called_so(tmp_path):
             next(iter(loader(str(path), 0, 1, lanes=1)))
     path.write_bytes(member("a.jpg", PICTURE) + member("b.txt", b"words") + END)
     assert found_by_reader(path) == ["missing_caption", "missing_image"]
+    path.write_bytes(pictures + texts + END)
+    rules = SampleRules({}, DATA.filters, captions_needed=False)  # as `caption` reads
+    seen = list(read_shard(str(path), rules, StorageOptions(0)))
+    assert all(isinstance(entry, RawSample) for entry in seen[:20])
+    assert [entry.cause for entry in seen[20:]] == ["files_not_adjacent"] * 20
 
 
 @pytest.mark.parametrize("name", ["a.tar", "a.tar.gz"])
