@@ -48,8 +48,8 @@ MAX_PIXELS = 2**27
 MAX_ASPECT = 128  # with its short side at 1024 pixels such a picture has MAX_PIXELS
 MAX_SCANS = 200  # of a JPEG; progressive ones have about 10
 ASPECT_RANGE = (3 / 4, 4 / 3)
-# what PIL raises on broken files, and on broken EXIF
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError)
+# what PIL raises on broken files (the last is AVIF's decoder), and on broken EXIF
+_BROKEN = (OSError, SyntaxError, ValueError, EOFError, RuntimeError)
 _BROKEN_EXIF = (*_BROKEN, TypeError, LookupError, ArithmeticError, struct.error)
 _SOI, _EOI, _SOS = b"\xff\xd8", b"\xff\xd9", b"\xff\xda"
 _MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]", re.DOTALL)  # of those with a length, or EOI
