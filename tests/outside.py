@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import tarfile
 import zlib
 from pathlib import Path
@@ -14,13 +15,19 @@ from safetensors.torch import save
 
 from coca_scale.data.images import FORMATS, TrainCrop, decode_image, eval_pixels, train_pixels
 from coca_scale.data.listing import ListOptions, list_pictures
+from coca_scale.data.manifest import MANIFEST, shard_counts
 from coca_scale.data.rules import SampleRules
 from coca_scale.data.sample import BadSample, Position, RawSample
 from coca_scale.data.shards import read_shard
 from coca_scale.data.sources import open_source
 from coca_scale.data.storage import StorageOptions
 from coca_scale.data.tables import read_table
+from coca_scale.data.tokens import TOKENIZER_FILE, clip_bpe_prefix, make_tokenizer
+from coca_scale.engine.checkpoint import verify_checkpoint
 from coca_scale.evaluation.zeroshot import make_classes
+from coca_scale.model import load_model_config
+from coca_scale.model.config import CONFIG_FOLDER
+from coca_scale.model.hf_config import SHIPPED, architecture
 from coca_scale.openclip.weight_files import read_weight_file
 from coca_scale.recipe.load import load_recipe
 from tests.conftest import tiny_recipe
@@ -141,6 +148,31 @@ def _read_table(path: Path) -> None:
     read_table(path, "filepath", "title")
 
 
+def manifests() -> list[bytes]:
+    """Of coca-scale."""
+    shards = [{"name": f"{n:03d}.tar", "samples": n, "bytes": 9, "sha256": "0"} for n in range(3)]
+    return [json.dumps({"samples": 3, "bad": {}, "shards": shards}).encode()]
+
+
+def _read_manifest(path: Path) -> None:
+    shard_counts([str(path.parent / f"{n:03d}.tar") for n in range(3)], NO_RETRIES)
+
+
+def annotations() -> list[bytes]:
+    """COCO's and Karpathy's."""
+    images = [{"id": n, "file_name": f"{n}.jpg", "height": 4, "width": 4} for n in range(3)]
+    notes = [{"id": n, "image_id": n % 3, "caption": f"caption {n}"} for n in range(6)]
+    sentences = [{"raw": "a dog", "tokens": ["a", "dog"]}, {"raw": "one"}]
+    about = {"filepath": "val2014", "split": "train", "sentences": sentences}
+    karpathy = [{"filename": f"{n}.jpg", **about} for n in range(3)]
+    contents = [{"info": {}, "images": images, "annotations": notes}, {"images": karpathy}]
+    return [json.dumps(content).encode() for content in contents]
+
+
+def _read_annotations(path: Path) -> None:
+    list_pictures(path, ListOptions(images=path.parent))
+
+
 def side_cars() -> list[bytes]:
     """Captions as people write them."""
     return [b"a dog\nein Hund\n", "\ufeffkurz".encode(), "日本".encode("utf-16")]
@@ -156,6 +188,17 @@ def recipes() -> list[bytes]:
     return [path.read_bytes() for path in sorted(RECIPES.glob("*.yaml"))]
 
 
+def model_configs() -> list[bytes]:
+    """Of each kind of tower and decoder."""
+    names = ("coca_tiny", "clip_tiny", "coca_roberta-ViT-B-32", "coca_ViT-L-14")
+    return [(CONFIG_FOLDER / f"{name}.json").read_bytes() for name in names]
+
+
+def hugging_face_configs() -> list[bytes]:
+    """The shipped ones."""
+    return [path.read_bytes() for path in sorted(SHIPPED.rglob("*.json"))]
+
+
 def _weights() -> dict[str, torch.Tensor]:
     return {"a.weight": torch.ones(4, 4), "b": torch.zeros(16, dtype=torch.bfloat16)}
 
@@ -163,6 +206,37 @@ def _weights() -> dict[str, torch.Tensor]:
 def safetensors() -> list[bytes]:
     """A small file of weights."""
     return [save(_weights())]
+
+
+def torch_files() -> list[bytes]:
+    """Weights, and a training checkpoint around them, in both formats of torch."""
+    found = []
+    for content in (_weights(), {"epoch": 3, "state_dict": _weights(), "optimizer": {"lr": 1e-3}}):
+        for as_zip in (True, False):
+            buffer = io.BytesIO()
+            torch.save(content, buffer, _use_new_zipfile_serialization=as_zip)
+            found.append(buffer.getvalue())
+    return found
+
+
+def tokenizers() -> list[bytes]:
+    """The start of CLIP's."""
+    return [clip_bpe_prefix(600).to_str().encode()]
+
+
+def _read_tokenizer(path: Path) -> None:
+    tokenizer = make_tokenizer(load_model_config("coca_tiny"), path.parent)
+    tokenizer(["a red circle", "ü"])
+
+
+def checkpoint_manifests() -> list[bytes]:
+    """Of a checkpoint with a file that is not there."""
+    entry = {"bytes": 3, "sha256": "0" * 64}
+    return [json.dumps({"files": {"progress.json": entry, "state/x.pt": entry}}).encode()]
+
+
+def _read_checkpoint(path: Path) -> None:
+    verify_checkpoint(path.parent)
 
 
 def class_names() -> list[bytes]:
@@ -178,8 +252,24 @@ READERS = {
     "pictures": Reader(pictures, _read_picture, "x.jpg", mend_png),
     "tar": Reader(tars, _read_tar, "x.tar", mend_tar),
     "tables": Reader(tables, _read_table, "x.csv"),
+    "annotations": Reader(annotations, _read_annotations, "x.json", is_json=True),
     "side_cars": Reader(side_cars, _read_side_car, "x.txt"),
-    "class_names": Reader(class_names, _read_class_names, "x.txt"),
+    "manifests": Reader(manifests, _read_manifest, MANIFEST, is_json=True),
     "recipes": Reader(recipes, load_recipe, "x.yaml"),
+    "model_configs": Reader(
+        model_configs, lambda path: load_model_config(str(path)), "x.json", is_json=True
+    ),
+    "hugging_face_configs": Reader(
+        hugging_face_configs,
+        lambda path: architecture(str(path.parent), "x"),
+        "config.json",
+        is_json=True,
+    ),
     "safetensors": Reader(safetensors, read_weight_file, "x.safetensors"),
+    "torch_files": Reader(torch_files, read_weight_file, "x.pt"),
+    "tokenizers": Reader(tokenizers, _read_tokenizer, TOKENIZER_FILE, is_json=True),
+    "checkpoint_manifests": Reader(
+        checkpoint_manifests, _read_checkpoint, "manifest.json", is_json=True
+    ),
+    "class_names": Reader(class_names, _read_class_names, "x.txt"),
 }

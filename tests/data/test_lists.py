@@ -81,7 +81,10 @@ def test_side_cars_in_unicode_are_read_as_they_are_meant(tmp_path, encoding):
     text = "café “Le Vin” – 日本\r\nsecond"
     mark = "\ufeff" if encoding == "utf-16-be" else ""
     (folder / "0.txt").write_bytes((mark + text).encode(encoding))
-    assert list_pictures(folder, ListOptions()).pictures[0].captions == ("café “Le Vin” – 日本", "second")
+    assert list_pictures(folder, ListOptions()).pictures[0].captions == (
+        "café “Le Vin” – 日本",
+        "second",
+    )
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "cp1251", "shift_jis", "utf-16-le", "utf-32"])
