@@ -16,12 +16,12 @@ from safetensors.torch import save
 from coca_scale.data.images import FORMATS, TrainCrop, decode_image, eval_pixels, train_pixels
 from coca_scale.data.listing import ListOptions, list_pictures
 from coca_scale.data.manifest import MANIFEST, shard_counts
+from coca_scale.data.rows import TableOptions, read_rows
 from coca_scale.data.rules import SampleRules
 from coca_scale.data.sample import BadSample, Position, RawSample
 from coca_scale.data.shards import read_shard
 from coca_scale.data.sources import open_source
 from coca_scale.data.storage import StorageOptions
-from coca_scale.data.tables import read_table
 from coca_scale.data.tokens import TOKENIZER_FILE, clip_bpe_prefix, make_tokenizer
 from coca_scale.engine.checkpoint import verify_checkpoint
 from coca_scale.evaluation.zeroshot import make_classes
@@ -145,7 +145,8 @@ def tables() -> list[bytes]:
 
 
 def _read_table(path: Path) -> None:
-    read_table(path, "filepath", "title")
+    for _ in read_rows(path, TableOptions("filepath", "title")):
+        pass
 
 
 def manifests() -> list[bytes]:
@@ -261,7 +262,7 @@ READERS = {
     ),
     "hugging_face_configs": Reader(
         hugging_face_configs,
-        lambda path: architecture(str(path.parent), "x"),
+        lambda path: architecture(str(path.parent), None, "x"),
         "config.json",
         is_json=True,
     ),
