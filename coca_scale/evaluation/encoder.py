@@ -104,10 +104,11 @@ class CocaEncoder:
         """As of `Encoder`.
 
         Raises:
-            AgreedError: as `generate`.
+            UserError: as `generate`; with `same_steps` on all ranks together, as they all are here.
         """
-        return self.world.agree(
-            lambda: generate(
+
+        def attempt() -> Generated:
+            return generate(
                 self.coca,
                 self.prepare(pixels),
                 self.tokenizer,
@@ -116,7 +117,8 @@ class CocaEncoder:
                 seeds=seeds,
                 same_steps=self.same_steps,
             )
-        )
+
+        return self.world.agree(attempt) if self.same_steps else attempt()
 
 
 def loaded_encoder(loaded: LoadedModel, world: World) -> CocaEncoder:
