@@ -26,8 +26,8 @@ from coca_scale.openclip.folder import (
     to_openclip_config,
 )
 from coca_scale.openclip.hub import HubFile
-from coca_scale.recipe.files import read_json, read_json_as
-from coca_scale.recipe.public import PRIVATE, public, public_architecture, public_hub_name
+from coca_scale.recipe.files import read_json_as
+from coca_scale.recipe.public import PRIVATE, public_architecture, public_hub_name
 from coca_scale.recipe.run_folder import EXPORT, RECIPE
 from coca_scale.recipe.yaml_text import dump_yaml
 from coca_scale.reports.card import model_card, read_scores, validation_scores
@@ -160,8 +160,8 @@ def _config_and_tokenizer(config_file: Path, config: ModelConfig, repo: str) -> 
     tokenizer = _tokenizer(config_file.parent)
     if tokenizer:
         model["text_cfg"]["hf_tokenizer_name"] = repo
-    preprocess = public(read_json(config_file).get("preprocess_cfg", {}))
-    content = {"model_cfg": model, "preprocess_cfg": preprocess}
+    preprocess = config.preprocess_cfg.model_dump(mode="json")  # numbers, and words of its own
+    content: dict[str, Any] = {"model_cfg": model, "preprocess_cfg": preprocess}
     if own:
         content["why"] = openclip_obstacle(config)
     return [HubFile(config_file.name, _json(content)), *tokenizer]

@@ -24,10 +24,11 @@ from coca_scale.data.images import (
     train_pixels,
 )
 from coca_scale.data.inspection import inspect_shards
-from coca_scale.data.listing import ListedPicture
+from coca_scale.data.listing import ListOptions, list_pictures
 from coca_scale.data.pack import PackOptions, pack
 from coca_scale.data.sample import BadSample
 from coca_scale.evaluation.pictures import listed_part, read_pictures
+from coca_scale.model import load_model_config
 from tests.data.pngs import black_png, chunk
 
 CROPS = (TrainCrop(48, 0.9), TrainCrop(48, 1.0))
@@ -107,9 +108,9 @@ def test_extreme_pictures_are_counted_by_pack_inspect_and_caption(tmp_path):
         for path in sorted(folder.iterdir()):
             tar.add(path, path.name)
     assert inspect_shards([str(tmp_path / "x.tar")]).causes == {"extreme_aspect": 1}
-    part = listed_part([ListedPicture(p, ()) for p in sorted(folder.glob("*.png"))], "pictures")
+    part = listed_part(list_pictures(folder, ListOptions()), "pictures")
     bad = Counter()
-    assert len(list(read_pictures([part], 48, bad))) == 1
+    assert len(list(read_pictures([part], load_model_config("coca_tiny"), bad))) == 1
     assert bad == {"extreme_aspect": 1}
 
 

@@ -53,7 +53,7 @@ def write_run(folder: Path, text: str) -> Path:
     (folder / "metrics.jsonl").write_text(json.dumps({**LINE, "host": text}) + "\n")
     bad = {"cause": f"filtered_{text}", "key": text, "shard": text}
     (folder / "bad_samples.jsonl").write_text(json.dumps(bad) + "\n")
-    about = {"versions": {"torch": text, text: "1.0"}, "git_commit": text, "ranks": text}
+    about = {"versions": {"torch": text, text: "1.0"}, "git_commit": text, "ranks": 2}
     (folder / "versions.json").write_text(json.dumps({**about, "host": text}))
     return folder
 
@@ -79,7 +79,7 @@ def test_the_hub_gets_no_secret(export, tmp_path_factory, secret, shape):
     for name in ("open_clip_config.json", "coca_scale_config.json"):
         if (export / name).is_file():
             content = json.loads((export / name).read_text())
-            content |= {"comment": text, "preprocess_cfg": {"interpolation": text, text: 1}}
+            content |= {"comment": text, "preprocess_cfg": {"mean": 0.5, text: text}}
             (export / name).write_text(json.dumps(content))
     (export / "tokenizer_config.json").write_text(
         json.dumps({"name_or_path": text, "pad_token": "<pad>", "special_tokens_map_file": text})

@@ -158,7 +158,7 @@ def test_data_that_moved_is_told_from_other_data(tmp_path):
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     there = tiny_recipe(data__train=str(tmp_path / "b"))
     changed, moved = notes_of(before, there)
-    assert "data.train has moved" in moved and str(tmp_path / "b") in changed
+    assert "data.train has moved" in moved and "data.train" in changed
     assert "data.train" in refusal(before, shards(tmp_path / "more", (8, 8, 8)))
     (tmp_path / "b" / "manifest.json").unlink(missing_ok=True)
     names = sorted(p.name for p in (tmp_path / "b").glob("*.tar"))
