@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
-from coca_scale.errors import UserError
+from coca_scale.errors import UserError, system_faults
 from coca_scale.model.sizes import Count, Layers, TokenId, Vocabulary
 from coca_scale.recipe.files import read_json, validated
 
@@ -61,7 +61,8 @@ def architecture(name: str, given: Any, origin: str) -> dict[str, Any]:
     Raises:
         UserError: not found, wrong, or of a kind that cannot be made causal.
     """
-    config = _read(name, origin) if given is None else given
+    with system_faults():  # such as a name that is longer than names can be
+        config = _read(name, origin) if given is None else given
     of_model = f"{origin}: the config of {name!r}"
     if not isinstance(config, dict):
         raise UserError(f"{of_model} is no object")
