@@ -39,6 +39,18 @@ class Process:
         return fields is not None and int(fields[19]) == self.started and fields[0] not in "ZX"
 
     @property
+    def gone(self) -> bool:
+        """Whether it has surely ended; of another user's process /proc may say nothing."""
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return True
+        except PermissionError:
+            pass
+        fields = _stat(self.pid)
+        return fields is not None and (int(fields[19]) != self.started or fields[0] in "ZX")
+
+    @property
     def name(self) -> str:
         """What a person started it as."""
         words = _words(self.pid, "cmdline")

@@ -21,6 +21,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from coca_scale.engine.processes import Process, machine
 from coca_scale.engine.world import World
 from coca_scale.errors import UserError
 from coca_scale.recipe.files import read_json_as
@@ -70,7 +71,7 @@ class Holder(BaseModel):
         if self.job is not None and self.job == me.job and self.restart < me.restart:
             return "an earlier start of this job"
         here = (self.host, self.boot, self.processes) == (me.host, me.boot, me.processes)
-        if here and _ended(self.pid, self.started):
+        if here and self.boot and Process(self.pid, self.started).gone:
             return "which is dead"
         return None
 
@@ -121,9 +122,9 @@ class Lock:
         return cls(place, last + 1, me)
 
     def holds(self) -> bool:
-        """Whether no other process has taken the folder meanwhile. Cheap."""
-        if self.lost is None and _clock() - self._looked > 2 * BEAT_SECONDS:
-            self._beat()  # this process was suspended, or its thread waits for the disk
+        """Whether no other process has taken the folder meanwhile. Looks at most twice a second."""
+        if self.lost is None and _clock() - self._looked > _LOOK_SECONDS:
+            self._beat()  # however short a suspension was, a job may have begun in it
         return self.lost is None
 
     def release(self) -> None:
@@ -299,42 +300,18 @@ def _read(path: Path) -> Holder | None:
 def _this_process() -> Holder:
     job, cluster = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_CLUSTER_NAME")
     count = os.environ.get("SLURM_RESTART_COUNT", "")
-    pid = os.getpid()
-    started = _started(pid)
-    assert started, "this process runs"
+    me, (boot, _, processes) = Process.at(os.getpid()), machine().partition(" ")
+    assert me is not None, "this process runs"
     return Holder(
         host=socket.gethostname(),
-        boot=Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
-        processes=str(Path("/proc/self/ns/pid").readlink()),
-        pid=pid,
-        started=started,
+        boot=boot,
+        processes=processes,
+        pid=me.pid,
+        started=me.started,
         job=job and (f"{job} of {cluster}" if cluster else job),
         restart=int(count) if count.isdecimal() else 0,
         since=time.strftime("%Y-%m-%d %H:%M:%S %Z"),
     )
-
-
-def _ended(pid: int, started: int) -> bool:
-    """Whether a process of this machine, known by its number and its start, is surely gone."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        pass  # another user's, of which /proc may say nothing
-    return _started(pid) not in (None, started)
-
-
-def _started(pid: int) -> int | None:
-    """When a process began, in clock ticks after the boot; None where /proc does not say.
-
-    0 of one that has ended, and that its parent has not waited for.
-    """
-    try:
-        state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return 0 if state in "ZX" else int(rest[18])
 
 
 def _clock() -> float:
