@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -201,15 +201,15 @@ class TrainLoader:
             persistent_workers=self._workers > 0,
         )
 
-    def __iter__(self) -> Iterator[StepBatch]:
-        """Endless; loader processes start here.
+    def __iter__(self) -> Generator[StepBatch]:
+        """Endless, until it is closed; loader processes start here, as copies of this one.
 
         Raises:
             DataError: from `next`, if the data cannot be used.
         """
         return self._steps(iter(self._loader))
 
-    def _steps(self, pieces: Iterator[StepBatch | str]) -> Iterator[StepBatch]:
+    def _steps(self, pieces: Iterator[StepBatch | str]) -> Generator[StepBatch]:
         while True:
             step = []
             for _ in range(max(1, self._workers)):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,6 +32,16 @@ def available_bytes() -> int:
     """What of it is free now."""
     free = [max(0, limit - used) for limit, used in _limits(_CGROUPS, _OWN)]
     return min([int(psutil.virtual_memory().available), *free])
+
+
+def peak_bytes() -> int:
+    """The most that this process has had resident."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def regrowth_bytes() -> int:
+    """What it has had and given back, and may well want again."""
+    return max(0, peak_bytes() - int(psutil.Process().memory_info().rss))
 
 
 def release_freed() -> None:

@@ -32,7 +32,7 @@ from coca_scale.engine.config import (
     layers,
     transfers,
 )
-from coca_scale.engine.host import available_bytes, memory_bytes, release_freed
+from coca_scale.engine.host import available_bytes, memory_bytes, regrowth_bytes, release_freed
 from coca_scale.engine.objective import Counts, FeatureTerms, Objective, Tally
 from coca_scale.engine.optimizer import (
     ADAMW,
@@ -337,13 +337,15 @@ class TrainEngine:
 
 
 def _room_for_copies(ranks_here: int, in_background: bool) -> int:
-    """Bytes that a rank may copy for a save; a tenth of the host stays free for what training does.
+    """Bytes that a rank may copy for a save: what training does not come to want meanwhile.
 
-    Without a background every save is written before training goes on, and nothing is copied.
+    A tenth of the host stays free beside that. Without a background every save is written before
+    training goes on, and nothing is copied.
     """
     if not in_background:
         return 0
-    return max(0, round(available_bytes() - memory_bytes() / 10)) // ranks_here
+    free = round(available_bytes() - memory_bytes() / 10) // ranks_here
+    return max(0, free - regrowth_bytes())
 
 
 def _adam_steps(state: dict[str, Any]) -> int:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -35,19 +36,27 @@ from coca_scale.openclip.hub import (
     registry_facts,
     registry_file,
 )
-from coca_scale.openclip.state_dict import from_openclip
-from coca_scale.openclip.weight_files import WEIGHT_SUFFIXES, read_weight_file
+from coca_scale.openclip.weight_files import WEIGHT_SUFFIXES, read_openclip
 from coca_scale.recipe.run_folder import CHECKPOINTS
 from coca_scale.recipe.schema import ModelSection
 
 
 @dataclass(frozen=True)
 class Found:
-    """Weights under our names, the config they were made for, and where a tokenizer may lie."""
+    """A model's config, what reads its weights, and where a tokenizer may lie."""
 
     config: ModelConfig
-    weights: dict[str, Tensor]
+    read: Callable[[], dict[str, Tensor]]
     folder: Path | None
+
+    @cached_property
+    def weights(self) -> dict[str, Tensor]:
+        """Under our names; read when they are first asked for.
+
+        Raises:
+            UserError: their file is damaged, dangerous or of no model of this package.
+        """
+        return self.read()
 
 
 @dataclass(frozen=True)
@@ -181,7 +190,7 @@ def load_model(name: str, config: str | None = None, raw_weights: bool = False) 
 
 
 def find_model(name: str, config: str | None = None, raw_weights: bool = False) -> Found:
-    """Config and weights of a model; arguments and errors as of `load_model`."""
+    """A model's config, and its weights to be read; arguments and errors as of `load_model`."""
     path = Path(name)
     if path.is_dir():
         return _in_folder(path, raw_weights)
@@ -233,21 +242,20 @@ def _in_folder(folder: Path, raw_weights: bool) -> Found:
         )
     verify_checkpoint(checkpoint)
     config = read_config(checkpoint)
-    return Found(config, read_weights(checkpoint, raw_weights), checkpoint.parents[1])
+    return Found(config, partial(read_weights, checkpoint, raw_weights), checkpoint.parents[1])
 
 
 def _in_registry(model: str, tag: str) -> Found:
     file = None if model in available_models() else registry_config(model)
     config = load_model_config(str(file or model))  # its own message for an unknown model is first
-    weights = from_openclip(read_weight_file(registry_file(model, tag)))
+    read = partial(read_openclip, registry_file(model, tag))
     said = {**config.to_dict(), **registry_facts(model, tag)}
-    return Found(parse_model_config(said, f"{model}@{tag}"), weights, None)
+    return Found(parse_model_config(said, f"{model}@{tag}"), read, None)
 
 
 def _in_file(file: Path, config: str) -> Found:
-    weights = from_openclip(read_weight_file(file))
     beside = Path(config).parent if config.endswith(".json") else None
     model, own_config = load_model_config(config), file.with_name(CONFIG_FILE)
     if file.name in (SAFETENSORS_FILE, BIN_FILE) and own_config.is_file():
         model = model.for_weights_of(load_model_config(str(own_config)))
-    return Found(model, weights, beside)
+    return Found(model, partial(read_openclip, file), beside)

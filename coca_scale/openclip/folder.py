@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from coca_scale.errors import UserError
 from coca_scale.model import ModelConfig, load_model_config
 from coca_scale.model.timm_tower import takes_image_size
 from coca_scale.model.weights import Model, require_finite
-from coca_scale.openclip.state_dict import from_openclip, to_openclip
-from coca_scale.openclip.weight_files import read_weight_file
+from coca_scale.openclip.state_dict import to_openclip
+from coca_scale.openclip.weight_files import read_openclip, read_weight_file
 
 CONFIG_FILE = "open_clip_config.json"
 SAFETENSORS_FILE = "open_clip_model.safetensors"
@@ -115,19 +116,20 @@ def is_model_folder(folder: Path) -> bool:
     return (folder / CONFIG_FILE).is_file() or (folder / OWN_CONFIG_FILE).is_file()
 
 
-def read_folder(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Config and weights, under our names, of an OpenCLIP folder or one of our own.
+def read_folder(folder: Path) -> tuple[ModelConfig, Callable[[], dict[str, Tensor]]]:
+    """Config of an OpenCLIP folder or one of our own, and what reads its weights, by our names.
 
     Raises:
-        UserError: files missing or damaged, or a model that is not supported.
+        UserError: files missing or damaged, or a model that is not supported; of the weights when
+            they are read.
     """
     if (folder / OWN_CONFIG_FILE).is_file():
         config = load_model_config(str(folder / OWN_CONFIG_FILE))
-        return config, read_weight_file(folder / OWN_WEIGHTS_FILE)
+        return config, partial(read_weight_file, folder / OWN_WEIGHTS_FILE)
     config = load_model_config(str(folder / CONFIG_FILE))
     for name in (SAFETENSORS_FILE, BIN_FILE):
         if (folder / name).is_file():
-            return config, from_openclip(read_weight_file(folder / name))
+            return config, partial(read_openclip, folder / name)
     raise UserError(f"{folder}: neither {SAFETENSORS_FILE} nor {BIN_FILE} in it")
 
 

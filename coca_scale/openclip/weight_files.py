@@ -11,10 +11,20 @@ from torch import Tensor
 
 from coca_scale.errors import UserError
 from coca_scale.model.pickles import read_pickle
+from coca_scale.openclip.state_dict import from_openclip
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 # of what trainers keep beside weights: learning rates, random states, arguments, paths, times
 _BESIDE_WEIGHTS = ("argparse", "datetime", "numpy", "pathlib")
+
+
+def read_openclip(path: Path) -> dict[str, Tensor]:
+    """Weights of an OpenCLIP model under our names; errors as of `read_weight_file`.
+
+    Raises:
+        UserError: also if they belong to no model of this package.
+    """
+    return from_openclip(read_weight_file(path))
 
 
 def read_weight_file(path: Path) -> dict[str, Tensor]:

@@ -16,9 +16,7 @@ MASTER_BYTES = 4
 AVERAGE_BYTES = 4
 # measured on CPU ranks, tiny.yaml, torch 2.15: 1.0 GB; on GPUs an estimate, as CUDA adds its own
 PROCESS_BYTES = 1.0e9
-LOADER_BYTES = (
-    0.1e9  # of a loader process, an estimate: 15 MB at first, and what it writes to later
-)
+LOADER_BYTES = 0.16e9  # of a loader process: what it does not share with its rank, measured
 SAMPLE_BYTES = 50e3  # of a picture as img2dataset leaves it at 256 px, an estimate
 BATCHES_AHEAD = 4  # two pieces per loader process, one whole step put together, one in use
 
@@ -31,6 +29,7 @@ class StateBytes:
         parameters: on its device.
         gradients: on its device.
         optimizer: on its device.
+        updating: beside them in an optimizer step, when activations are gone: gradients in fp32.
         offloaded: of all three, what waits in the memory of the host.
         saved: what of it goes into a checkpoint.
     """
@@ -38,6 +37,7 @@ class StateBytes:
     parameters: int
     gradients: int
     optimizer: int
+    updating: int
     offloaded: int
     saved: int
 
@@ -68,6 +68,9 @@ def state_bytes(
     weights = parameters * element / (ranks if stage >= 3 else 1)
     gradients = trained * element / (ranks if stage >= 2 else 1)
     optimizer = trained * moments / (ranks if stage >= 1 else 1)
+    # with two groups, that with weight decay is nearly all
+    copied = stage >= 1 and engine.precision != "fp32"
+    updating = trained * MASTER_BYTES / ranks if copied else 0.0
     saved = optimizer
     if engine.precision == "fp32":  # weights are their own masters
         saved += trained * element / (ranks if stage >= 1 else 1)
@@ -75,14 +78,14 @@ def state_bytes(
         saved += parameters * element
     offloaded = 0.0
     if engine.offload != "none":
-        offloaded += gradients + optimizer
-        gradients = optimizer = 0.0
+        offloaded += gradients + optimizer + updating
+        gradients = optimizer = updating = 0.0
     if engine.offload == "all":
         offloaded += weights
         weights = 0.0
     if engine.secondary_shard and ranks > ranks_per_node:
         weights += parameters * element / ranks_per_node
-    kinds = (weights, gradients, optimizer, offloaded, saved)
+    kinds = (weights, gradients, optimizer, updating, offloaded, saved)
     return StateBytes(*(round(size) for size in kinds))
 
 
@@ -94,7 +97,8 @@ class HostBytes:
         process: interpreter and libraries.
         loaders: loader processes, raw samples that are shuffled, batches ahead.
         building: the model in fp32 before it is sharded.
-        training: state and activations that are kept there: all of them where it is the device.
+        training: what is kept there: all that training takes where it is the device, activations
+            and what an optimizer step takes both, as the C library keeps most of what was freed.
         saving: what a save copies, where there is room; training waits for the disk otherwise.
     """
 

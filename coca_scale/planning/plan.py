@@ -127,11 +127,12 @@ def make_plan(
     buffers = _buffer_bytes(costs, recipe, batch, element)
     activations = costs.peak_bytes
     reserved = RESERVED_BYTES if gpu.memory_bytes > 30e9 else 0
-    total = round(state.total + activations + costs.loss_bytes + buffers + reserved)
-    here = total if gpu.is_host else 0
+    working = activations + costs.loss_bytes + buffers
+    here = round(state.total + working + state.updating) if gpu.is_host else 0
     in_host = host_bytes(
         recipe, batch, costs.image_size, costs.parameters, state.offloaded + here, state.saved
     )
+    total = round(state.total + max(working, state.updating) + reserved)
     total = in_host.total if gpu.is_host else total
 
     flops = costs.step_flops * batch.accumulation

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from coca_scale.engine.checkpoint import read_config, read_constants
 from coca_scale.engine.config import require_compilable
 from coca_scale.engine.world import World
 from coca_scale.errors import UserError
-from coca_scale.inference.load import find_model, pretrained_name
+from coca_scale.inference.load import Found, find_model, pretrained_name
 from coca_scale.model import CoCa, LogitScale, ModelConfig
 from coca_scale.model.freeze import freeze
 from coca_scale.model.preprocess import OPENAI
@@ -33,39 +34,81 @@ _ADAPTED = {
 }
 
 
+@dataclass(frozen=True)
+class Start:
+    """What a run begins with, before there is a model in memory.
+
+    Attributes:
+        config: the model, with what comes with the weights.
+        found: weights to start from, where the recipe names some and the run is new.
+        checkpoint: that the run will resume from.
+    """
+
+    config: ModelConfig
+    found: Found | None
+    checkpoint: Path | None
+
+
+def find_start(recipe: Recipe, config: ModelConfig, checkpoint: Path | None, world: World) -> Start:
+    """Where a run begins, the same on every rank.
+
+    A collective: rank 0 goes first, so that only one downloads.
+
+    Args:
+        recipe: what to start from.
+        config: the model that the recipe names.
+        checkpoint: that the run will resume from.
+        world: the ranks.
+
+    Raises:
+        AgreedError: weights are of another model, or cannot be had.
+    """
+    return world.agree(lambda: _find(recipe.model, config, checkpoint), first_alone=True)
+
+
 def initial_model(
-    recipe: Recipe, config: ModelConfig, checkpoint: Path | None, world: World, notes: list[str]
+    recipe: Recipe, start: Start, world: World, notes: list[str]
 ) -> tuple[CoCa, LogitScale]:
     """The model before training, the same on every rank, with what is locked marked as such.
 
     A collective: rank 0 goes first, so that only one downloads.
 
     Args:
-        recipe: what to start from and what to lock.
-        config: the model; of `checkpoint`, as it was saved.
-        checkpoint: that the run will resume from; only what training leaves alone is read here.
+        recipe: what to lock.
+        start: with a checkpoint only what training leaves alone is read here.
         world: the ranks.
         notes: gets a line for everything a user should know.
 
     Raises:
-        AgreedError: the weights do not fit, are damaged or cannot be had.
+        AgreedError: the weights do not fit or are damaged, or those of a tower cannot be had.
     """
-    return world.agree(lambda: _build(recipe, config, checkpoint, notes), first_alone=True)
+    return world.agree(lambda: _build(recipe, start, notes), first_alone=True)
 
 
-def _build(
-    recipe: Recipe, config: ModelConfig, checkpoint: Path | None, notes: list[str]
-) -> tuple[CoCa, LogitScale]:
+def _find(section: ModelSection, config: ModelConfig, checkpoint: Path | None) -> Start:
+    if checkpoint is not None:
+        return Start(config.for_weights_of(read_config(checkpoint)), None, checkpoint)
+    if section.pretrained is None:
+        return Start(config, None, None)
+    name = pretrained_name(section)
+    found = find_model(name, section.name)
+    config = config.for_weights_of(found.config)
+    differences = _differences(found.config, config)
+    if differences:
+        raise UserError(f"model.pretrained={name}: made for another model: {differences}")
+    return Start(config, found, None)
+
+
+def _build(recipe: Recipe, start: Start, notes: list[str]) -> tuple[CoCa, LogitScale]:
     torch.manual_seed(recipe.run.seed)
     logit_scale = LogitScale()
-    pretrained = recipe.model.pretrained
-    if checkpoint is not None:
-        coca = CoCa(config.for_weights_of(read_config(checkpoint)))
-        coca.load_state_dict(read_constants(checkpoint), strict=False, assign=True)
-    elif pretrained is not None:
-        coca = _pretrained(config, logit_scale, recipe.model, notes)
+    if start.checkpoint is not None:
+        coca = CoCa(start.config)
+        coca.load_state_dict(read_constants(start.checkpoint), strict=False, assign=True)
+    elif start.found is not None:
+        coca = _pretrained(start.config, start.found, logit_scale, recipe.model, notes)
     else:
-        coca = CoCa(config)
+        coca = CoCa(start.config)
         filled = load_tower_weights(coca) if recipe.model.pretrained_towers else []
         notes += filled
         if filled:
@@ -81,14 +124,13 @@ def _build(
 
 
 def _pretrained(
-    config: ModelConfig, logit_scale: LogitScale, section: ModelSection, notes: list[str]
+    config: ModelConfig,
+    found: Found,
+    logit_scale: LogitScale,
+    section: ModelSection,
+    notes: list[str],
 ) -> CoCa:
     name = pretrained_name(section)
-    found = find_model(name, section.name)
-    config = config.for_weights_of(found.config)
-    differences = _differences(found.config, config)
-    if differences:
-        raise UserError(f"model.pretrained={name}: made for another model: {differences}")
     weights, changes = fit_weights(found.weights, config)
     try:
         coca = load_coca(config, logit_scale, weights)

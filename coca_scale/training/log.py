@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import resource
 import sys
 from collections.abc import Mapping
 from datetime import timedelta
@@ -15,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
+from coca_scale.engine.host import peak_bytes
 from coca_scale.evaluation.captioning import draw_grid
 from coca_scale.losses import LABELS
 from coca_scale.recipe import Recipe
@@ -166,4 +166,4 @@ def peak_memory_bytes() -> int:
     """Peak of this process: device memory where there is a GPU, resident memory otherwise."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak_bytes()

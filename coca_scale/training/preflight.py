@@ -72,7 +72,8 @@ def room_in_host(recipe: Recipe, batch: BatchSplit, model: CoCa, world: World) -
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     parameters, trained = (sum(n for n, t in sizes if t or not only) for only in (False, True))
     state = state_bytes(recipe, parameters, trained, world.size, world.ranks_per_node)
-    kept = state.offloaded + (state.total if world.device.type == "cpu" else 0)
+    kept = state.offloaded
+    kept += state.total + state.updating if world.device.type == "cpu" else 0
     image_size = model.config.vision_cfg.image_size
     need = host_bytes(recipe, batch, image_size, parameters, kept, state.saved)
     total, there = need.total * world.ranks_per_node, memory_bytes()

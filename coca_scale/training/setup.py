@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
+from collections.abc import Generator
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from coca_scale.data.lengths import balanced_order
-from coca_scale.data.loader import LaneStates, TrainDataset, TrainLoader
+from coca_scale.data.loader import LaneStates, StepBatch, TrainDataset, TrainLoader, deal_lanes
 from coca_scale.data.sample import Source
 from coca_scale.data.sources import open_source, train_crop
 from coca_scale.data.tokens import FastTokenizer, Tokenizer, make_tokenizer
@@ -36,7 +38,7 @@ from coca_scale.recipe import BatchSplit, Recipe, dump_recipe
 from coca_scale.recipe.run_folder import CHECKPOINTS, RECIPE, VERSIONS
 from coca_scale.recipe.total_steps import total_steps
 from coca_scale.training.identity import Identity, compare, identify
-from coca_scale.training.initial import initial_model
+from coca_scale.training.initial import find_start, initial_model
 from coca_scale.training.preflight import preflight, room_for_checkpoints, room_in_host
 from coca_scale.training.validation import Validation
 from coca_scale.version import __version__
@@ -117,6 +119,8 @@ class Setup:
     Attributes:
         prepared: of the run.
         resumed: checkpoint to load, None for a new run.
+        lanes: of this rank, where its data begins or goes on.
+        batches: this rank's share of every step, endless; None if no step is left.
         engine: with the model that the run begins with.
         identity: what the run is, for its checkpoints.
         samples_at_peak: samples per second if this device computed all the time; None for one not
@@ -126,14 +130,21 @@ class Setup:
 
     prepared: Prepared
     resumed: Path | None
+    lanes: LaneStates
+    batches: Generator[StepBatch] | None
     engine: TrainEngine
     identity: Identity
     samples_at_peak: float | None
     notes: list[str]
 
 
-def set_up(recipe: Recipe, world: World) -> Setup:
+def set_up(recipe: Recipe, world: World, lanes: LaneStates | None = None) -> Setup:
     """Prepare everything. A collective.
+
+    Args:
+        recipe: of the run.
+        world: the ranks.
+        lanes: where this rank's data goes on, and not where the checkpoint says.
 
     Raises:
         AgreedError: the recipe does not fit the model, the data or the number of ranks, the
@@ -146,20 +157,29 @@ def set_up(recipe: Recipe, world: World) -> Setup:
     identity = world.on_first(
         lambda: identify(recipe, world.size, prepared.tokenizer, prepared.source)
     )
+    split, progress = prepared.batch_split, dict[str, Any]()
     if resumed is not None:
-        about = (identity, prepared.config, prepared.batch_split.lanes)
-        notes += world.on_first(lambda: compare(resumed, read_progress(resumed), *about))
-    coca, logit_scale = initial_model(recipe, prepared.config, resumed, world, notes)
-    prepared = replace(prepared, config=coca.config)  # with what came with the weights
+        progress = world.agree(lambda: read_progress(resumed))
+        about = (identity, prepared.config, split.lanes)
+        notes += world.on_first(lambda: compare(resumed, progress, *about))
+    start = find_start(recipe, prepared.config, resumed, world)
+    prepared = replace(prepared, config=start.config)
+    if lanes is None:
+        saved = progress.get("lanes")
+        lanes = world.agree(lambda: deal_lanes(split.lanes, world.rank, world.size, saved))
+    # its processes are copies of this one, and would keep a model that they had seen
+    left = progress.get("step", 0) < prepared.steps or resumed is None
+    batches = iter(prepared.loader(lanes)) if left else None
+    coca, logit_scale = initial_model(recipe, start, world, notes)
     room = room_for_checkpoints(folder, sum(p.numel() for p in coca.parameters()))
-    crowded = room_in_host(recipe, prepared.batch_split, coca, world)
+    crowded = room_in_host(recipe, split, coca, world)
     notes += [note for note in (room, crowded) if note is not None]
     samples_at_peak = _samples_at_peak(prepared, world)
-    recomputed = world.on_first(lambda: blocks_to_recompute(recipe, prepared.batch_split))
+    recomputed = world.on_first(lambda: blocks_to_recompute(recipe, split))
     if recomputed:
         notes.append(f"recomputing {len(recomputed)} blocks to keep to the activation budget")
-    engine = TrainEngine(coca, logit_scale, recipe, prepared.batch_split, world, recomputed)
-    return Setup(prepared, resumed, engine, identity, samples_at_peak, notes)
+    engine = TrainEngine(coca, logit_scale, recipe, split, world, recomputed)
+    return Setup(prepared, resumed, lanes, batches, engine, identity, samples_at_peak, notes)
 
 
 def prepare(recipe: Recipe, world: World) -> Prepared:

@@ -9,7 +9,7 @@ from contextlib import closing
 from dataclasses import asdict
 from typing import Any
 
-from coca_scale.data.loader import LaneStates, StepBatch, deal_lanes
+from coca_scale.data.loader import LaneStates, StepBatch
 from coca_scale.data.prefetch import Prefetcher
 from coca_scale.engine.checkpoint import find_checkpoint, fitting_state, read_progress
 from coca_scale.engine.train_engine import StepResult
@@ -68,20 +68,18 @@ class Trainer:
         self.signals = signals
         self.folder = recipe.run.folder
         self.step = 0
-        self.lanes: LaneStates = {}
         self.owner = owner or Owner(None, world.rank == 0)
         self.skips = SkipLog(world, self.owner, self.folder, recipe.data.max_bad_fraction)
         self.bad_steps = BadSteps(world, self.owner, self.folder, recipe.health, rollbacks)
         self._step_seconds = recipe.engine.step_timeout_minutes * 60
         self._slow_seconds = recipe.engine.save_timeout_minutes * 60
         with self.watchdog.phase("starting", recipe.engine.start_timeout_minutes * 60):
-            self.setup = set_up(recipe, world)
+            self.setup = set_up(recipe, world, lanes)
             world.set_timeout(max(self._step_seconds, self._slow_seconds) + 120)
         self.prepared, self.engine = self.setup.prepared, self.setup.engine
+        self.lanes = self.setup.lanes
         with self.watchdog.phase("loading the checkpoint", self._slow_seconds):
             world.agree(self._load)
-        if lanes is not None:
-            self.lanes = lanes
 
     def close(self) -> None:
         """Free what the engine holds."""
@@ -132,10 +130,12 @@ class Trainer:
             self._validate(log)  # what there is to lose
         meter = Meter(self.world, recipe.train.global_batch, recipe.health.straggler_factor)
         limit = max(self._step_seconds, recipe.engine.start_timeout_minutes * 60)  # compiles, reads
-        loader = Prefetcher(iter(self.prepared.loader(self.lanes)), self.world.device)
+        samples = self.setup.batches
+        assert samples is not None, "no step is left"
         span = recipe.log.profile_steps if self.world.rank == 0 else None
         with (
-            closing(loader) as batches,
+            closing(samples),
+            closing(Prefetcher(samples, self.world.device)) as batches,
             GarbageCollection(recipe.engine.gc_every_steps) as garbage,
             StepProfiler(span, self.folder / PROFILE, log.say) as profiler,
         ):
@@ -274,29 +274,27 @@ class Trainer:
         }
 
     def _load(self) -> None:
-        """Optimizer, counters and this rank's lanes, from the checkpoint or from the start.
+        """Optimizer and counters, from the checkpoint or from the start.
 
         Raises:
             UserError: it does not fit this run, the same on every rank.
         """
-        saved, resumed = None, self.setup.resumed
-        if resumed is not None:
-            started = time.perf_counter()
-            progress = read_progress(resumed)
-            saved = progress["lanes"]
-            scratch, layout = self.prepared.checkpoints, self.engine.layout
-            with fitting_state(resumed, layout, scratch, self.world) as universal:
-                self.engine.load_state(resumed, universal)
-            self.step = progress["step"]
-            self.bad_steps.load(progress["bad_steps"])
-            self.skips.load(progress["skips"])
-            seconds = time.perf_counter() - started
-            how = " after changing its layout" if universal is not None else ""
-            self.setup.notes.append(
-                f"resumed from {resumed} at step {self.step}; loaded in {seconds:.1f} s{how}"
-            )
-        lanes, world = self.prepared.batch_split.lanes, self.world
-        self.lanes = deal_lanes(lanes, world.rank, world.size, saved)
+        resumed = self.setup.resumed
+        if resumed is None:
+            return
+        started = time.perf_counter()
+        progress = read_progress(resumed)
+        scratch, layout = self.prepared.checkpoints, self.engine.layout
+        with fitting_state(resumed, layout, scratch, self.world) as universal:
+            self.engine.load_state(resumed, universal)
+        self.step = progress["step"]
+        self.bad_steps.load(progress["bad_steps"])
+        self.skips.load(progress["skips"])
+        seconds = time.perf_counter() - started
+        how = " after changing its layout" if universal is not None else ""
+        self.setup.notes.append(
+            f"resumed from {resumed} at step {self.step}; loaded in {seconds:.1f} s{how}"
+        )
 
 
 def _writable(value: Any) -> bool:

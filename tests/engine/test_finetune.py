@@ -122,10 +122,10 @@ def finetuned(tmp_path_factory):
 def test_what_is_locked_stays_bit_for_bit_and_the_rest_trains(finetuned, run, constant, trained):
     from coca_scale.openclip.folder import read_folder
 
-    _, before = read_folder(finetuned / "start")
+    before = read_folder(finetuned / "start")[1]()
     for after in (
         read_weights(find_checkpoint(finetuned / run / "checkpoints")),
-        read_folder(finetuned / run / "export")[1],
+        read_folder(finetuned / run / "export")[1](),
     ):
         kept = [name for name in before if name.startswith(constant)]
         assert kept and all(torch.equal(after[name], before[name]) for name in kept)
@@ -138,8 +138,8 @@ def test_what_is_locked_stays_bit_for_bit_and_the_rest_trains(finetuned, run, co
 def test_batch_norm_statistics_survive_a_bf16_run(finetuned):
     from coca_scale.openclip.folder import read_folder
 
-    _, before = read_folder(finetuned / "bn_start")
-    _, after = read_folder(finetuned / "bn" / "export")
+    before = read_folder(finetuned / "bn_start")[1]()
+    after = read_folder(finetuned / "bn" / "export")[1]()
     statistics = [name for name in before if "running" in name]
     assert statistics and all(torch.equal(after[name], before[name]) for name in statistics)
     assert not torch.equal(after["image.projection"], before["image.projection"])
@@ -310,13 +310,13 @@ def memory_on_rank(rank, _ranks, folder):
     """Bytes of memory of its own that a rank has after building a model from a file."""
     from coca_scale.engine.launch import start_world
     from coca_scale.model import ModelConfig
-    from coca_scale.training.initial import initial_model
+    from coca_scale.training.initial import find_start, initial_model
 
     recipe = tiny_recipe(model__name=str(folder / "big.json"), model__pretrained=str(folder / "w"))
     world = start_world()
     config = ModelConfig.from_recipe(recipe.model)
     before = own_memory()
-    coca, _ = initial_model(recipe, config, None, world, [])
+    coca, _ = initial_model(recipe, find_start(recipe, config, None, world), world, [])
     world.barrier()
     grown = own_memory() - before
     total = sum(p.numel() * 4 for p in coca.parameters())

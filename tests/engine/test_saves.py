@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from coca_scale.engine.host import available_bytes, memory_bytes
+from coca_scale.engine.host import available_bytes, memory_bytes, regrowth_bytes
 from coca_scale.engine.writing import PIECE_BYTES, FileWriter
 from tests.conftest import tiny_recipe
 from tests.engine.batches import BATCH, batch_of
@@ -99,3 +99,17 @@ def test_memory_of_a_job_is_what_its_control_groups_leave(tmp_path):
         mount = root.parent if version.startswith("v1") else root
         assert list(_limits(mount, own)) == [(8000, 4000)]
     assert 0 < available_bytes() < memory_bytes()
+
+
+def big_and_gone(_rank, _ranks):
+    before = regrowth_bytes()
+    block = torch.ones(50_000_000)
+    there = regrowth_bytes()
+    del block
+    return before, there, regrowth_bytes()
+
+
+def test_what_a_process_gave_back_is_kept_for_it():
+    ((before, there, after),) = on_ranks(big_and_gone, 1)
+    assert there < 1.9e8 < after - there
+    assert before < 1.9e8

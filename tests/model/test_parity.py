@@ -138,7 +138,8 @@ def test_export_loads_in_openclip_and_comes_back_bit_exact(tmp_path):
     assert write_folder(weights, config, tmp_path) is None
     loaded = open_clip.create_model(f"local-dir:{tmp_path}")
     returned = from_openclip(loaded.state_dict())
-    read_config, read = read_folder(tmp_path)
+    read_config, read_weights = read_folder(tmp_path)
+    read = read_weights()
     assert read_config == config
     for copy in (returned, read):
         assert copy.keys() == weights.keys()
@@ -157,7 +158,8 @@ def test_what_openclip_cannot_compute_is_not_written_for_it(kind, tmp_path):
     assert reason
     with pytest.raises(FileNotFoundError, match="config file missing"):
         open_clip.create_model(f"local-dir:{out}")
-    read_config, read = read_folder(out)
+    read_config, read_weights = read_folder(out)
+    read = read_weights()
     assert read_config == config
     assert all(torch.equal(read[name], weights[name]) for name in weights)
 

@@ -226,7 +226,8 @@ def test_image_positions_are_resized_as_openclip_does(tmp_path):
     reference = open_clip.create_model(f"local-dir:{tmp_path}", force_image_size=80).eval()
     from coca_scale.openclip.folder import read_folder
 
-    config, weights = read_folder(tmp_path)
+    config, read_weights = read_folder(tmp_path)
+    weights = read_weights()
     fitted, notes = fit_weights(weights, config.resized(image_size=80))
     assert notes == ["image.position_embedding: (37, 128) made (101, 128)"]
     images = torch.randn(2, 3, 80, 80)

@@ -173,7 +173,7 @@ def test_weights_of_another_architecture(weights, tmp_path):
     resnet = {"visual.layer1.0.conv1.weight": torch.zeros(64, 64, 1, 1)}
     torch.save(resnet, tmp_path / "rn50.pt")
     with pytest.raises(UserError, match="belongs to no model of this package"):
-        find_model(str(tmp_path / "rn50.pt"), "coca_tiny")
+        load_model(str(tmp_path / "rn50.pt"), "coca_tiny")
 
 
 def start(_rank, _ranks, recipes):
