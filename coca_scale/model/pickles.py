@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import pickle
+import pickletools
 import re
 import threading
 import zipfile
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ _FORBIDDEN = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"  # it refuses to load where both
 _LOCK = threading.RLock()  # the environment and torch's list of classes belong to the process
 _NAMED = re.compile(r"GLOBAL (\S+)")
 _ZIP = b"PK\x03\x04"
+_OLD_PICKLES = 5  # of the format without a zip: mark, version, machine, content, names of storages
+_LONGEST_NAME = 1000
 
 
 class Unread:
@@ -80,6 +83,7 @@ def read_pickle(
     """
     try:
         is_zip = _is_zip(path)  # the format before torch 1.6 is not
+        _require_short_names(path, is_zip)
         stand_ins = _stand_ins(path, unread) if is_zip and unread else []
         with tensors_alone([*allowed, *stand_ins]):
             content = torch.load(
@@ -138,6 +142,33 @@ def _is_zip(path: Path) -> bool:
     if sum(entry.file_size for entry in entries) > path.stat().st_size:
         raise ValueError("it would unfold into more than it is")
     return True
+
+
+def _require_short_names(path: Path, is_zip: bool) -> None:
+    """Refuse classes of endless names: torch searches its own message about one by its square.
+
+    Raises:
+        UserError: there is one.
+        Exception: it is no pickle, anything of what `pickletools` raises.
+    """
+    for pickled in _pickles(path, is_zip):
+        for opcode, argument, _ in pickletools.genops(pickled):
+            if opcode.name in ("GLOBAL", "INST") and len(argument or "") > _LONGEST_NAME:
+                raise UserError(f"{path}: holds an object of a class that nobody could name")
+
+
+def _pickles(path: Path, is_zip: bool) -> Iterator[IO[bytes]]:
+    """Every pickle in a file, open where it begins."""
+    if is_zip:
+        with zipfile.ZipFile(path) as opened:
+            for entry in opened.namelist():
+                if entry.endswith("/data.pkl"):
+                    with opened.open(entry) as file:
+                        yield file
+        return
+    with path.open("rb") as file:
+        for _ in range(_OLD_PICKLES):
+            yield file
 
 
 def _stand_ins(path: Path, packages: Collection[str]) -> list[tuple[type, str]]:

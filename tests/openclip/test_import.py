@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from coca_scale.errors import UserError
 from coca_scale.inference.load import find_model, load_model, pretrained_name
 from coca_scale.model import CoCa, LogitScale, load_model_config
+from coca_scale.model.pickles import read_pickle
 from coca_scale.model.weights import load_coca
 from coca_scale.openclip.folder import write_folder
 from coca_scale.openclip.hub import registry_file
@@ -323,6 +324,25 @@ def test_training_checkpoints_with_numpys_numbers_are_read_without_numpy(weights
     with pytest.raises(UserError, match="could run code"):
         read_weight_file(tmp_path / "evil.pt")
     assert not Path("/tmp/coca_scale_code_ran").exists()
+
+
+def test_classes_of_endless_names_are_refused_by_their_length(tmp_path):
+    """Torch would search its message about a name of a megabyte for hours."""
+    short, long = b"cargparse\nNamespace\n", b"cargparse\n" + b"N" * 10**6 + b"\n"
+    for as_zip in (True, False):
+        file = tmp_path / f"{as_zip}.pt"
+        content = {"a": argparse.Namespace()}
+        torch.save(content, file, _use_new_zipfile_serialization=as_zip)
+        if as_zip:
+            with zipfile.ZipFile(file) as plain:
+                files = {name: plain.read(name) for name in plain.namelist()}
+            with zipfile.ZipFile(file, "w") as changed:
+                for name, data in files.items():
+                    changed.writestr(name, data.replace(short, long))
+        else:
+            file.write_bytes(file.read_bytes().replace(short, long))
+        with pytest.raises(UserError, match="a class that nobody could name"):
+            read_pickle(file, unread=("argparse",))
 
 
 def test_files_that_unfold_into_more_than_they_are(tmp_path):
