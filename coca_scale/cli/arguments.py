@@ -72,21 +72,8 @@ ConfigOption = Annotated[
 RawWeights = Annotated[
     bool, typer.Option("--raw-weights", help="The last weights of a run, not their average.")
 ]
-ImageColumn = Annotated[str, typer.Option(help="CSV/TSV column with the image path.")]
-ImagesOption = Annotated[Path | None, typer.Option(help="Pictures of a .json.")]
-SplitOption = Annotated[
-    str | None, typer.Option(help="Of a .json with Karpathy's splits: train, val, test …")
-]
-FirstLine = Annotated[
-    bool, typer.Option("--first-line", help="Of a .txt side-car, take no further lines.")
-]
 CORES = len(os.sched_getaffinity(0))
 Workers = Annotated[int, typer.Option(min=1, help="Processes.")]
-EncodingOption = Annotated[
-    str | None,
-    typer.Option(help="Of side-cars and lists that are neither UTF-8 nor UTF-16: cp1252, …"),
-]
-CaptionColumn = Annotated[str, typer.Option(help="CSV/TSV column with the caption.")]
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML recipe.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE...]", help="Change the recipe.")

@@ -10,23 +10,19 @@ import typer
 
 from coca_scale.cli.arguments import (
     CORES,
-    CaptionColumn,
-    EncodingOption,
-    FirstLine,
-    ImageColumn,
-    ImagesOption,
-    SplitOption,
     Workers,
     progress_bar,
     say,
     skipped,
 )
+from coca_scale.cli.listing import ListArguments, lists_data
 from coca_scale.errors import UserError
 
 app = typer.Typer(help="Prepare and inspect training data.", no_args_is_help=True)
 
 
 @app.command("pack")
+@lists_data
 def data_pack(
     source: Annotated[
         Path,
@@ -36,12 +32,7 @@ def data_pack(
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the shards.")],
-    images: ImagesOption = None,
-    split: SplitOption = None,
-    first_line: FirstLine = False,
-    image_column: ImageColumn = "filepath",
-    caption_column: CaptionColumn = "title",
-    encoding: EncodingOption = None,
+    listing: ListArguments,
     shard_samples: Annotated[int, typer.Option(min=1, help="Samples per shard.")] = 10000,
     max_side: Annotated[
         int | None, typer.Option(min=16, help="Scale larger pictures down, in pixels.")
@@ -58,8 +49,7 @@ def data_pack(
     """
     from coca_scale.data.pack import PackOptions, pack, pack_split
 
-    columns = (image_column, caption_column)
-    options = PackOptions(images, *columns, split, first_line, encoding, shard_samples, max_side)
+    options = PackOptions(**listing, shard_samples=shard_samples, max_side=max_side)
     with progress_bar("pictures") as progress:
         if hold_out is None:
             results = {out: pack(source, out, options, workers, progress)}

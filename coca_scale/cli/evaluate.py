@@ -17,13 +17,8 @@ import typer
 from coca_scale.cli.arguments import (
     METHODS,
     BatchSize,
-    CaptionColumn,
     ConfigOption,
     DataArgument,
-    EncodingOption,
-    FirstLine,
-    ImageColumn,
-    ImagesOption,
     Limit,
     MaxLength,
     Method,
@@ -35,12 +30,12 @@ from coca_scale.cli.arguments import (
     Precision,
     PrecisionOption,
     RawWeights,
-    SplitOption,
     progress_bar,
     say,
     skipped,
 )
 from coca_scale.cli.inputs import data_section, load, open_inputs, ranks
+from coca_scale.cli.listing import ListArguments, lists_data
 
 if TYPE_CHECKING:
     from coca_scale.evaluation.pictures import InputPictures
@@ -125,20 +120,10 @@ def _report(result: Result, model: str, data: list[str], out: Path | None) -> No
         say(f"scores: {out}")
 
 
-def _captioned(
-    data: list[str],
-    image_column: str,
-    caption_column: str,
-    images: Path | None,
-    split: str | None,
-    first_line: bool,
-    encoding: str | None,
-) -> InputPictures:
+def _captioned(data: list[str], listing: ListArguments) -> InputPictures:
     from coca_scale.evaluation.pictures import InputPictures
 
-    columns = (image_column, caption_column)
-    parts = open_inputs(data, *columns, images, split, first_line, encoding, captions_needed=True)
-    return InputPictures(parts)
+    return InputPictures(open_inputs(data, listing, captions_needed=True))
 
 
 @_verb("zeroshot")
@@ -165,17 +150,14 @@ def eval_zeroshot(
 
 
 @_verb("retrieval")
+@lists_data
 def eval_retrieval(
     data: DataArgument,
+    *,
     equal_captions: Annotated[
         bool, typer.Option("--equal-captions", help="Any picture with the same caption is right.")
     ] = False,
-    image_column: ImageColumn = "filepath",
-    caption_column: CaptionColumn = "title",
-    images: ImagesOption = None,
-    split: SplitOption = None,
-    first_line: FirstLine = False,
-    encoding: EncodingOption = None,
+    listing: ListArguments,
 ) -> Evaluator:
     """Recall at 1, 5 and 10, image to text and text to image.
 
@@ -183,25 +165,19 @@ def eval_retrieval(
     """
     from coca_scale.evaluation.retrieval import Retrieval
 
-    columns = (image_column, caption_column)
-    return Retrieval(
-        _captioned(data, *columns, images, split, first_line, encoding), equal_captions
-    )
+    return Retrieval(_captioned(data, listing), equal_captions)
 
 
 @_verb("captioning")
+@lists_data
 def eval_captioning(
     data: DataArgument,
+    *,
     method: MethodOption = Method.BEAM,
     num_beams: NumBeams = 6,
     max_length: MaxLength = None,
     min_length: MinLength = 5,
-    image_column: ImageColumn = "filepath",
-    caption_column: CaptionColumn = "title",
-    images: ImagesOption = None,
-    split: SplitOption = None,
-    first_line: FirstLine = False,
-    encoding: EncodingOption = None,
+    listing: ListArguments,
 ) -> Evaluator:
     """BLEU, METEOR, ROUGE-L, CIDEr and SPICE of generated captions, by COCO's own code.
 
@@ -211,5 +187,4 @@ def eval_captioning(
     from coca_scale.inference.generation_options import GenerationOptions
 
     options = GenerationOptions(METHODS[method], max_length, min_length, num_beams)
-    columns = (image_column, caption_column)
-    return Captioning(_captioned(data, *columns, images, split, first_line, encoding), options)
+    return Captioning(_captioned(data, listing), options)

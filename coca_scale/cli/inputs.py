@@ -6,10 +6,10 @@ import contextlib
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from coca_scale.cli.arguments import Precision
+from coca_scale.cli.listing import ListArguments
 
 if TYPE_CHECKING:
     import torch
@@ -20,22 +20,13 @@ if TYPE_CHECKING:
     from coca_scale.recipe.data import DataSection
 
 
-def open_inputs(
-    inputs: list[str],
-    image_column: str,
-    caption_column: str,
-    images: Path | None,
-    split: str | None,
-    first_line: bool,
-    encoding: str | None,
-    captions_needed: bool,
-) -> list[Part]:
+def open_inputs(inputs: list[str], listing: ListArguments, captions_needed: bool) -> list[Part]:
     """What DATA or INPUTS of a verb name."""
     from coca_scale.data.listing import ListOptions
     from coca_scale.evaluation.pictures import open_pictures
 
-    listing = ListOptions(images, image_column, caption_column, split, first_line, encoding)
-    return open_pictures(inputs, data_section(inputs), listing, captions_needed)
+    options = ListOptions(**listing)
+    return open_pictures(inputs, data_section(inputs), options, captions_needed)
 
 
 def data_section(inputs: list[str]) -> DataSection:

@@ -11,12 +11,7 @@ import typer
 from coca_scale.cli.arguments import (
     METHODS,
     BatchSize,
-    CaptionColumn,
     ConfigOption,
-    EncodingOption,
-    FirstLine,
-    ImageColumn,
-    ImagesOption,
     MaxLength,
     Method,
     MethodOption,
@@ -26,12 +21,12 @@ from coca_scale.cli.arguments import (
     Precision,
     PrecisionOption,
     RawWeights,
-    SplitOption,
     progress_bar,
     say,
     skipped,
 )
 from coca_scale.cli.inputs import load, open_inputs, ranks
+from coca_scale.cli.listing import ListArguments, lists_data
 from coca_scale.errors import UserError
 from coca_scale.version import __version__
 
@@ -117,6 +112,7 @@ def publish_command(
     say(upload(repo, publication.files, private or None, message))
 
 
+@lists_data
 def caption_command(
     model: ModelArgument,
     inputs: Annotated[
@@ -126,6 +122,7 @@ def caption_command(
     out: Annotated[
         Path, typer.Option(help="JSONL file, or a folder for one file per input shard.")
     ],
+    *,
     method: MethodOption = Method.BEAM,
     num_beams: NumBeams = 6,
     num_beam_groups: Annotated[int, typer.Option(help="Beams in groups that differ.")] = 1,
@@ -143,12 +140,7 @@ def caption_command(
     picture: Annotated[Path | None, typer.Option(help="Also draw a PNG grid.")] = None,
     batch_size: BatchSize = 64,
     precision: PrecisionOption = Precision.FP32,
-    image_column: ImageColumn = "filepath",
-    caption_column: CaptionColumn = "title",
-    images: ImagesOption = None,
-    split: SplitOption = None,
-    first_line: FirstLine = False,
-    encoding: EncodingOption = None,
+    listing: ListArguments,
     config: ConfigOption = None,
     raw_weights: RawWeights = False,
 ) -> None:
@@ -179,18 +171,12 @@ def caption_command(
         seed=seed,
     )
     with ranks() as world:
-        columns = (image_column, caption_column)
-        parts = world.agree(
-            lambda: open_inputs(
-                inputs, *columns, images, split, first_line, encoding, captions_needed=False
-            )
-        )
+        parts = world.agree(lambda: open_inputs(inputs, listing, captions_needed=False))
         encoder = loaded_encoder(load(model, config, raw_weights, precision, world), world)
         captioner = world.agree(lambda: captioning.Captioner(encoder, options, prompt, batch_size))
         settings = {"model": model, "raw_weights": raw_weights, "inputs": inputs, "prompt": prompt}
-        settings |= {"precision": precision.value, "split": split, **asdict(options)}
-        settings |= {"first_line": True} if first_line else {}
-        settings |= {} if encoding is None else {"encoding": encoding}
+        settings |= {"precision": precision.value, "split": listing["split"], **asdict(options)}
+        settings |= {key: listing[key] for key in ("first_line", "encoding") if listing[key]}
         with progress_bar("pictures", world.rank == 0) as progress:
             job = CaptionJob(captioner, parts, settings, world, progress)
             in_file = out.suffix in (".jsonl", ".json")
