@@ -14,6 +14,7 @@ if not __package__:  # started as a file: import the package, not the modules be
 from coca_scale.engine.leaving import appoint_witness, leave, told
 from coca_scale.engine.streams import outlive_readers
 from coca_scale.recipe.exits import CRASHED
+from coca_scale.recipe.text import tell
 from coca_scale.training.requests import Signals
 
 
@@ -42,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             recipe = load_recipe(options.recipe, options.overrides)
         except RecipeError as error:
-            print(error, file=sys.stderr)
+            tell(str(error))
             return 2
         from coca_scale.training.run import dry_run, train
 
@@ -51,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _crash(kind: type[BaseException], error: BaseException, _: types.TracebackType | None) -> None:
     """Before ranks watch each other: print the traceback and end, reaching for nobody again."""
-    print(told(error), file=sys.stderr, flush=True)
+    tell(told(error))
     if issubclass(kind, Exception):
         leave(CRASHED)
 

@@ -37,6 +37,7 @@ from coca_scale.engine.processes import Process, machine
 from coca_scale.engine.world import World
 from coca_scale.recipe.exits import CRASHED
 from coca_scale.recipe.run_folder import STACKS
+from coca_scale.recipe.text import tell
 
 BEAT_SECONDS = 2.0
 LOOK_SECONDS = 0.5
@@ -130,7 +131,7 @@ class Watchdog:
 
     def _end(self, message: str | None) -> NoReturn:
         if message is not None:
-            print(f"coca-scale: {message}", file=sys.stderr, flush=True)
+            tell(f"coca-scale: {message}")
         if self._world.rank == 0:
             time.sleep(3 * BEAT_SECONDS)  # let the others read it before the store goes
         leave(CRASHED)
@@ -233,7 +234,7 @@ class Watchdog:
         rank = self._world.rank
         self._folder.mkdir(parents=True, exist_ok=True)
         with (self._folder / f"rank_{rank:05d}.txt").open("w") as file:
-            print(f"{self._world.name_of(rank)}, {phase}, {time.ctime()}", file=file, flush=True)
+            tell(f"{self._world.name_of(rank)}, {phase}, {time.ctime()}", file)
             faulthandler.dump_traceback(file)
         mine = json.dumps([phase, self._whereabouts()])
         _in_time(lambda: self._store.set(f"stuck/{rank}", mine), None)

@@ -7,6 +7,8 @@ import contextlib
 import os
 import re
 import shlex
+import sys
+from typing import TextIO
 
 from coca_scale.errors import UserError
 
@@ -71,6 +73,11 @@ def one_line(text: str) -> str:
 def visible(text: str) -> str:
     """A message for a terminal: what would steer it is written out, as in `\\x1b`."""
     return _SURROGATES.sub(_written_out, _CONTROLS.sub(_written_out, text))
+
+
+def tell(message: str, file: TextIO | None = None) -> None:
+    """A message on stderr, or into `file`, that steers no terminal."""
+    print(visible(message), file=file or sys.stderr, flush=True)
 
 
 def shell_word(word: str) -> str:

@@ -6,11 +6,11 @@ Neither a full disk nor a damaged line must end a run for the sake of its log.
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 from coca_scale.errors import UserError
 from coca_scale.recipe.files import parse_json
+from coca_scale.recipe.text import tell
 
 _failed: set[Path] = set()
 
@@ -31,7 +31,7 @@ def warn_once(path: Path, error: OSError) -> None:
     """Say that lines of a file are lost, at the first one."""
     if path not in _failed:
         _failed.add(path)
-        print(f"warning: {path} is not being written: {error}", file=sys.stderr, flush=True)
+        tell(f"warning: {path} is not being written: {error}")
 
 
 def forget_after(path: Path, step: int) -> str | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
@@ -26,7 +25,7 @@ from coca_scale.recipe.run_folder import (
     TENSORBOARD,
     VALIDATION,
 )
-from coca_scale.recipe.text import visible
+from coca_scale.recipe.text import tell, visible
 from coca_scale.training.appending import append, forget_after, warn_once
 from coca_scale.training.ownership import Owner
 from coca_scale.training.tracking import Tracker
@@ -89,7 +88,7 @@ class RunLog:
             if self._bar is not None:
                 self._bar.console.print(message, highlight=False, markup=False)
             else:
-                print(message, file=sys.stderr, flush=True)
+                tell(message)
 
     def metrics(self, values: dict[str, Any]) -> None:
         """One line of metrics.jsonl, scalars, and the progress display."""

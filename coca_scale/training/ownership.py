@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import re
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -26,7 +25,7 @@ from coca_scale.engine.world import World
 from coca_scale.errors import UserError
 from coca_scale.recipe.files import read_json_as
 from coca_scale.recipe.run_folder import LOCK
-from coca_scale.recipe.text import visible
+from coca_scale.recipe.text import tell, visible
 
 BEAT_SECONDS = 5.0
 WATCH_SECONDS = 60.0  # without a beat, after which an owner elsewhere counts as gone
@@ -118,7 +117,7 @@ class Lock:
         except OSError as error:
             raise UserError(f"the run folder cannot be written: {error}") from error
         if note is not None:
-            print(note, file=sys.stderr, flush=True)
+            tell(note)
         return cls(place, last + 1, me)
 
     def holds(self) -> bool:
@@ -243,7 +242,7 @@ def _why_gone(
             return f"which gave no sign of life for {seconds:.0f} s"
         if waited > 2 * BEAT_SECONDS and not announced:
             announced = True
-            print(announcement, file=sys.stderr, flush=True)
+            tell(announcement)
         time.sleep(_LOOK_SECONDS)
         if _state(path) != before:
             break

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import select
 import signal
-import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from coca_scale.engine.leaving import leave
 from coca_scale.engine.planned import first_on_node
 from coca_scale.engine.processes import launchers
 from coca_scale.recipe.exits import INTERRUPTED, REQUEUE
+from coca_scale.recipe.text import tell
 
 STOP_FILE = "STOP"
 SAVE_FILE = "SAVE"
@@ -104,7 +104,7 @@ class Signals:
 
     def _say(self, message: str) -> None:
         if first_on_node():
-            print(message, file=sys.stderr, flush=True)
+            tell(message)
 
 
 def _left_to_the_thread(_: int, __: FrameType | None) -> None:

@@ -26,6 +26,7 @@ from coca_scale.model import CoCa, ModelConfig
 from coca_scale.model.freeze import freeze
 from coca_scale.recipe import BatchSplit, Recipe, load_recipe
 from coca_scale.recipe.exits import CRASHED
+from coca_scale.recipe.text import tell
 from coca_scale.training.bad_steps import Rollback
 from coca_scale.training.ownership import owned
 from coca_scale.training.requests import Signals
@@ -50,14 +51,14 @@ def train(recipe: Recipe, signals: Signals) -> int:
         world = start_world(recipe.engine.start_timeout_minutes * 60)
     except LaunchError as error:
         if planned_rank() == 0 or str(error).startswith("rank "):
-            print(f"coca-scale: {error}", file=sys.stderr, flush=True)
+            tell(f"coca-scale: {error}")
         return CRASHED
     watchdog = Watchdog(world, recipe.run.folder, recipe.engine.silence_timeout_minutes * 60)
     try:
         code = _with_rollbacks(recipe, world, watchdog, signals)
     except AgreedError as error:
         if world.rank == 0:
-            print(f"coca-scale: {error}", file=sys.stderr, flush=True)
+            tell(f"coca-scale: {error}")
         code = 1
     except Exception as error:  # noqa: BLE001 - every rank must end, and the first say why
         watchdog.fail(error)
@@ -84,7 +85,7 @@ def _with_rollbacks(
                 left -= 1
                 lanes = trainer.lanes
                 if world.rank == 0:
-                    print(f"going back to the last checkpoint: {bad}", file=sys.stderr, flush=True)
+                    tell(f"going back to the last checkpoint: {bad}")
                 trainer.close()
                 again = recipe.checkpoint.model_copy(update={"resume": "auto"})
                 recipe = recipe.model_copy(update={"checkpoint": again})
@@ -127,25 +128,27 @@ def dry_run(recipe: Recipe) -> int:
             model = CoCa(config)
             freeze(model, recipe.model, recipe.loss)
     except UserError as error:
-        print(error, file=sys.stderr)
+        tell(str(error))
         return 2
+    out = sys.stdout
     total = _count(model, trained_only=False) + 1  # and the logit scale
-    print(f"model        {recipe.model.name}: {total:,} parameters")
+    tell(f"model        {recipe.model.name}: {total:,} parameters", out)
     for name, child in model.named_children():
         count, trained = _count(child, trained_only=False), _count(child, trained_only=True)
         note = "" if trained == count else f", {count - trained:,} locked"
-        print(f"  {name:<16}{count:>15,}{note}")
+        tell(f"  {name:<16}{count:>15,}{note}", out)
     if recipe.model.pretrained is not None:
-        print(f"weights      {pretrained_name(recipe.model)}, not read in a dry run")
-    print(
+        tell(f"weights      {pretrained_name(recipe.model)}, not read in a dry run", out)
+    tell(
         f"batch        {batch.global_batch:,} = {batch.ranks} ranks × {batch.accumulation} "
-        f"accumulation × {batch.micro_batch} micro-batch; {batch.lanes} lanes"
+        f"accumulation × {batch.micro_batch} micro-batch; {batch.lanes} lanes",
+        out,
     )
     for other in USUAL_RANKS:
-        print(f"  on {other:>4} ranks  {_arithmetic(recipe, other)}")
-    print("deepspeed configuration")
+        tell(f"  on {other:>4} ranks  {_arithmetic(recipe, other)}", out)
+    tell("deepspeed configuration", out)
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
-    print(json.dumps(deepspeed_config(recipe, batch, transfers(model), per_node), indent=2))
+    tell(json.dumps(deepspeed_config(recipe, batch, transfers(model), per_node), indent=2), out)
     return 0
 
 

@@ -274,3 +274,14 @@ def test_dry_run_prints_the_plan_and_trains_nothing(tmp_path):
     assert "638,450,177 parameters" in done.stdout
     assert "accumulation 8" in done.stdout
     assert '"stage": 3' in done.stdout
+
+
+@pytest.mark.parametrize("words", [["optim.\x1b[2Jlr=1"], ["--recipe", "/tmp/\x1b[2Jno.yaml"]])
+def test_what_is_told_of_a_recipe_steers_no_terminal(words):
+    command = [sys.executable, "coca_scale/train.py", "--recipe", "recipes/tiny.yaml", *words]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2]
+    )
+    assert done.returncode == 2
+    assert "\x1b" not in done.stderr
+    assert "\\x1b[2J" in done.stderr
