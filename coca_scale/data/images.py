@@ -81,7 +81,9 @@ def _opened(data: bytes | Image.Image, key: str) -> Iterator[Image.Image]:
                 return
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 _check_size(image, key)
-                if image.info.get("progressive") and _count_scans(data) > MAX_SCANS:
+                if image.format == "TIFF" and _tiled_pixels(image, data) > MAX_PIXELS:
+                    raise BadSample("huge_image", key)
+                if image.format in ("JPEG", "MPO") and _count_scans(data) > MAX_SCANS:
                     raise BadSample("too_many_scans", key)  # each goes over the whole picture
                 yield image
     except Image.DecompressionBombError as error:
@@ -98,20 +100,43 @@ def _check_size(image: Image.Image, key: str) -> None:
         raise BadSample("huge_image", key)
     if long > MAX_ASPECT * short:
         raise BadSample("extreme_aspect", key)
-    if _tiled_pixels(image) > MAX_PIXELS:
-        raise BadSample("huge_image", key)
 
 
-def _tiled_pixels(image: Image.Image) -> int:
-    """Pixels of all tiles of a TIFF, which are decoded whole however small the picture is."""
+def _tiled_pixels(image: Image.Image, data: bytes) -> int:
+    """Pixels of all tiles of a TIFF, which are decoded whole however small the picture is.
+
+    Raises:
+        ValueError: it has tiles of a size that Pillow does not understand, and libtiff might.
+    """
+    if not _tiff_tags(data) & {TILEWIDTH, TILELENGTH}:
+        return 0
     tags = getattr(image, "tag_v2", {})
     pixels = 1
     for whole, part in ((IMAGEWIDTH, TILEWIDTH), (IMAGELENGTH, TILELENGTH)):
         length, side = tags.get(whole), tags.get(part)
         if not isinstance(length, int) or not isinstance(side, int) or side < 1:
-            return 0  # none, or broken
+            raise ValueError(f"tag {part} is {side!r}")
         pixels *= -(-length // side) * side
     return pixels
+
+
+def _tiff_tags(data: bytes) -> set[int]:
+    """Tags of the first picture of a TIFF, those too whose types Pillow does not know.
+
+    Raises:
+        ValueError: cut short.
+    """
+    order = "<" if data[:2] == b"II" else ">"
+    try:
+        is_big = struct.unpack_from(f"{order}H", data, 2) == (43,)
+        where, number, size = (8, "Q", 20) if is_big else (4, "H", 12)
+        (start,) = struct.unpack_from(f"{order}{'Q' if is_big else 'I'}", data, where)
+        (count,) = struct.unpack_from(f"{order}{number}", data, start)
+        entries = data[start + struct.calcsize(number) :][: count * size]
+    except struct.error as error:
+        raise ValueError(str(error)) from error
+    tags = (entries[place : place + 2] for place in range(0, len(entries), size))
+    return {int.from_bytes(tag, "little" if order == "<" else "big") for tag in tags}
 
 
 def _count_scans(jpeg: bytes) -> int:

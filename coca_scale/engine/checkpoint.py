@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, InstanceOf, field_validator
+from pydantic import BaseModel, Field, FiniteFloat, InstanceOf, field_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -74,7 +74,7 @@ class _Manifest(BaseModel):
 class _BadSteps(BaseModel):
     skipped: _Count
     spikes: _Count
-    spread: tuple[_Count, float, float]
+    spread: tuple[_Count, FiniteFloat, Annotated[FiniteFloat, Field(ge=0)]]
 
 
 class _Skips(BaseModel):

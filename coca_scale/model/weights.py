@@ -77,12 +77,15 @@ def load_coca(config: ModelConfig, logit_scale: LogitScale, weights: Mapping[str
 
 
 def require_finite(weights: Mapping[str, Tensor]) -> None:
-    """See that no weight is NaN or infinite; no copy is made of any.
+    """See that no weight is NaN or infinite, nor the scale of logits; no copy is made of any.
 
     Raises:
         UserError: which are not.
     """
     broken = [name for name, tensor in weights.items() if not _is_finite(tensor)]
+    log_scale = weights.get(LOGIT_SCALE)
+    if log_scale is not None and not broken and not _is_finite(log_scale.float().exp()):
+        broken = [LOGIT_SCALE]
     if broken:
         raise UserError(
             f"{len(broken)} of {len(weights)} weights hold NaN or infinity (first: {broken[0]}): "

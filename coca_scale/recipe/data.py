@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, FiniteFloat
 
 from coca_scale.recipe.section import (
     Fraction,
@@ -31,15 +31,15 @@ class WeightedShards(Section):
 class FieldRule(Section):
     """What a field of a sample's .json must be; a sample without it is left out."""
 
-    min: float | None = Field(None, description="Smallest number.")
-    max: float | None = Field(None, description="Largest number.")
+    min: FiniteFloat | None = Field(None, description="Smallest number.")
+    max: FiniteFloat | None = Field(None, description="Largest number.")
     one_of: Annotated[list[str | int | bool], Field(min_length=1)] | None = Field(
         None, description="Values it may have."
     )
 
     def accepts(self, value: object) -> bool:
         """Whether a value satisfies all that is set."""
-        if self.one_of is not None and value not in self.one_of:
+        if self.one_of is not None and not any(_same(value, one) for one in self.one_of):
             return False
         if self.min is None and self.max is None:
             return value is not None
@@ -47,6 +47,10 @@ class FieldRule(Section):
             return False
         low = self.min is None or value >= self.min
         return low and (self.max is None or value <= self.max)
+
+
+def _same(found: object, wanted: object) -> bool:
+    return isinstance(found, bool) == isinstance(wanted, bool) and found == wanted  # true is no 1
 
 
 class DataFilters(Section):

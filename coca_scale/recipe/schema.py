@@ -243,6 +243,16 @@ class EngineSection(Section):
         return self
 
     @model_validator(mode="after")
+    def _one_tracker(self) -> EngineSection:
+        for name in ("comet", "csv_monitor", "tensorboard", "wandb"):
+            if name in self.deepspeed:
+                raise ValueError(
+                    f"deepspeed.{name} would send or write more than `publish` lets out; "
+                    "log.tensorboard and log.wandb do that here"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _what_needs_sharding(self) -> EngineSection:
         if self.offload != "none" and self.zero_stage == 0:
             raise ValueError(f"offload {self.offload} needs zero_stage 1, 2 or 3")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from coca_scale.recipe import Recipe
 from coca_scale.recipe.public import PRIVATE, public_name, public_recipe
 
 IDENTITY = "wandb_id"
+_IDENTITY = re.compile(rb"[0-9a-f]{12}")
 FINISH_SECONDS = 60  # a job that was told to leave has minutes, and uploads can be repeated
 # by itself it sends the command line, with every override of the recipe, paths of program and
 # folder, the host's name, the user's, the remote of a git checkout and a list of packages
@@ -47,13 +49,15 @@ class Tracker:
             self._give_up(UserError("log.wandb does not look like the name of a project"))
             return
         identity = folder / IDENTITY
-        if not identity.is_file():
-            identity.write_text(uuid4().hex[:12] + "\n")
+        known = identity.read_bytes().strip() if identity.is_file() else b""
+        if not _IDENTITY.fullmatch(known):
+            known = uuid4().hex[:12].encode()
+            identity.write_bytes(known + b"\n")
         try:
             self._run = wandb.init(
                 project=project,
                 name=public_name(recipe.run.name),
-                id=identity.read_text().strip(),
+                id=known.decode(),
                 resume="allow",
                 dir=str(folder),
                 config=public_recipe(recipe.model_dump()),

@@ -20,6 +20,8 @@ from tests.data.loading import loader
 from tests.data.shards import encoded
 
 FIELDS = {
+    "safe": True,
+    "count": 1,
     "caption": "alt text",
     "recaption": "a synthetic caption",
     "captions": ["one", "two", "  ", "three"],
@@ -87,6 +89,10 @@ def test_what_is_missing_has_a_name(weights, files, cause):
         ({"similarity": {"min": 0.3, "max": 0.305}}, False),
         ({"LANGUAGE": {"one_of": ["en", "de"]}}, True),
         ({"LANGUAGE": {"one_of": ["de"]}}, False),
+        ({"safe": {"one_of": [True]}}, True),
+        ({"safe": {"one_of": [1, False]}}, False),
+        ({"count": {"one_of": [1]}}, True),
+        ({"count": {"one_of": [True]}}, False),
         ({"LANGUAGE": {"min": 0}}, False),
         ({"absent": {"max": 1.0}}, False),
         ({"NSFW": {}}, False),

@@ -97,6 +97,16 @@ def test_what_is_left_of_extreme_shapes_costs_little():
     assert peak_of(lambda: eval_pixels(decode_image(data, "k"), 224)) < 2**26
 
 
+def test_tiles_of_a_size_that_only_libtiff_reads():
+    side, begin = 2**14, 8 + 2 + 12 * 10 + 4
+    large = zlib.compress(bytes(side**2))
+    tiles = {322: begin, 323: begin, 324: begin + 8, 325: len(large)}
+    data = bytearray(tiff(64, 64, struct.pack("<q", side) + large, tiles))
+    for tag in (322, 323):  # of SLONG8, which Pillow leaves out
+        data[data.index(struct.pack("<HH", tag, 4)) + 2] = 17
+    assert causes(bytes(data)) == {"broken_image"}
+
+
 def test_extreme_pictures_are_counted_by_pack_inspect_and_caption(tmp_path):
     folder = tmp_path / "pictures"
     folder.mkdir()
@@ -159,6 +169,10 @@ def test_a_jpeg_of_endless_scans_is_not_decoded():
     scan = data[first:second]
     assert causes(data[:second] + 20 * scan + data[second:]) == {"good"}
     assert causes(data[:second] + MAX_SCANS * scan + data[second:]) == {"too_many_scans"}
+    plain = saved(Image.new("L", (256, 256), 90), "JPEG")
+    begin, end = plain.index(b"\xff\xda"), plain.rindex(b"\xff\xd9")
+    again = plain[:end] + MAX_SCANS * plain[begin:end] + plain[end:]
+    assert causes(again) == {"too_many_scans"}
     # phones hang films behind their photos
     assert causes(data + MAX_SCANS * scan) == {"good"}
 

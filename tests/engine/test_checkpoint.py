@@ -95,6 +95,10 @@ LOOPS = [
             *({"lanes": value} for value in (None, {}, [], [None], [["a"]], [[1e300]], [[-1]])),
             *({"bad_steps": value} for value in (None, [], {"spread": 1}, {"skipped": {}})),
             *(
+                {"bad_steps": LOOP["bad_steps"] | {"spread": [4, mean, variance]}}
+                for mean, variance in ((0.5, -1.0), (float("nan"), 1.0), (0.5, float("inf")))
+            ),
+            *(
                 {"skips": value}
                 for value in (None, [], {"causes": []}, LOOP["skips"] | {"bad": "x"})
             ),

@@ -58,6 +58,12 @@ def test_no_model_is_made_of_them(export, tmp_path, value, name):
         assert str(model) in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_logit_scale_that_overflows_is_none(export, tmp_path):
+    folder = broken(export, tmp_path / "broken", 200.0, "logit_scale")
+    with pytest.raises(UserError, match=r"NaN or infinity \(first: logit_scale"):
+        load_model(str(folder))
+
+
 def test_the_verbs_and_a_run_say_so(export, tmp_path):
     folder = str(broken(export, tmp_path / "broken", torch.nan))
     for verb in (

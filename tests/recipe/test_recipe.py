@@ -114,6 +114,12 @@ def test_stage_0_needs_fp32():
         tiny_recipe(engine__zero_stage=0, engine__precision="bf16")
 
 
+@pytest.mark.parametrize("name", ["wandb", "tensorboard", "csv_monitor", "comet"])
+def test_deepspeed_tells_nobody_of_a_run(name):
+    with pytest.raises(RecipeError, match=f"deepspeed.{name} .* log.wandb do that"):
+        tiny_recipe(engine__deepspeed={name: {"enabled": True}})
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
 def test_batch_plan_divides_exactly(ranks):
     plan = BatchSplit.from_recipe(tiny_recipe(train__micro_batch=2), ranks)
