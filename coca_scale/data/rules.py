@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from coca_scale.data.images import IMAGE_EXTENSIONS
-from coca_scale.data.sample import BadSample, RawSample
+from coca_scale.data.sample import EXTENSION, BadSample, RawSample
 from coca_scale.errors import UserError
 from coca_scale.recipe.data import DataFilters
 from coca_scale.recipe.files import parse_json
@@ -60,7 +60,7 @@ class SampleRules:
         image = next((files[e] for e in IMAGE_EXTENSIONS if files.get(e) is not None), None)
         if image is None:
             others = set(files) - {TEXT, JSON, CLASS}
-            raise BadSample("wrong_extension" if others else "missing_image", key, shard)
+            raise BadSample(EXTENSION if others else "missing_image", key, shard)
         if not image:
             raise BadSample("broken_image", key, shard)
         fields = self._fields(files, key, shard)

@@ -15,6 +15,7 @@ from coca_scale.recipe.text import one_line, visible
 MAX_CAPTION_CHARACTERS = 4096  # merging a "word" of n letters takes CLIP's BPE n² steps
 MAX_CAPTIONS = 1000  # a MiB of text has half a million lines, which a shuffle window cannot hold
 
+EXTENSION = "wrong_extension"
 NOT_ADJACENT, COMPRESSED = "files_not_adjacent", "compressed_shard"
 FORMAT, OTHER_ENCODING, LINKED_FOLDER = "format_", "caption_not_", "linked_folder"
 REMEDIES = {
@@ -22,6 +23,7 @@ REMEDIES = {
     COMPRESSED: "shards are plain tar files: decompress it, or read it by pipe:gzip -dc FILE",
     FORMAT: "pictures in formats that are not opened are converted first",
     OTHER_ENCODING: "--encoding says what side-cars and lists are in if not UTF-8",
+    EXTENSION: "the name of a sample ends at its first dot, and the rest is the extension",
     LINKED_FOLDER: "links to folders are not followed",
 }  # by how a cause begins
 

@@ -18,14 +18,21 @@ from coca_scale.data.epoch_shards import EpochShards, ShardList, ShardRange, exp
 from coca_scale.data.manifest import shard_counts
 from coca_scale.data.retries import StorageError
 from coca_scale.data.rules import LIMITS, SampleRules
-from coca_scale.data.sample import NOT_ADJACENT, BadSample, DataError, Position, RawSample
+from coca_scale.data.sample import (
+    EXTENSION,
+    NOT_ADJACENT,
+    BadSample,
+    DataError,
+    Position,
+    RawSample,
+)
 from coca_scale.data.storage import PIPE, StorageOptions, is_local, open_shard
 from coca_scale.data.tar import BLOCK, Run, TarFault, compression, read_runs
 
 LAST_NUMBER = re.compile(r"(.*?)(\d+)(\D*)")
 MAX_GAPS = 100_000
 WINDOW_BYTES = 2**32  # of a whole job
-INCOMPLETE = ("missing_image", "missing_caption", "wrong_extension")
+INCOMPLETE = ("missing_image", "missing_caption", EXTENSION)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,8 @@ from coca_scale.engine.processes import PROC
 _WITNESS = Path(__file__).with_name("witness.py")
 _FRAMES = re.compile(r"^(Exception raised from |frame #\d+: |<omitting python frames>).*\n?", re.M)
 
+_LOADER = "DataLoader worker (pid"
+
 
 def appoint_witness() -> None:
     """From here on the death of this process is told by another one, unless it comes by `leave`."""
@@ -54,7 +56,15 @@ def leave(code: int) -> NoReturn:
 
 
 def told(error: BaseException) -> str:
-    """The traceback of an error, without the frames of C++ that torch adds to its messages."""
+    """The traceback of an error, without the frames of C++ that torch adds to its messages.
+
+    Where a loader process died it is a line: torch raises that wherever the rank happens to be.
+    """
+    if str(error).startswith(_LOADER):
+        return (
+            f"{str(error).strip().rstrip('.')}: as the kernel does where memory runs out; fewer "
+            "data.workers or a smaller data.shuffle_window take less"
+        )
     return _FRAMES.sub("", "".join(traceback.format_exception(error))).rstrip()
 
 

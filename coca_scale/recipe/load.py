@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from coca_scale.errors import UserError
+from coca_scale.recipe.data import WeightedShards
 from coca_scale.recipe.files import read_text
 from coca_scale.recipe.schema import LENGTH_KEYS, Recipe
 from coca_scale.recipe.yaml_text import complaint, dump_yaml, parse_yaml
@@ -122,6 +123,10 @@ def _describe(fault: Any) -> str:
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "value_error":
         return f"{name}: {message}" if name else message
+    if fault["type"] == "model_type":  # whose own words name a class
+        of = fault["ctx"]["class_name"]
+        what = "shards (a pattern, or a list of them)" if of == WeightedShards.__name__ else "keys"
+        return f"{name}: should hold {what}, found {fault['input']!r:.200}"
     quotes = "; put it in quotes" if fault["type"] == "string_type" else ""
     found = f"{message[0].lower() + message[1:]}, found {fault['input']!r:.200}{quotes}"
     return f"{name or '.'.join(location)}: {found}"

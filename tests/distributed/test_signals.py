@@ -138,3 +138,20 @@ def test_the_death_of_rank_0_is_told_before_the_launcher_ends_the_others(tmp_pat
     assert len(re.findall(r"^coca-scale: rank 0 on \S+ is dead: ", said, re.M)) == 1
     assert said.count("coca-scale: ") == 1
     assert "frame #" not in said
+
+
+@pytest.mark.slow
+def test_the_death_of_a_loader_process_is_told_in_a_line(tmp_path):
+    launch = Launch("deepspeed", tmp_path)
+    rank = launch.rank(1)
+    loaders = [p for p in launch.processes() if _parent(p) == rank]
+    os.kill(loaders[0], signal.SIGKILL)
+    said = launch.ended()
+    assert f"DataLoader worker (pid {loaders[0]}) is killed by signal: Killed: as the" in said
+    assert "data.workers" in said
+    assert said.count("coca-scale: ") == 1
+    assert "Traceback" not in said
+
+
+def _parent(pid):
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])

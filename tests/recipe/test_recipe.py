@@ -114,6 +114,19 @@ def test_stage_0_needs_fp32():
         tiny_recipe(engine__zero_stage=0, engine__precision="bf16")
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.train=~", "data.train: should hold shards .a pattern, or a list of them., found No"),
+        ("data.val=[3]", "data.val: should hold shards .*, found 3"),
+        ("optim=3", "optim: should hold keys, found 3"),
+    ],
+)
+def test_no_class_of_ours_is_told_of(override, message):
+    with pytest.raises(RecipeError, match=message):
+        load_recipe("recipes/tiny.yaml", [override])
+
+
 @pytest.mark.parametrize("name", ["wandb", "tensorboard", "csv_monitor", "comet"])
 def test_deepspeed_tells_nobody_of_a_run(name):
     with pytest.raises(RecipeError, match=f"deepspeed.{name} .* log.wandb do that"):
