@@ -22,6 +22,7 @@ from coca_scale.data.local_files import read_picture
 from coca_scale.data.manifest import MANIFEST
 from coca_scale.data.sample import BadSample, DataError, Skipped, causes_text
 from coca_scale.recipe.files import read_json, sha256_of
+from coca_scale.recipe.lock import Lock, folder_claim, held
 
 JPEG_QUALITY = 95
 EXTENSION_OF = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
@@ -78,8 +79,11 @@ def pack(
     Raises:
         DataError: the source cannot be read, or nothing in it can be used, or `out` holds shards of
             something else.
+        UserError: another process packs into `out`.
     """
-    return _pack(_captioned(source, options), source, out, options, workers, progress)
+    listing = _captioned(source, options)
+    with held(folder_claim(out)) as lock:
+        return _pack(lock, listing, source, out, options, workers, progress)
 
 
 def pack_split(
@@ -98,19 +102,20 @@ def pack_split(
     """
     listing = _captioned(source, options)
     pictures = listing.pictures
-    held = Listing(pictures[::hold_out])
+    few = Listing(pictures[::hold_out])
     others = [picture for index, picture in enumerate(pictures) if index % hold_out]
     rest = Listing(others, listing.skipped)
     if not others:
         raise DataError(f"{source}: has one picture, so none can be held out")
-    if (out / "val" / MANIFEST).exists() and not (out / "train" / MANIFEST).exists():
-        validation = _packed(out / "val")
-    else:
-        validation = _pack(held, source, out / "val", options, workers, progress)
-    return {
-        "train": _pack(rest, source, out / "train", options, workers, progress),
-        "val": validation,
-    }
+    with held(folder_claim(out)) as lock:
+        if (out / "val" / MANIFEST).exists() and not (out / "train" / MANIFEST).exists():
+            validation = _packed(out / "val")
+        else:
+            validation = _pack(lock, few, source, out / "val", options, workers, progress)
+        return {
+            "train": _pack(lock, rest, source, out / "train", options, workers, progress),
+            "val": validation,
+        }
 
 
 def _captioned(source: Path, options: PackOptions) -> Listing:
@@ -127,6 +132,7 @@ def _packed(out: Path) -> PackResult:
 
 
 def _pack(
+    lock: Lock,
     listing: Listing,
     source: Path,
     out: Path,
@@ -159,9 +165,11 @@ def _pack(
             jobs[job] = len(part)
         for job in as_completed(jobs):
             job.result()
+            lock.require()
             done += jobs[job]
             if progress is not None:
                 progress(done, len(pictures))
+    lock.require()
     return _finish(out, source, count, listing.skipped)
 
 

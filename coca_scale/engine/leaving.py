@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from coca_scale.engine.planned import planned_host, planned_rank
-from coca_scale.engine.processes import PROC
+from coca_scale.recipe.process import PROC
 
 _WITNESS = Path(__file__).with_name("witness.py")
 _FRAMES = re.compile(r"^(Exception raised from |frame #\d+: |<omitting python frames>).*\n?", re.M)

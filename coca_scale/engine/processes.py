@@ -4,68 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass
-from pathlib import Path
 
 from coca_scale.engine.planned import rank_variable
+from coca_scale.recipe.process import PROC, Process, stat_of, words_of
 
-PROC = Path("/proc")
 SHELLS = {"sh", "ash", "bash", "busybox", "csh", "dash", "fish", "ksh", "tcsh", "zsh"}
 _INIT = 1
-
-
-@dataclass(frozen=True)
-class Process:
-    """A process, and no later one that got its number.
-
-    Attributes:
-        pid: its number.
-        started: when, in ticks since the machine started.
-    """
-
-    pid: int
-    started: int
-
-    @classmethod
-    def at(cls, pid: int) -> Process | None:
-        """The one that has this number now; None if there is none, or none to be seen."""
-        fields = _stat(pid)
-        return cls(pid, int(fields[19])) if fields is not None else None
-
-    @property
-    def alive(self) -> bool:
-        """Whether it runs, or could; one that waits for its parent to look at it does not."""
-        fields = _stat(self.pid)
-        return fields is not None and int(fields[19]) == self.started and fields[0] not in "ZX"
-
-    @property
-    def gone(self) -> bool:
-        """Whether it has surely ended; of another user's process /proc may say nothing."""
-        try:
-            os.kill(self.pid, 0)
-        except ProcessLookupError:
-            return True
-        except PermissionError:
-            pass
-        fields = _stat(self.pid)
-        return fields is not None and (int(fields[19]) != self.started or fields[0] in "ZX")
-
-    @property
-    def name(self) -> str:
-        """What a person started it as."""
-        words = _words(self.pid, "cmdline")
-        if words and Path(words[0]).name.startswith("python"):
-            words = [word for word in words[1:] if not word.startswith("-")]
-        return Path(words[0]).name if words else f"process {self.pid}"
-
-
-def machine() -> str:
-    """The same for two processes that see each other under their numbers; empty if unknown."""
-    try:
-        boot = (PROC / "sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {(PROC / 'self/ns/pid').readlink()}"
-    except OSError:
-        return ""
 
 
 def launchers() -> list[Process]:
@@ -81,11 +25,11 @@ def launchers() -> list[Process]:
     setting = f"{variable}={os.environ[variable]}" if variable is not None else ""
     pid = os.getppid()
     while pid > _INIT and (process := Process.at(pid)) is not None:
-        gave = not given and setting not in _words(pid, "environ")
+        gave = not given and setting not in words_of(pid, "environ")
         given = given or gave
-        if (gave or _has_our_command(_words(pid, "cmdline"))) and not _is_shell(pid):
+        if (gave or _has_our_command(words_of(pid, "cmdline"))) and not _is_shell(pid):
             found.append(process)
-        fields = _stat(pid)
+        fields = stat_of(pid)
         pid = int(fields[1]) if fields is not None else 0
     return found
 
@@ -108,20 +52,3 @@ def _is_shell(pid: int) -> bool:
         return (PROC / str(pid) / "exe").readlink().name in SHELLS
     except OSError:  # somebody else's
         return False
-
-
-def _stat(pid: int) -> list[str] | None:
-    """State, parent and so on; what is before them may contain anything."""
-    try:
-        return (PROC / str(pid) / "stat").read_text(errors="replace").rpartition(")")[2].split()
-    except OSError:
-        return None
-
-
-def _words(pid: int, file: str) -> list[str]:
-    """Of a command line or an environment; none if they are not to be seen."""
-    try:
-        content = (PROC / str(pid) / file).read_bytes()
-    except OSError:
-        return []
-    return content.decode(errors="surrogateescape").split("\0")[:-1]

@@ -33,9 +33,9 @@ from coca_scale.engine.launch import (
     store_is_gone,
 )
 from coca_scale.engine.leaving import leave, told
-from coca_scale.engine.processes import Process, machine
 from coca_scale.engine.world import World
 from coca_scale.recipe.exits import CRASHED
+from coca_scale.recipe.process import Process, machine
 from coca_scale.recipe.run_folder import STACKS
 from coca_scale.recipe.text import tell
 

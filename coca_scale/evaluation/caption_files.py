@@ -63,8 +63,14 @@ class CaptionFile:
         self._mine.unlink()
 
     def merge(self) -> None:
-        """Make one file of the parts of all ranks, which have closed them."""
+        """Make one file of the parts of all ranks, which have closed them.
+
+        Raises:
+            DataError: there are none.
+        """
         parts = self._parts()
+        if not parts:
+            raise DataError(f"{self._out}: its parts have been removed; it is left as it is")
         ordered = heapq.merge(*(_sorted(path) for path in parts), key=lambda item: item[0])
         _write_whole(self._out, (record for _, record in ordered))
         for path in parts:
@@ -88,14 +94,23 @@ class CaptionFile:
 class SideCars:
     """A folder with a JSONL file for every shard."""
 
-    def __init__(self, folder: Path, parts: Sequence[Part], settings: Mapping[str, Any]) -> None:
-        """Raises DataError for inputs that are no shards, and a folder of something else."""
+    def __init__(self, folder: Path, parts: Sequence[Part]) -> None:
+        """Raises DataError for inputs that are no shards; nothing is written yet."""
         others = [part.name for part in parts if not part.is_shard]
         if others:
             raise DataError(f"{others[0]}: side-cars are of shards; name a .jsonl file as --out")
         self._paths = [folder / f"{_stem(part.name)}.jsonl" for part in parts]
         if len(set(self._paths)) < len(parts):
             raise DataError("two shards have the same name; caption them into separate folders")
+        self._folder = folder
+
+    def settle(self, settings: Mapping[str, Any]) -> None:
+        """Write down how the captions are made, or see that it is as in an earlier call.
+
+        Raises:
+            DataError: it is a folder of something else.
+        """
+        folder = self._folder
         folder.mkdir(parents=True, exist_ok=True)
         known = folder / SETTINGS
         content = json.dumps(settings, indent=1) + "\n"

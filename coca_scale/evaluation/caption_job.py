@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from coca_scale.data.sample import causes_text
+from coca_scale.engine.ownership import Owner, owned
 from coca_scale.engine.world import World
 from coca_scale.errors import AgreedError
 from coca_scale.evaluation.caption_files import CaptionFile, SideCars
@@ -22,6 +23,7 @@ from coca_scale.evaluation.pictures import (
     count_pictures,
     read_pictures,
 )
+from coca_scale.recipe.lock import file_claim, folder_claim
 
 SHOWN_PICTURES = 30
 
@@ -81,12 +83,17 @@ class CaptionJob:
 
         Raises:
             DataError: the file was begun with other settings.
-            AgreedError: no picture can be used.
+            AgreedError: no picture can be used, or another job writes the file.
         """
+        with owned(file_claim(out), self._world) as owner:
+            return self._to_file(out, owner)
+
+    def _to_file(self, out: Path, owner: Owner) -> Summary:
         file = CaptionFile(out, self._rank, self._ranks, self._settings)
         self._summary.there = len(file.done)
         try:
             for batch in self._batches(self._parts, self._rank, self._ranks, file.done):
+                owner.require()
                 file.add(batch)
         finally:
             file.close()
@@ -94,8 +101,8 @@ class CaptionJob:
         if not self._summary.captioned:
             file.discard()
             raise self._nothing()
-        if self._rank == 0:
-            file.merge()
+        self._world.on_first(owner.require)
+        self._world.on_first(file.merge)
         return self._summary
 
     def to_folder(self, folder: Path) -> Summary:
@@ -103,15 +110,21 @@ class CaptionJob:
 
         Raises:
             DataError: inputs that are no shards, or a folder of another job.
-            AgreedError: no picture can be used.
+            AgreedError: no picture can be used, or another job writes into the folder.
         """
+        side_cars = SideCars(folder, self._parts)
+        with owned(folder_claim(folder), self._world) as owner:
+            return self._to_folder(side_cars, owner)
+
+    def _to_folder(self, side_cars: SideCars, owner: Owner) -> Summary:
         # more shards may be captioned into it later
         settings = {name: value for name, value in self._settings.items() if name != "inputs"}
-        side_cars = SideCars(folder, self._parts, settings)
+        side_cars.settle(settings)
         for number in range(self._rank, len(self._parts), self._ranks):
             if side_cars.is_done(number):
                 self._summary.there += side_cars.count(number)
             else:
+                owner.require()
                 side_cars.add(number, self._batches(self._parts[number : number + 1], 0, 1))
         self._summary.there = int(self._world.sum(self._summary.there)[0])
         self._add_up()

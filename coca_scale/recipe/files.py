@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -23,6 +25,27 @@ def sha256_of(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+class NoFileError(UserError):
+    """A folder, a pipe, a socket or a device where a file is meant."""
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """A file to read; anything else is not opened: it may wait for ever, never end, or act.
+
+    Raises:
+        NoFileError: it is something else.
+        OSError: it is not there, or cannot be read.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise NoFileError(f"{path} is not a regular file; move it away")
+    return open(path, "rb", opener=_without_waiting)
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Open, but not wait for the other end of a pipe that has come into the place of a file."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def read_text(path: Path) -> str:

@@ -7,13 +7,13 @@ import math
 from pathlib import Path
 from typing import Any
 
+from coca_scale.engine.ownership import Owner
 from coca_scale.engine.train_engine import StepResult
 from coca_scale.engine.world import World
 from coca_scale.errors import AgreedError
 from coca_scale.recipe.run_folder import BAD_STEPS
 from coca_scale.recipe.schema import HealthSection
 from coca_scale.training.appending import append
-from coca_scale.training.ownership import Owner
 
 HORIZON_STEPS = 100
 SETTLED_STEPS = 50

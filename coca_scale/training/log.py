@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
 from coca_scale.engine.host import peak_bytes
+from coca_scale.engine.ownership import Owner
 from coca_scale.evaluation.captioning import draw_grid
 from coca_scale.losses import LABELS
 from coca_scale.recipe import Recipe
@@ -27,7 +28,6 @@ from coca_scale.recipe.run_folder import (
 )
 from coca_scale.recipe.text import tell, visible
 from coca_scale.training.appending import append, forget_after, warn_once
-from coca_scale.training.ownership import Owner
 from coca_scale.training.tracking import Tracker
 from coca_scale.training.validation import ValidationResult
 

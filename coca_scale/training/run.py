@@ -17,6 +17,7 @@ from coca_scale.engine.launch import (
     end_world,
     start_world,
 )
+from coca_scale.engine.ownership import owned
 from coca_scale.engine.planned import planned_rank, planned_size
 from coca_scale.engine.watchdog import NoWatchdog, Watchdog
 from coca_scale.engine.world import World
@@ -26,9 +27,9 @@ from coca_scale.model import CoCa, ModelConfig
 from coca_scale.model.freeze import freeze
 from coca_scale.recipe import BatchSplit, Recipe, load_recipe
 from coca_scale.recipe.exits import CRASHED
+from coca_scale.recipe.lock import run_claim
 from coca_scale.recipe.text import tell
 from coca_scale.training.bad_steps import Rollback
-from coca_scale.training.ownership import owned
 from coca_scale.training.requests import Signals
 from coca_scale.training.trainer import Trainer
 
@@ -76,7 +77,7 @@ def _with_rollbacks(
 ) -> int:
     """Train, and after a bad stretch again from the last checkpoint, with the data behind it."""
     left, lanes = recipe.health.rollbacks, None
-    with owned(recipe.run.folder, world) as owner:
+    with owned(run_claim(recipe.run.folder), world) as owner:
         while True:
             trainer = Trainer(recipe, world, watchdog, left, lanes, owner, signals)
             try:

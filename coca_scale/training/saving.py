@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from coca_scale.engine.checkpoint import PROGRESS, begin_folder, complete_folder, drop_old
+from coca_scale.engine.ownership import Owner
 from coca_scale.engine.train_engine import TrainEngine
 from coca_scale.engine.watchdog import NoWatchdog, Watchdog
 from coca_scale.engine.writing import Entries
 from coca_scale.errors import AgreedError, UserError
 from coca_scale.recipe.schema import CheckpointSection
 from coca_scale.training.log import RunLog
-from coca_scale.training.ownership import Owner
 
 
 @dataclass

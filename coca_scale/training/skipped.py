@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from coca_scale.data.sample import Skipped, causes_text
+from coca_scale.engine.ownership import Owner
 from coca_scale.engine.world import World
 from coca_scale.errors import AgreedError
 from coca_scale.recipe.run_folder import BAD_SAMPLES
 from coca_scale.training.appending import append
-from coca_scale.training.ownership import Owner
 
 MAX_LISTED = 1_000_000
 MANY_SAMPLES = 256

@@ -12,6 +12,7 @@ from typing import Any
 from coca_scale.data.loader import LaneStates, StepBatch
 from coca_scale.data.prefetch import Prefetcher
 from coca_scale.engine.checkpoint import find_checkpoint, fitting_state, read_progress
+from coca_scale.engine.ownership import Owner
 from coca_scale.engine.train_engine import StepResult
 from coca_scale.engine.watchdog import NoWatchdog, Watchdog
 from coca_scale.engine.world import World
@@ -25,7 +26,6 @@ from coca_scale.training.bad_steps import BadSteps, Rollback
 from coca_scale.training.garbage_collection import GarbageCollection
 from coca_scale.training.log import RunLog, peak_memory_bytes
 from coca_scale.training.meter import Meter
-from coca_scale.training.ownership import Owner
 from coca_scale.training.profiling import StepProfiler
 from coca_scale.training.requests import Asked, Requests, Signals
 from coca_scale.training.saving import Saver

@@ -24,6 +24,7 @@ from tests.conftest import tiny_recipe
 from tests.data.rot import rot_shards, write_rotten_shards
 from tests.data.shards import encoded, write_shards
 from tests.invoke import output_of
+from tests.stopping import stopped
 
 DATA = tiny_recipe().data
 
@@ -77,6 +78,26 @@ def test_a_killed_pack_goes_on_and_gives_the_same_shards(tmp_path):
     assert kept == {p: p.stat().st_mtime_ns for p in kept}  # not written again
     pack(pictures, tmp_path / "whole", PackOptions(shard_samples=6, max_side=64))
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_of_two_packs_into_one_folder_the_second_names_the_first(tmp_path):
+    pictures = write_pictures(tmp_path / "pictures", 60)
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "coca_scale", "data", "pack", str(pictures), "--out", str(out)]
+    command += ["--shard-samples", "6", "--max-side", "64", "--workers", "1"]
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)
+    while not list(out.glob("*.tar")):
+        assert first.poll() is None
+        time.sleep(0.005)
+    with stopped(first, out / ".lock" / "1.json"):
+        second = subprocess.run(command, capture_output=True, text=True)
+    assert second.returncode == 1
+    assert f"{out} is in use by process {first.pid} on" in second.stderr
+    assert "Traceback" not in second.stderr and "choose another --out" in second.stderr
+    first.communicate()
+    assert first.returncode == 0
+    assert len(list(out.glob("*.tar"))) == 10
+    assert sorted(p.name for p in out.iterdir() if p.suffix != ".tar") == ["manifest.json"]
 
 
 def test_every_nth_picture_is_held_out_once(tmp_path):

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from coca_scale.engine.processes import Process
+from coca_scale.recipe.process import Process
 
 RANK = """
 import json, sys

@@ -16,14 +16,17 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from coca_scale.cli import app
+from coca_scale.data.sample import DataError
 from coca_scale.data.synthetic import Shapes
 from coca_scale.errors import UserError
+from coca_scale.evaluation.caption_files import CaptionFile
 from coca_scale.model import CoCa, load_model_config
 from coca_scale.openclip.state_dict import to_openclip
 from tests.data.shards import write_shards
 from tests.invoke import output_of
 from tests.json_lines import lines_of
 from tests.ports import free_port
+from tests.stopping import stopped
 from tests.variants import weights_of
 
 QUICK = ("--method", "greedy", "--max-length", "8")
@@ -157,6 +160,51 @@ def test_killed_at_random_moments_every_picture_comes_once(trained, folder, tmp_
     names = sorted(str(p) for p in folder.glob("*.png") if p.stem not in ("017", "400"))
     assert [line["key"] for line in lines_of(out)] == names
     assert sorted(p.name for p in tmp_path.iterdir()) == ["captions.jsonl"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "lock", "left"),
+    [
+        ("captions.jsonl", ".captions.jsonl.lock", ["captions.jsonl"]),
+        (
+            "captions",
+            "captions/.lock",
+            ["captions", "captions/000.jsonl", "captions/settings.json"],
+        ),
+    ],
+)
+def test_of_two_calls_for_one_output_the_second_names_the_first(
+    name, lock, left, trained, tmp_path
+):
+    out = tmp_path / "out" / name
+    command = [sys.executable, "-m", "coca_scale", "caption", str(trained.folder)]
+    command += [write_shards(tmp_path, [300]), "--out", str(out), *QUICK, "--batch-size", "2"]
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)
+    owner = tmp_path / "out" / lock / "1.json"
+    while not (owner.is_file() and owner.stat().st_size):
+        assert first.poll() is None
+        time.sleep(0.005)
+    with stopped(first, owner):
+        second = subprocess.run(command, capture_output=True, text=True)
+    first.communicate()
+    assert (first.returncode, second.returncode) == (0, 1)
+    assert f"{out} is in use by process {first.pid} on" in second.stderr
+    assert "Traceback" not in second.stderr and "choose another --out" in second.stderr
+    found = sorted(str(path.relative_to(tmp_path / "out")) for path in out.parent.rglob("*"))
+    assert found == left
+    assert len(lines_of(tmp_path / "out" / left[min(1, len(left) - 1)])) == 300
+
+
+def test_parts_that_are_gone_are_not_made_an_empty_file(tmp_path):
+    out = tmp_path / "captions.jsonl"
+    out.write_text("kept")
+    file = CaptionFile(out, 0, 1, {})
+    file.close()
+    file.discard()
+    with pytest.raises(DataError, match="its parts have been removed"):
+        file.merge()
+    assert out.read_text() == "kept"
 
 
 def start(count, arguments):

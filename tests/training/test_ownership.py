@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coca_scale.errors import UserError
-from coca_scale.training.ownership import Lock
+from coca_scale.recipe.lock import Lock, file_claim, held, run_claim
 from tests.distributed.launching import start
 from tests.json_lines import curve, lines_of
 from tests.ranks import FORKED
@@ -24,8 +24,8 @@ from tests.ranks import FORKED
 HOLDER = """
 import sys, time
 from pathlib import Path
-from coca_scale.training.ownership import Lock
-lock = Lock.take(Path(sys.argv[1]), 60)
+from coca_scale.recipe.lock import Lock, run_claim
+lock = Lock.take(run_claim(Path(sys.argv[1])), 60)
 print("mine", flush=True)
 for line in sys.stdin:
     while line.strip() == "wait" and lock.holds():
@@ -56,7 +56,7 @@ def take(tmp_path):
     locks = []
 
     def take_it(watch_seconds=60.0):
-        locks.append(Lock.take(tmp_path, watch_seconds))
+        locks.append(Lock.take(run_claim(tmp_path), watch_seconds))
         return locks[-1]
 
     yield take_it
@@ -64,8 +64,8 @@ def take(tmp_path):
         lock.release()
 
 
-def owner_file(folder: Path) -> Path:
-    (path,) = (folder / "lock").iterdir()
+def owner_file(folder: Path, lock: str = "lock") -> Path:
+    (path,) = (folder / lock).iterdir()
     return path
 
 
@@ -164,6 +164,43 @@ def test_any_file_may_lie_beside_the_lock(name, take, tmp_path):
     assert take(0.0).holds()
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/zero")])
+def test_what_is_no_file_is_not_opened_as_a_lock(make, take, tmp_path):
+    (tmp_path / "lock").mkdir()
+    make(path := tmp_path / "lock" / "1.json")
+    with pytest.raises(UserError, match=rf"{path} is .*; move it away"):
+        take()
+    assert [path] == list((tmp_path / "lock").iterdir())
+
+
+def test_what_comes_into_the_place_of_a_lock_ends_its_owner_or_nothing(take, tmp_path):
+    lock = take()
+    path = owner_file(tmp_path)
+    path.unlink()
+    os.mkfifo(path)
+    lock._beat()  # damage is for whoever reads it
+    assert lock.holds()
+    os.mkfifo(path.with_name("2.json"))
+    lock._beat()
+    assert not lock.holds()
+
+
+def test_the_lock_of_an_output_goes_with_its_owner(tmp_path):
+    out = tmp_path / "o.jsonl"
+    with held(file_claim(out)) as lock, pytest.raises(UserError, match="choose another --out"):
+        assert lock.holds()
+        Lock.take(file_claim(out))
+    assert not list(tmp_path.iterdir())
+    lock = Lock.take(file_claim(out))
+    owner_file(tmp_path, ".o.jsonl.lock").unlink()  # another process took over, and has ended
+    (tmp_path / ".o.jsonl.lock").rmdir()
+    lock._beat()
+    with pytest.raises(UserError, match="was taken over by another process"):
+        lock.require()
+    lock.release()
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_folder_that_somebody_removes_stays_ones_own(take, tmp_path):
     lock = take()
     owner_file(tmp_path).unlink()
@@ -176,7 +213,7 @@ def test_a_folder_that_somebody_removes_stays_ones_own(take, tmp_path):
 def at_the_same_moment(folder, ready, results):
     ready.wait()
     try:
-        lock = Lock.take(folder, 60.0)
+        lock = Lock.take(run_claim(folder), 60.0)
     except UserError as error:
         results.put(str(error))
     else:
@@ -208,7 +245,7 @@ def test_a_damaged_lock_is_watched_like_any_other(tmp_path_factory, content):
     (folder / "lock").mkdir()
     data = content if isinstance(content, bytes) else content.encode()
     (folder / "lock" / "41.json").write_bytes(data)
-    lock = Lock.take(folder, 0.0)
+    lock = Lock.take(run_claim(folder), 0.0)
     assert owner_file(folder).name == "42.json"
     lock.release()
 

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coca_scale.data.sample import Skipped
+from coca_scale.engine.ownership import Owner
 from coca_scale.engine.world import World
 from coca_scale.errors import AgreedError
-from coca_scale.training.ownership import Owner
 from coca_scale.training.skipped import SkipLog, too_many
 from tests.json_lines import lines_of
 
