@@ -9,6 +9,7 @@ from uuid import uuid4
 
 from coca_scale.errors import UserError
 from coca_scale.recipe import Recipe
+from coca_scale.recipe.files import read_text
 from coca_scale.recipe.public import PRIVATE, public_name, public_recipe
 
 IDENTITY = "wandb_id"
@@ -53,7 +54,7 @@ class Tracker:
             self._run = wandb.init(
                 project=project,
                 name=public_name(recipe.run.name),
-                id=identity.read_text().strip(),
+                id=read_text(identity).strip(),
                 resume="allow",
                 dir=str(folder),
                 config=public_recipe(recipe.model_dump()),
@@ -61,7 +62,7 @@ class Tracker:
                     finish_timeout=FINISH_SECONDS, console="off", **_NOTHING_OF_THIS_MACHINE
                 ),
             )
-        except wandb.Error as error:
+        except (wandb.Error, UserError) as error:
             self._give_up(error)
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
