@@ -25,6 +25,8 @@ from coca_scale.recipe.files import json_lines, read_json, validated
 
 SETTINGS = "settings.json"
 _PART, _NUMBER = "part", "number"
+# of names of files that are no UTF-8 JSON's own escapes, which are read as the same names
+_TEXT: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace"}
 
 
 class _Written(BaseModel, extra="allow"):
@@ -61,7 +63,7 @@ class CaptionFile:
         _drop_torn_line(self._mine)
         if not self._mine.is_file() or not self._mine.stat().st_size:
             self._mine.write_text(json.dumps({"settings": self._settings}) + "\n")
-        self._file = self._mine.open("a", encoding="utf-8")
+        self._file = self._mine.open("a", **_TEXT)
 
     def add(self, captioned: Iterable[Captioned]) -> None:
         """Append captions; afterwards they are in the file."""
@@ -144,7 +146,7 @@ class SideCars:
 
 def _write_whole(path: Path, records: Iterable[dict[str, Any]]) -> None:
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
+    with temporary.open("w", **_TEXT) as file:
         file.writelines(_line(record) for record in records)
         file.flush()
         os.fsync(file.fileno())

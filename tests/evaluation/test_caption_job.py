@@ -19,6 +19,8 @@ from coca_scale.cli import app
 from coca_scale.data.synthetic import Shapes
 from coca_scale.errors import UserError
 from coca_scale.evaluation.caption_files import CaptionFile, SideCars
+from coca_scale.evaluation.captioning import Captioned
+from coca_scale.evaluation.pictures import Picture, Place
 from coca_scale.model import CoCa, load_model_config
 from coca_scale.openclip.state_dict import to_openclip
 from tests.data.shards import write_shards
@@ -256,3 +258,16 @@ def test_damaged_settings_are_named(tmp_path, content):
     with pytest.raises(UserError, match=r"settings\.json") as caught:
         SideCars(tmp_path, [], {"model": "m"})
     assert "\n" not in str(caught.value)
+
+
+def test_names_of_files_need_not_be_text(tmp_path):
+    name = os.fsdecode(b"\xff/\xc3\xa9.png")
+    picture = Picture(Place(0, 3), name, torch.zeros(3, 2, 2, dtype=torch.uint8), ())
+    file = CaptionFile(tmp_path / "captions.jsonl", 0, 1, {})
+    file.add([Captioned(picture, ("é",), (-1.5,))])
+    file.close()
+    file = CaptionFile(tmp_path / "captions.jsonl", 0, 1, {})
+    assert file.done == {(0, 3)}
+    file.close()
+    file.merge()
+    assert lines_of(tmp_path / "captions.jsonl")[0]["key"] == name
