@@ -11,23 +11,48 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from PIL import Image
+from pydantic import BaseModel
 from webdataset import TarWriter
 
 from coca_scale.data.images import MIN_SIDE_PIXELS, decode_image, image_format
 from coca_scale.data.listing import ListedPicture, Listing, ListOptions, list_pictures
 from coca_scale.data.local_files import read_picture
-from coca_scale.data.manifest import MANIFEST
+from coca_scale.data.manifest import MANIFEST, Count
 from coca_scale.data.sample import BadSample, DataError, Skipped, causes_text
-from coca_scale.recipe.files import read_json, sha256_of
+from coca_scale.errors import UserError
+from coca_scale.recipe.files import read_json, read_json_as, sha256_of
 from coca_scale.recipe.lock import Lock, folder_claim, held
 
 JPEG_QUALITY = 95
 EXTENSION_OF = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 PLAN = "pack.json"
 BAD_LIST = "bad_samples.jsonl"
+T = TypeVar("T")
+
+
+class _Shard(BaseModel):
+    name: str
+    samples: Count
+    bytes: Count
+    sha256: str
+
+
+class _Receipt(BaseModel):
+    """That a shard is complete; None is one in which nothing could be used."""
+
+    bad: list[tuple[str, str]]
+    shard: _Shard | None
+
+
+class _Manifest(BaseModel):
+    """What was packed, and samples that were left out by cause."""
+
+    samples: Count
+    bad: dict[str, Count]
+    shards: list[_Shard]
 
 
 @dataclass(frozen=True)
@@ -127,8 +152,8 @@ def _captioned(source: Path, options: PackOptions) -> Listing:
 
 def _packed(out: Path) -> PackResult:
     """What an earlier call has written."""
-    found = read_json(out / MANIFEST)
-    return PackResult(found["samples"], len(found["shards"]), Counter(found["bad"]))
+    found = _read(out / MANIFEST, _Manifest)
+    return PackResult(found.samples, len(found.shards), Counter(found.bad))
 
 
 def _pack(
@@ -151,7 +176,9 @@ def _pack(
     done = 0
     missing = []
     for number in range(count):
-        if _receipt(out, number).is_file():
+        receipt = _receipt(out, number)
+        if receipt.is_file():
+            _read(receipt, _Receipt)
             done += bounds[number + 1] - bounds[number]
         else:
             missing.append(number)
@@ -257,23 +284,31 @@ def _image_bytes(path: Path, max_side: int | None) -> tuple[str, bytes]:
 
 def _finish(out: Path, source: Path, count: int, skipped: Sequence[Skipped]) -> PackResult:
     """Put the receipts together as the manifest, with what the list had left out."""
-    receipts = [read_json(_receipt(out, number)) for number in range(count)]
-    bad = [(cause, key) for receipt in receipts for cause, key in receipt["bad"]]
+    receipts = [_read(_receipt(out, number), _Receipt) for number in range(count)]
+    bad = [entry for receipt in receipts for entry in receipt.bad]
     bad += [(left_out.cause, left_out.key) for left_out in skipped]
     causes = Counter(cause for cause, _ in bad)
-    shards = [receipt["shard"] for receipt in receipts if receipt["shard"] is not None]
+    shards = [receipt.shard for receipt in receipts if receipt.shard is not None]
     if bad:
         lines = (json.dumps({"cause": cause, "key": key}) + "\n" for cause, key in bad)
         _write_whole(out / BAD_LIST, "".join(lines))
     if shards:
-        total = sum(shard["samples"] for shard in shards)
-        manifest = {"samples": total, "bad": dict(causes), "shards": shards}
-        _write_whole(out / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+        total = sum(shard.samples for shard in shards)
+        manifest = _Manifest(samples=total, bad=causes, shards=shards)
+        _write_whole(out / MANIFEST, json.dumps(manifest.model_dump(), indent=1) + "\n")
     for path in (out / PLAN, *(_receipt(out, number) for number in range(count))):
         path.unlink()
     if not shards:
         raise DataError(f"{source}: none of {len(bad)} samples can be used ({causes_text(causes)})")
     return PackResult(total, len(shards), causes)
+
+
+def _read(path: Path, kind: type[T]) -> T:
+    """What this module has written."""
+    try:
+        return read_json_as(path, kind)
+    except UserError as error:
+        raise DataError(f"{error}; delete it, and what it is about is packed again") from error
 
 
 def _write_whole(path: Path, text: str) -> None:

@@ -15,13 +15,35 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, NonNegativeInt
+
 from coca_scale.data.sample import DataError
+from coca_scale.errors import UserError
 from coca_scale.evaluation.captioning import Captioned
 from coca_scale.evaluation.pictures import Part, Place
-from coca_scale.recipe.files import json_lines
+from coca_scale.recipe.files import json_lines, read_json, validated
 
 SETTINGS = "settings.json"
 _PART, _NUMBER = "part", "number"
+# of names of files that are no UTF-8 JSON's own escapes, which are read as the same names
+_TEXT: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace"}
+
+
+class _Written(BaseModel, extra="allow"):
+    """A line of a part: a record, and the place of its picture."""
+
+    part: NonNegativeInt
+    number: NonNegativeInt
+    key: str
+    caption: str
+    score: float
+
+    @property
+    def place(self) -> Place:
+        return Place(self.part, self.number)
+
+    def record(self) -> dict[str, Any]:
+        return self.model_dump(exclude={_PART, _NUMBER})
 
 
 class CaptionFile:
@@ -41,7 +63,7 @@ class CaptionFile:
         _drop_torn_line(self._mine)
         if not self._mine.is_file() or not self._mine.stat().st_size:
             self._mine.write_text(json.dumps({"settings": self._settings}) + "\n")
-        self._file = self._mine.open("a", encoding="utf-8")
+        self._file = self._mine.open("a", **_TEXT)
 
     def add(self, captioned: Iterable[Captioned]) -> None:
         """Append captions; afterwards they are in the file."""
@@ -81,14 +103,13 @@ class CaptionFile:
 
     def _read_done(self) -> Iterator[Place]:
         for path in self._parts():
-            lines = json_lines(path)
-            first = next(lines, None)
+            first = next(json_lines(path), None)
             if first is not None and first.get("settings") != self._settings:
                 raise DataError(
                     f"{path} was begun with another model, other inputs or options; finish it with "
                     "those, write to another file, or delete it"
                 )
-            yield from (Place(line[_PART], line[_NUMBER]) for line in lines)
+            yield from (written.place for written in _written(path))
 
 
 class SideCars:
@@ -118,7 +139,7 @@ class SideCars:
             temporary = known.with_suffix(f".{os.getpid()}.tmp")
             temporary.write_text(content)
             temporary.replace(known)
-        elif known.read_text() != content:
+        elif read_json(known) != json.loads(content):
             raise DataError(
                 f"{folder} holds captions of another model or other options; see {known}, and "
                 "choose another folder"
@@ -140,7 +161,7 @@ class SideCars:
 
 def _write_whole(path: Path, records: Iterable[dict[str, Any]]) -> None:
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
+    with temporary.open("w", **_TEXT) as file:
         file.writelines(_line(record) for record in records)
         file.flush()
         os.fsync(file.fileno())
@@ -166,10 +187,20 @@ def _record(item: Captioned) -> dict[str, Any]:
 
 
 def _sorted(path: Path) -> list[tuple[Place, dict[str, Any]]]:
-    lines = json_lines(path)
-    next(lines, None)  # settings
-    found = [(Place(line.pop(_PART), line.pop(_NUMBER)), line) for line in lines]
+    found = [(written.place, written.record()) for written in _written(path)]
     return sorted(found, key=lambda item: item[0])
+
+
+def _written(path: Path) -> Iterator[_Written]:
+    """Lines of a part after its settings."""
+    try:
+        for number, line in enumerate(json_lines(path), 1):
+            if number > 1:
+                yield validated(line, _Written, f"{path}: line {number}")
+    except UserError as error:
+        raise DataError(
+            f"{error}; delete the line, and its picture is captioned again, or the file"
+        ) from error
 
 
 def _drop_torn_line(path: Path) -> None:

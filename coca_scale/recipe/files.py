@@ -133,13 +133,14 @@ def json_lines(path: Path) -> Iterator[dict[str, Any]]:
                 yield _object(line, f"{path}: line {number}")
 
 
-def readable_lines(path: Path) -> Iterator[dict[str, Any] | None]:
-    """The same of a file that a fault of a disk may have damaged: None for a line that is none."""
+def readable_lines(path: Path, kind: type[T]) -> Iterator[T | None]:
+    """The same as the type that is meant, of a file that a fault of a disk or a person may have
+    damaged: None for a line that is something else."""
     with path.open("rb") as file:
         for line in file:
             if line.endswith(b"\n"):
                 try:
-                    yield _object(line, str(path))
+                    yield validated(_object(line, str(path)), kind, str(path))
                 except UserError:
                     yield None
 

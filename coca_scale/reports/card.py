@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Annotated, Any
 
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, StrictUndefined
+from pydantic import Field
 
 from coca_scale.engine.optimizer import kind_of
 from coca_scale.errors import UserError
@@ -18,9 +20,10 @@ from coca_scale.evaluation.results import Kind, Score
 from coca_scale.losses import LABELS
 from coca_scale.model import ModelConfig
 from coca_scale.recipe.files import read_json_as
+from coca_scale.recipe.load import load_recipe
 from coca_scale.recipe.public import public_text
-from coca_scale.recipe.schema import OptimSection
-from coca_scale.reports.page import RunRecord
+from coca_scale.recipe.run_folder import RECIPE
+from coca_scale.reports.page import LARGEST, RunRecord
 from coca_scale.version import __version__
 
 
@@ -47,7 +50,7 @@ class ScoreSet:
 class _ScoreFile:
     task: str
     data: list[str]
-    scores: dict[str, float]
+    scores: dict[str, Annotated[float, Field(gt=-LARGEST, lt=LARGEST, allow_inf_nan=False)]]
     pictures: int | None = None
 
 
@@ -74,7 +77,8 @@ def validation_scores(record: RunRecord | None) -> list[ScoreSet]:
     if record is None or not record.validation:
         return []
     last = record.validation[-1]
-    about = f"the run's own validation data, {last['samples']:,} pictures, step {last['step']:,}"
+    pictures = f" {last['samples']:,} pictures," if "samples" in last else ""
+    about = f"the run's own validation data,{pictures} step {last['step']:,}"
     return [ScoreSet(KINDS[name], about, scores) for name, scores in by_kind(last).items()]
 
 
@@ -99,6 +103,9 @@ def model_card(
         sets: scores.
         licence: as the hub calls it.
         has_captions: whether captions.png goes with it.
+
+    Raises:
+        UserError: the run's recipe is none.
     """
     captions = config.multimodal_cfg is not None
     vision, text = config.vision_cfg, config.text_cfg
@@ -162,23 +169,26 @@ def _eval_results(found: ScoreSet) -> list[EvalResult]:
 
 
 def _training_facts(record: RunRecord) -> dict[str, str]:
-    recipe, last = record.recipe, record.metrics[-1]
-    shards = [source["shards"] for source in recipe.get("data.train", [])]
+    recipe = load_recipe(record.folder / RECIPE)
+    shards = [source.shards for source in recipe.data.train]
     sources = [name for of in shards for name in (of if isinstance(of, list) else [of])]
-    start = recipe.get("model.pretrained")
-    keys = {k.partition(".")[2]: v for k, v in recipe.items() if k.startswith("optim.")}
-    optim = OptimSection.model_validate(keys)
-    weights = {name: recipe.get(f"loss.{name}_weight") for name in LABELS}
+    start, optim, schedule = recipe.model.pretrained, recipe.optim, recipe.schedule
+    weights = {name: recipe.loss.weight(name) for name in LABELS}
     return {
-        "data": ", ".join(map(str, sources)),
-        **({"starting from": str(start)} if start else {}),
-        "samples seen": f"{last['samples_seen']:,} in {last['step']:,} steps of "
-        f"{last['global_batch']:,}",
+        "data": ", ".join(map(public_text, sources)),
+        **({"starting from": public_text(start)} if start else {}),
+        "samples seen": _length(record.metrics[-1]),
         "loss": " + ".join(f"{weight} × {name}" for name, weight in weights.items() if weight),
-        "optimizer": f"{kind_of(optim).label}, lr {recipe.get('optim.lr')}, weight decay "
-        f"{recipe.get('optim.weight_decay')}, {recipe.get('schedule.name')} schedule, "
-        f"{recipe.get('schedule.warmup_steps')} steps of warm-up",
-        "engine": f"DeepSpeed ZeRO {recipe.get('engine.zero_stage')}, "
-        f"{recipe.get('engine.precision')}, {record.ranks or '?'} rank(s)",
+        "optimizer": f"{kind_of(optim).label}, lr {optim.lr}, weight decay {optim.weight_decay}, "
+        f"{schedule.name} schedule, {schedule.warmup_steps} steps of warm-up",
+        "engine": f"DeepSpeed ZeRO {recipe.engine.zero_stage}, {recipe.engine.precision}, "
+        f"{record.ranks or '?'} rank(s)",
         "versions": ", ".join(f"{name} {number}" for name, number in record.versions.items()),
     }
+
+
+def _length(last: dict[str, Any]) -> str:
+    """How far a run has come, as far as its last line of metrics says."""
+    seen = f"{last['samples_seen']:,} in " if "samples_seen" in last else ""
+    batch = f" of {last['global_batch']:,}" if "global_batch" in last else ""
+    return f"{seen}{last['step']:,} steps{batch}"

@@ -7,15 +7,15 @@ import json
 import math
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from jinja2 import Environment, StrictUndefined
-from pydantic import BaseModel
+from pydantic import AfterValidator, BaseModel, Field, StrictFloat, StrictInt, create_model
 
 from coca_scale.errors import UserError
 from coca_scale.evaluation.kinds import flat_scores
@@ -37,12 +37,14 @@ from coca_scale.recipe.run_folder import (
     VALIDATION,
     VERSIONS,
 )
+from coca_scale.recipe.section import MAX_STEPS
 from coca_scale.recipe.yaml_text import dump_yaml
 from coca_scale.reports.curves import Curve, chart
 from coca_scale.version import __version__
 
 COLOURS = ("#3b6fb6", "#d1652f", "#3f8f5b", "#8c5aa8", "#b3923a", "#5b8f95", "#b0487a", "#6d6d6d")
 _TEMPLATE = "report.html"
+LARGEST = 1e300  # sums and percentages of smaller numbers are finite
 # file key → title, how values are shown
 _TRAINING = {
     "loss": "loss",
@@ -58,6 +60,38 @@ _TRAINING = {
 }
 _VALIDATION = {
     name: f"validation: {score.label}" for name, _, score in flat_scores() if score.charted
+}
+
+
+def _drawable(value: float) -> float | None:
+    """A number that a chart can have; None for others."""
+    return value if abs(value) < LARGEST else None
+
+
+_Number = Annotated[StrictInt | StrictFloat, AfterValidator(_drawable)] | None
+
+
+class _Line(BaseModel):
+    step: Annotated[StrictInt, Field(ge=0, le=MAX_STEPS)]
+
+
+class _BadSample(_Line):
+    """A line of bad_samples.jsonl."""
+
+    cause: str
+
+
+def _numbers_of(*names: str) -> type[_Line]:
+    """A line about a step with these numbers, of which any may be missing."""
+    fields: dict[str, Any] = dict.fromkeys(names, (_Number, None))
+    return create_model("_Numbers", __base__=_Line, **fields)
+
+
+# what lines of a run's files say, as far as it is shown
+_LINES: dict[str, type[_Line]] = {
+    METRICS: _numbers_of(*_TRAINING, "samples_seen", "global_batch", "bad_samples"),
+    VALIDATION: _numbers_of("samples", *(name for name, _, _ in flat_scores())),
+    BAD_SAMPLES: _BadSample,
 }
 
 
@@ -113,11 +147,11 @@ def read_run(folder: Path) -> RunRecord:
     if not recipe.is_file():
         raise UserError(f"{folder} is no run: it has no recipe.yaml")
     sections = read_sections(recipe)
-    names = (METRICS, VALIDATION, BAD_SAMPLES)
-    found = [readable_lines(folder / n) if (folder / n).is_file() else () for n in names]
-    damaged = Counter[str]()
+    paths = {folder / name: kind for name, kind in _LINES.items()}
+    found = [[*readable_lines(p, kind)] if p.is_file() else [] for p, kind in paths.items()]
     metrics, validation, bad = (
-        list(_sound(lines, damaged, name)) for lines, name in zip(found, names, strict=True)
+        [line.model_dump(exclude_none=True) for line in lines if line is not None]
+        for lines in found
     )
     if not metrics:
         raise UserError(f"{folder} has logged nothing yet: metrics.jsonl is empty or not there")
@@ -136,8 +170,8 @@ def read_run(folder: Path) -> RunRecord:
         versions=public_versions(about),
         commit=public_commit(about),
         ranks=about.get("ranks"),
-        bad=Counter(public_cause(str(line.get("cause"))) for line in bad),
-        damaged=damaged.total(),
+        bad=Counter(public_cause(line["cause"]) for line in bad),
+        damaged=sum(lines.count(None) for lines in found),
     )
 
 
@@ -169,7 +203,8 @@ def report(folders: Sequence[Path]) -> str:
 
 def last_sheet(run: RunRecord) -> Path | None:
     """Its newest sheet of captioned validation pictures."""
-    return max((run.folder / SHEETS).glob("step_*.png"), default=None)
+    sheets = (run.folder / SHEETS).glob(f"step_{'[0-9]' * 8}.png")
+    return max(sheets, default=None)
 
 
 def _facts(run: RunRecord) -> dict[str, str]:
@@ -259,22 +294,6 @@ def _flat(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def _about(versions: Path) -> dict[str, Any]:
     return read_json_as(versions, _About).model_dump(exclude_unset=True)
-
-
-def _sound(
-    lines: Iterable[dict[str, Any] | None], damaged: Counter[str], name: str
-) -> Iterator[dict[str, Any]]:
-    """Lines about a step, without values that are neither numbers that can be drawn nor texts."""
-    for line in lines:
-        if line is None or not _drawable(line.get("step")):
-            damaged[name] += 1
-        else:
-            yield {k: v for k, v in line.items() if isinstance(v, str) or _drawable(v)}
-
-
-def _drawable(value: object) -> bool:
-    """Whether it is a number, and one that a chart can have."""
-    return isinstance(value, int | float) and abs(value) < 1e300
 
 
 def _count(value: float | None) -> str:

@@ -23,7 +23,7 @@ from coca_scale.recipe.files import sha256_of
 from tests.conftest import tiny_recipe
 from tests.data.rot import rot_shards, write_rotten_shards
 from tests.data.shards import encoded, write_shards
-from tests.invoke import output_of
+from tests.invoke import mistake_in, output_of
 from tests.stopping import stopped
 
 DATA = tiny_recipe().data
@@ -114,6 +114,25 @@ def test_every_nth_picture_is_held_out_once(tmp_path):
     assert (again["train"].samples, again["val"].samples) == (8, 3)
     with pytest.raises(DataError, match="holds packed shards already"):
         pack_split(pictures, tmp_path / "out", PackOptions(), 4)
+
+
+@pytest.mark.parametrize("content", [b'{"samples": []}', b"[1]", b"\xff\xfe\0", b'{"shards": 5}'])
+def test_a_damaged_manifest_or_receipt_is_named_and_packed_again(tmp_path, content):
+    pictures = write_pictures(tmp_path / "pictures", 5, (30, 20))
+    manifest = tmp_path / "out" / "val" / "manifest.json"
+    manifest.parent.mkdir(parents=True)
+    manifest.write_bytes(content)
+    arguments = ("data", "pack", pictures, "--out", tmp_path / "out", "--hold-out", "2")
+    said = mistake_in(*arguments)
+    assert said.startswith(f"{manifest}: ") and "packed again" in said and "\n" not in said
+    manifest.unlink()
+    receipt = manifest.parent / "shard-000000.json"
+    receipt.write_bytes(content)
+    said = mistake_in(*arguments)
+    assert said.startswith(f"{receipt}: ") and "packed again" in said and "\n" not in said
+    receipt.unlink()
+    output_of(*arguments)
+    assert json.loads(manifest.read_text())["samples"] == 3
 
 
 def test_captions_of_one_picture_stay_together(tmp_path):

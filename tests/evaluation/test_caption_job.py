@@ -19,7 +19,9 @@ from coca_scale.cli import app
 from coca_scale.data.sample import DataError
 from coca_scale.data.synthetic import Shapes
 from coca_scale.errors import UserError
-from coca_scale.evaluation.caption_files import CaptionFile
+from coca_scale.evaluation.caption_files import CaptionFile, SideCars
+from coca_scale.evaluation.captioning import Captioned
+from coca_scale.evaluation.pictures import Picture, Place
 from coca_scale.model import CoCa, load_model_config
 from coca_scale.openclip.state_dict import to_openclip
 from tests.data.shards import write_shards
@@ -277,3 +279,42 @@ def test_other_options_do_not_mix(trained, folder, tmp_path):
     assert "was begun with another model" in str(done.exception)
     done = CliRunner().invoke(app, ["caption", *arguments[:2], "--out", str(tmp_path / "folder")])
     assert "side-cars are of shards" in str(done.exception)
+
+
+@pytest.mark.parametrize("line", ['{"key": "x"}', '{"part": 0, "number": "x"}', "[1]", "\0", "{"])
+def test_a_damaged_line_is_named_and_a_last_one_cut_off_is_dropped(tmp_path, line):
+    part = tmp_path / "captions.jsonl.part-0-of-1"
+    whole = '{"part": 0, "number": 3, "key": "k", "caption": "é", "score": -1.5, "captions": ["é"]}'
+    head = '{"settings": {"model": "m"}}'
+    part.write_text(f"{head}\n{line}\n{whole}\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"part-0-of-1: line 2: .*captioned again") as caught:
+        CaptionFile(tmp_path / "captions.jsonl", 0, 1, {"model": "m"})
+    assert "\n" not in str(caught.value)
+    part.write_text(f"{head}\n{whole}\n{line}", encoding="utf-8")
+    file = CaptionFile(tmp_path / "captions.jsonl", 0, 1, {"model": "m"})
+    assert file.done == {(0, 3)}
+    file.close()
+    file.merge()
+    (found,) = lines_of(tmp_path / "captions.jsonl")
+    assert found == {"key": "k", "caption": "é", "score": -1.5, "captions": ["é"]}
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\0", b"", b"{", b"[" * 100_000, b"[1]"])
+def test_damaged_settings_are_named(tmp_path, content):
+    (tmp_path / "settings.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"settings\.json") as caught:
+        SideCars(tmp_path, []).settle({"model": "m"})
+    assert "\n" not in str(caught.value)
+
+
+def test_names_of_files_need_not_be_text(tmp_path):
+    name = os.fsdecode(b"\xff/\xc3\xa9.png")
+    picture = Picture(Place(0, 3), name, torch.zeros(3, 2, 2, dtype=torch.uint8), ())
+    file = CaptionFile(tmp_path / "captions.jsonl", 0, 1, {})
+    file.add([Captioned(picture, ("é",), (-1.5,))])
+    file.close()
+    file = CaptionFile(tmp_path / "captions.jsonl", 0, 1, {})
+    assert file.done == {(0, 3)}
+    file.close()
+    file.merge()
+    assert lines_of(tmp_path / "captions.jsonl")[0]["key"] == name

@@ -131,3 +131,16 @@ def test_a_project_that_is_no_name_gets_nothing(tmp_path, monkeypatch):
     Tracker(recipe, tmp_path, lines.append).close()
     assert "does not look like the name of a project" in lines[0] and "hunter2" not in lines[0]
     assert not list(tmp_path.iterdir())
+
+
+def test_an_identity_that_makes_no_sense_is_replaced(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    (tmp_path / "wandb_id").write_bytes(b"\xff\xfe\0")  # as left by a full disk
+    recipe = load_recipe("recipes/tiny.yaml", ["log.wandb=coca"])
+    from coca_scale.training.tracking import Tracker
+
+    lines: list[str] = []
+    Tracker(recipe, tmp_path, lines.append).close()
+    assert lines == []
+    identity = (tmp_path / "wandb_id").read_text().strip()
+    assert len(identity) == 12 and list(tmp_path.glob(f"wandb/offline-run-*-{identity}"))
