@@ -13,8 +13,17 @@ from torch import Tensor
 from coca_scale.model import CoCa, load_model_config
 from coca_scale.model.config import ModelConfig, parse_model_config
 from coca_scale.model.weights import LOGIT_SCALE
+from coca_scale.openclip.folder import write_folder
 
 WORDS = "a small big red green blue yellow circle square triangle left right of above below the"
+
+
+def untrained_export(folder: Path) -> Path:
+    """The smallest model with random weights, as an OpenCLIP folder."""
+    torch.manual_seed(0)
+    config = load_model_config("coca_tiny")
+    write_folder(weights_of(CoCa(config)), config, folder)
+    return folder
 
 
 def raw_config(name: str, **changes: Any) -> dict[str, Any]:

@@ -11,12 +11,9 @@ import urllib.error
 import urllib.request
 
 import pytest
-import torch
 from PIL import Image
 
-from coca_scale.model import CoCa, load_model_config
-from coca_scale.openclip.folder import write_folder
-from tests.variants import weights_of
+from tests.variants import untrained_export
 
 SERVER = """
 import sys
@@ -67,11 +64,7 @@ class Running:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    config = load_model_config("coca_tiny")
-    torch.manual_seed(0)
-    write_folder(weights_of(CoCa(config)), config, folder)
-    return folder
+    return untrained_export(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

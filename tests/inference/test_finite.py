@@ -14,18 +14,14 @@ from coca_scale.openclip.folder import SAFETENSORS_FILE, write_folder
 from tests.conftest import tiny_recipe
 from tests.invoke import mistake_in
 from tests.ranks import on_ranks
-from tests.variants import weights_of
+from tests.variants import untrained_export, weights_of
 
 PICTURES = "synthetic://shapes?split=val&count=16&size=48"
 
 
 @pytest.fixture(scope="module")
 def export(tmp_path_factory):
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("export")
-    config = load_model_config("coca_tiny")
-    write_folder(weights_of(CoCa(config)), config, folder)
-    return folder
+    return untrained_export(tmp_path_factory.mktemp("export"))
 
 
 def broken(export, folder, value, name="visual.conv1.weight"):

@@ -5,20 +5,17 @@ from __future__ import annotations
 import json
 
 import pytest
-import torch
 from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coca_scale.errors import UserError
 from coca_scale.evaluation.kinds import flat_scores
-from coca_scale.model import CoCa, load_model_config
-from coca_scale.openclip.folder import write_folder
 from coca_scale.recipe import dump_recipe
 from coca_scale.reports.page import read_run, report
 from coca_scale.reports.publish import prepare
 from tests.conftest import tiny_recipe
-from tests.variants import weights_of
+from tests.variants import untrained_export
 
 NAMES = (
     *("step", "loss", "samples_seen", "global_batch", "samples_per_second", "peak_memory_bytes"),
@@ -35,11 +32,7 @@ LINES = st.builds(
 
 @pytest.fixture(scope="module")
 def export(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("export")
-    config = load_model_config("coca_tiny")
-    torch.manual_seed(0)
-    write_folder(weights_of(CoCa(config)), config, folder)
-    return folder
+    return untrained_export(tmp_path_factory.mktemp("export"))
 
 
 def write_run(folder, metrics=(), validation=()):

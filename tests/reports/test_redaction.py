@@ -9,17 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from coca_scale.model import CoCa, load_model_config
-from coca_scale.openclip.folder import write_folder
 from coca_scale.recipe import dump_recipe, load_recipe
 from coca_scale.reports.page import report
 from coca_scale.reports.publish import prepare
 from tests.secrets import SECRETS, SHAPES, recipe_with
-from tests.variants import weights_of
+from tests.variants import untrained_export
 
 SECRET = "s3cr3tS3CR3Ts3cr3t"
 LINE = {
@@ -62,11 +59,7 @@ def write_run(folder: Path, text: str) -> Path:
 @pytest.fixture(scope="module")
 def export(tmp_path_factory):
     """A small model, and in its files what others may have put there."""
-    folder = tmp_path_factory.mktemp("export")
-    config = load_model_config("coca_tiny")
-    torch.manual_seed(0)
-    write_folder(weights_of(CoCa(config)), config, folder)
-    return folder
+    return untrained_export(tmp_path_factory.mktemp("export"))
 
 
 @settings(max_examples=25, deadline=None, phases=[Phase.generate])
