@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -91,6 +92,16 @@ def progress_bar(what: str, active: bool = True) -> Iterator[Callable[[int, int 
     with Progress(*columns, console=console, disable=not (active and console.is_terminal)) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def give_parameters(
+    command: Callable[..., Any], verb: Callable[..., Any], parameters: Iterable[inspect.Parameter]
+) -> None:
+    """Let `command`, which stands for `verb`, be called with these; required ones come first."""
+    ordered = sorted(parameters, key=lambda p: p.default is not p.empty)
+    command.__name__, command.__doc__ = verb.__name__, verb.__doc__
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in ordered}
+    command.__signature__ = inspect.Signature(ordered)  # type: ignore[attr-defined]
 
 
 def say(text: str, err: bool = False, nl: bool = True) -> None:

@@ -30,6 +30,7 @@ from coca_scale.cli.arguments import (
     Precision,
     PrecisionOption,
     RawWeights,
+    give_parameters,
     progress_bar,
     say,
     skipped,
@@ -72,11 +73,7 @@ def _verb(name: str) -> Callable[[Callable[..., Evaluator]], Callable[..., Evalu
             common = {key: arguments[key] for key in shared}
             _run(lambda: make(**given), **common)
 
-        command.__doc__ = make.__doc__
-        command.__annotations__ = {key: p.annotation for key, p in merged.items()}
-        command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-            sorted(merged.values(), key=lambda p: p.default is not p.empty)
-        )
+        give_parameters(command, make, merged.values())
         app.command(name)(command)
         return make
 

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from coca_scale.cli.arguments import give_parameters
+
 ListArguments = dict[str, Any]  # of data.listing.ListOptions, whose module is slow to import
 
 
@@ -44,9 +46,5 @@ def lists_data(verb: Callable[..., Any]) -> Callable[..., Any]:
         listing = {name: arguments.pop(name) for name in options}
         return verb(**arguments, listing=listing)
 
-    command.__name__, command.__doc__ = verb.__name__, verb.__doc__
-    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        sorted(parameters, key=lambda p: p.default is not p.empty)
-    )
+    give_parameters(command, verb, parameters)
     return command
