@@ -21,7 +21,6 @@ from coca_scale.recipe.process import PROC
 
 _WITNESS = Path(__file__).with_name("witness.py")
 _FRAMES = re.compile(r"^(Exception raised from |frame #\d+: |<omitting python frames>).*\n?", re.M)
-
 _LOADER = "DataLoader worker (pid"
 
 

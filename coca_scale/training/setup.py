@@ -119,6 +119,7 @@ class Setup:
     Attributes:
         prepared: of the run.
         resumed: checkpoint to load, None for a new run.
+        progress: what that keeps of the loop; empty for a new run.
         lanes: of this rank, where its data begins or goes on.
         batches: this rank's share of every step, endless; None if no step is left.
         engine: with the model that the run begins with.
@@ -130,6 +131,7 @@ class Setup:
 
     prepared: Prepared
     resumed: Path | None
+    progress: dict[str, Any]
     lanes: LaneStates
     batches: Generator[StepBatch] | None
     engine: TrainEngine
@@ -179,7 +181,9 @@ def set_up(recipe: Recipe, world: World, lanes: LaneStates | None = None) -> Set
     if recomputed:
         notes.append(f"recomputing {len(recomputed)} blocks to keep to the activation budget")
     engine = TrainEngine(coca, logit_scale, recipe, split, world, recomputed)
-    return Setup(prepared, resumed, lanes, batches, engine, identity, samples_at_peak, notes)
+    return Setup(
+        prepared, resumed, progress, lanes, batches, engine, identity, samples_at_peak, notes
+    )
 
 
 def prepare(recipe: Recipe, world: World) -> Prepared:

@@ -11,7 +11,7 @@ from typing import Any
 
 from coca_scale.data.loader import LaneStates, StepBatch
 from coca_scale.data.prefetch import Prefetcher
-from coca_scale.engine.checkpoint import find_checkpoint, fitting_state, read_progress
+from coca_scale.engine.checkpoint import find_checkpoint, fitting_state
 from coca_scale.engine.ownership import Owner
 from coca_scale.engine.train_engine import StepResult
 from coca_scale.engine.watchdog import NoWatchdog, Watchdog
@@ -283,7 +283,7 @@ class Trainer:
         if resumed is None:
             return
         started = time.perf_counter()
-        progress = read_progress(resumed)
+        progress = self.setup.progress
         scratch, layout = self.prepared.checkpoints, self.engine.layout
         with fitting_state(resumed, layout, scratch, self.world) as universal:
             self.engine.load_state(resumed, universal)
