@@ -60,9 +60,13 @@ def told(error: BaseException) -> str:
     Where a loader process died it is a line: torch raises that wherever the rank happens to be.
     """
     if str(error).startswith(_LOADER):
+        known = error.__cause__ if str(error.__cause__).startswith(_LOADER) else error
+        line = str(known).strip().rstrip(".")
+        if "signal: " in line and not line.endswith("signal: Killed"):
+            return line
         return (
-            f"{str(error).strip().rstrip('.')}: as the kernel does where memory runs out; fewer "
-            "data.workers or a smaller data.shuffle_window take less"
+            f"{line}, as where memory runs out and the kernel kills; fewer data.workers or a "
+            "smaller data.shuffle_window take less"
         )
     return _FRAMES.sub("", "".join(traceback.format_exception(error))).rstrip()
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from torch.utils.data import DataLoader, IterableDataset
 
 from coca_scale.engine.leaving import told
 
@@ -108,6 +110,28 @@ def test_frames_of_torch_are_left_out():
         text = told(error)
     assert text.startswith("Traceback")
     assert text.endswith("RuntimeError: recvValue failed: Connection reset by peer\nand so on")
+
+
+class Dying(IterableDataset):
+    """Whose process ends where it should read a second sample."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def __iter__(self):
+        yield 1
+        os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT])
+def test_the_death_of_a_loader_process_is_a_line_with_its_own_cause(number):
+    samples = iter(DataLoader(Dying(number), num_workers=1, prefetch_factor=1))
+    next(samples)
+    with pytest.raises(RuntimeError) as caught:
+        next(samples)
+    (line,) = told(caught.value).splitlines()
+    assert f"killed by signal: {signal.strsignal(number)}" in line
+    assert ("memory" in line) == (number == signal.SIGKILL)
 
 
 def test_a_run_goes_on_when_nobody_reads_what_it_says():
