@@ -78,7 +78,11 @@ def found_by_reader(path):
 
 def base256(number):
     """A size as GNU tar writes those beyond 8 GiB; negative ones too."""
-    return number.to_bytes(12, "big", signed=True) if number < 0 else b"\x80" + number.to_bytes(11)
+    return (
+        number.to_bytes(12, "big", signed=True)
+        if number < 0
+        else b"\x80" + number.to_bytes(11, "big")
+    )
 
 
 @pytest.mark.parametrize("name", ["b.jpg", "b.bin"])
