@@ -4,8 +4,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := runs/demo
-# checkouts that share the compiled DeepSpeed op would build it over and over: its rules hold their path
-export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
 export TOKENIZERS_PARALLELISM = false
 
 .PHONY: demo test test-docs test-cluster test-gpu test-image bench gpu docs lint clean

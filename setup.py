@@ -77,7 +77,6 @@ setup(
             "mkdocstrings[python]",
             "moto[s3]",
             "mypy",
-            "ninja",
             "playwright",
             "pytest",
             "pytest-xdist",

@@ -8,7 +8,7 @@ set -eu
 system() {
   export DEBIAN_FRONTEND=noninteractive
   apt-get update -qq
-  # g++ and python3-dev: Triton and DeepSpeed compile at run time. openmpi-bin has mpi4py's library,
+  # g++ and python3-dev: Triton and engine.compile need them at run time. openmpi-bin has mpi4py's library,
   # openssh-client its way to other nodes. The last four let NCCL use InfiniBand, RoCE and EFA.
   apt-get install -y -qq --no-install-recommends \
     g++ python3 python3-dev python3-venv \
@@ -27,15 +27,10 @@ python() {
   sed -n '/^deepspeed==/,/[^\\]$/p' "$lock" >/tmp/deepspeed.lock
   uv pip install --quiet --require-hashes -r /tmp/others.lock
 
-  # DeepSpeed finds built ops for one accelerator only. On CPUs a run loads the shared-memory op, on
-  # GPUs none, unless its recipe turns on more: QUANTIZER for ZeRO++'s zero_quantized_*. CPU Adam is
-  # not built: its code is for the very machine that compiles it, and may not run on another.
-  if [ -n "${DEEPSPEED_CUDA_OPS:-}" ]; then
-    export DS_ACCELERATOR=cuda
-    for op in $DEEPSPEED_CUDA_OPS; do export "DS_BUILD_$op=1"; done
-  else
-    export DS_ACCELERATOR=cpu DS_BUILD_SHM_COMM=1
-  fi
+  # A run loads no op of DeepSpeed's, unless its recipe turns on more: QUANTIZER for ZeRO++'s
+  # zero_quantized_*.
+  export DS_ACCELERATOR=cpu
+  for op in ${DEEPSPEED_CUDA_OPS:-}; do export DS_ACCELERATOR=cuda "DS_BUILD_$op=1"; done
   uv pip install --quiet --require-hashes --no-deps --no-build-isolation -r /tmp/deepspeed.lock
   rm /tmp/others.lock /tmp/deepspeed.lock
 }

@@ -24,7 +24,6 @@ from coca_scale.doctor.processes import run
 from coca_scale.doctor.table import Row
 
 VERSIONS_SECONDS = 120
-OP_SECONDS = 400  # compiling takes 40 s on two free cores
 REDUCE_SECONDS = 90
 SHM_BYTES = 2**30
 DISK_BYTES = 2 * 2**30
@@ -35,15 +34,12 @@ def examine(quick: bool = False) -> list[Row]:
     """All checks, in the order in which faults lead to others.
 
     Args:
-        quick: leave out what takes long or disturbs a run: compiling, all-reduce, free GPU memory.
+        quick: leave out what takes long or disturbs a run: all-reduce, free GPU memory.
     """
-    facts, fault = _probe(["versions", *([] if quick else ["--memory"])], VERSIONS_SECONDS)
-    op = facts.get("op")
-    compiles = op is not None and not op["prebuilt"]
+    versions = ("versions", *([] if quick else ["--memory"]))
+    facts, fault = _probe([versions], VERSIONS_SECONDS)
     rows = [_python(), _packages(), *_libraries(facts, fault), *_gpus(facts), _nvcc(facts)]
-    rows += [_compiler(compiles), _ninja(compiles)]
-    if "deepspeed" in facts:
-        rows.append(_op(op, quick))
+    rows.append(_compiler())
     if "torch" in facts and not quick:
         rows.append(_all_reduce("gloo", 2))
         if facts["gpus"]:
@@ -52,11 +48,7 @@ def examine(quick: bool = False) -> list[Row]:
     return [*rows, cluster.mpi(), cluster.slurm(), cluster.fabric()]
 
 
-def _probe(arguments: Sequence[str], limit_seconds: float) -> tuple[dict[str, Any], str | None]:
-    return _probes([arguments], limit_seconds)
-
-
-def _probes(
+def _probe(
     probes: Sequence[Sequence[str]], limit_seconds: float
 ) -> tuple[dict[str, Any], str | None]:
     """Findings of all the probes together, and the first fault."""
@@ -162,43 +154,19 @@ def _nvcc(facts: dict[str, Any]) -> Row:
     return Row("nvcc", "ok", f"{version} at {nvcc}", needed=False)
 
 
-def _compiler(needed: bool) -> Row:
+def _compiler() -> Row:
+    """Triton's kernels and `engine.compile` are built when they are first used."""
     compiler = os.environ.get("CXX", "g++")
     path = shutil.which(compiler)
     if path is None:
         fix = "apt-get install g++" if compiler == "g++" else "unset CXX, or install what it names"
-        return Row("compiler", "missing", f"no {compiler} on PATH", fix, needed)
+        found = f"no {compiler} on PATH, for engine.compile and Triton"
+        return Row("compiler", "missing", found, fix, needed=False)
     (ended,) = run([(path, "--version")], 10)
     if ended.fault is not None:
-        return Row("compiler", "broken", f"{path}: {ended.fault}", "install g++ anew", needed)
-    return Row("compiler", "ok", ended.out.splitlines()[0], needed=needed)
-
-
-def _ninja(needed: bool) -> Row:
-    path = shutil.which("ninja")
-    if path is not None:
-        return Row("ninja", "ok", path, needed=needed)
-    beside = Path(sys.executable).parent
-    if (beside / "ninja").exists():
-        return Row("ninja", "missing", "not on PATH", f"export PATH={beside}:$PATH", needed)
-    return Row("ninja", "missing", "not on PATH", "pip install ninja", needed)
-
-
-def _op(op: dict[str, Any] | None, quick: bool) -> Row:
-    if op is None:
-        return Row("op", "ok", "none needed: the optimizer is PyTorch's")
-    known = op["prebuilt"] or op["compiled"]
-    if quick:
-        where = "part of the package" if op["prebuilt"] else f"compiled in {op['folder']}"
-        later = "not compiled yet; the first run does, in about a minute"
-        return Row("op", "ok", f"{op['name']}: {where if known else later}")
-    facts, fault = _probe(["op"], OP_SECONDS)
-    if fault is not None:
-        folder = op["folder"]
-        fix = f"repair compiler and ninja, then rm -r {folder}" if folder else "reinstall deepspeed"
-        return Row("op", "broken", f"{op['name']}: {fault}", fix)
-    did = "loaded" if known else "compiled on this first use,"
-    return Row("op", "ok", f"{op['name']}: {did} in {facts['seconds']:.1f} s")
+        found = f"{path}: {ended.fault}"
+        return Row("compiler", "broken", found, "install g++ anew", needed=False)
+    return Row("compiler", "ok", ended.out.splitlines()[0], needed=False)
 
 
 def _all_reduce(backend: Literal["gloo", "nccl"], size: int) -> Row:
@@ -209,7 +177,7 @@ def _all_reduce(backend: Literal["gloo", "nccl"], size: int) -> Row:
             ("all-reduce", backend, str(rank), str(size), f"{folder}/meeting")
             for rank in range(size)
         ]
-        facts, fault = _probes(probes, REDUCE_SECONDS)
+        facts, fault = _probe(probes, REDUCE_SECONDS)
     if fault is None:
         found = f"{size} process(es), 16 MiB in {1000 * facts['seconds']:.1f} ms"
         return Row(name, "ok", found)
@@ -275,5 +243,5 @@ class Diagnosis:
 
 
 def diagnose(quick: bool = False) -> Diagnosis:
-    """Examine this machine; takes some 25 s, quick 10 s, and what compiling takes."""
+    """Examine this machine; takes some 25 s, quick 10 s."""
     return Diagnosis(examine(quick), quick)

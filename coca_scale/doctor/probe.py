@@ -1,6 +1,6 @@
 """What `coca-scale doctor` starts in processes of their own, as each may crash or hang.
 
-python -m coca_scale.doctor.probe versions [--memory] | op | all-reduce BACKEND RANK SIZE FILE
+python -m coca_scale.doctor.probe versions [--memory] | all-reduce BACKEND RANK SIZE FILE
 
 A line of stdout that begins with `{` is a JSON object with findings; the rest is libraries' talk.
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,7 +32,6 @@ def versions(memory: bool) -> None:
     from deepspeed.accelerator import get_accelerator
 
     say(deepspeed=deepspeed.__version__, accelerator=get_accelerator().device_name())
-    say(op=_op_state())
 
 
 def _gpus(memory: bool) -> list[dict[str, Any]]:
@@ -44,53 +42,6 @@ def _gpus(memory: bool) -> list[dict[str, Any]]:
         gpu = {"name": properties.name, "total_bytes": properties.total_memory, "free_bytes": free}
         found.append(gpu)
     return found
-
-
-def _builder() -> Any:
-    """Builder of the only op that a run loads: none on GPUs, shared memory on CPUs."""
-    from deepspeed.accelerator import get_accelerator
-
-    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
-    return builder if builder is not None and builder.is_compatible() else None
-
-
-def _op_state() -> dict[str, Any] | None:
-    builder = _builder()
-    if builder is None:
-        return None
-    from deepspeed.accelerator import get_accelerator
-    from deepspeed.git_version_info import accelerator_name, installed_ops
-    from torch.utils.cpp_extension import _get_build_directory
-
-    here = get_accelerator().device_name()
-    prebuilt = bool(installed_ops.get(builder.name)) and accelerator_name == here
-    folder = None if prebuilt else Path(_get_build_directory(builder.name, False))
-    compiled = folder is not None and _compiled(folder, builder.name)
-    folder_name = None if folder is None else str(folder)
-    return {
-        "name": builder.name,
-        "prebuilt": prebuilt,
-        "compiled": compiled,
-        "folder": folder_name,
-    }
-
-
-def _compiled(folder: Path, name: str) -> bool:
-    """Whether what lies there came from this installation; another's is compiled anew."""
-    import deepspeed
-
-    rules = folder / "build.ninja"
-    sources = str(Path(deepspeed.__file__).parent)
-    return (folder / f"{name}.so").exists() and rules.exists() and sources in rules.read_text()
-
-
-def load_op() -> None:
-    """Load the op as a run does, which compiles it where that has not been done."""
-    builder = _builder()
-    assert builder is not None
-    start = time.monotonic()
-    builder.load(verbose=False)
-    say(seconds=time.monotonic() - start)
 
 
 def all_reduce(backend: str, rank: int, size: int, meeting: str) -> None:
@@ -115,8 +66,6 @@ def main(what: str, *arguments: str) -> None:
     """Run the probe that is named."""
     if what == "versions":
         versions("--memory" in arguments)
-    elif what == "op":
-        load_op()
     else:
         backend, rank, size, meeting = arguments
         all_reduce(backend, int(rank), int(size), meeting)

@@ -29,6 +29,7 @@ _SLURM_VARIABLES = {
     "LOCAL_RANK": "SLURM_LOCALID",
     "WORLD_SIZE": "SLURM_NTASKS",
 }
+_SHARED_MEMORY_OP = "deepspeed_shm_comm"
 _MPI_MARKERS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
@@ -66,7 +67,7 @@ def start_world(timeout_seconds: float = 900.0) -> World:
         timeout=timedelta(seconds=timeout_seconds),
         device_id=device if device.type == "cuda" and size > 1 else None,
     )
-    with _without_shared_buffers():
+    with _without_compiled_op():
         timeout = timedelta(seconds=timeout_seconds)
         deepspeed.init_distributed(backend, verbose=False, timeout=timeout)
     group, gather_group = dist.group.WORLD, dist.new_group()
@@ -100,18 +101,22 @@ def _find_rank() -> None:
 
 
 @contextmanager
-def _without_shared_buffers() -> Iterator[None]:
-    """Inside, DeepSpeed makes no buffers in /dev/shm for an all-reduce that only inference calls.
+def _without_compiled_op() -> Iterator[None]:
+    """Inside, DeepSpeed takes its op for an all-reduce on CPUs for one that does not work here.
 
-    They are 69 MB for every rank of a CPU run, and nobody removes them. Its C++ makes them if all
-    ranks are those of one node, which LOCAL_SIZE alone tells it.
+    Only inference calls it. It is compiled at the first start, and who is killed in that leaves a
+    lock for which every later start waits without end; and it makes 69 MB in /dev/shm for every
+    rank, which nobody removes.
     """
-    size = os.environ.pop("LOCAL_SIZE", None)
+    names = vars(deepspeed.ops)
+    before = names.get("__compatible_ops__")
+    names["__compatible_ops__"] = {**(before or {}), _SHARED_MEMORY_OP: False}
     try:
         yield
     finally:
-        if size is not None:
-            os.environ["LOCAL_SIZE"] = size
+        del names["__compatible_ops__"]  # DeepSpeed finds out when it is asked
+        if before is not None:
+            names["__compatible_ops__"] = before
 
 
 def connect_store(timeout_seconds: float) -> dist.Store:

@@ -182,7 +182,6 @@ def environment(installed: Path, folder: Path) -> dict[str, str]:
         "PATH": path,
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
-        "TORCH_EXTENSIONS_DIR": str(installed / "torch_extensions"),
         "COLUMNS": "80",
     }
 

@@ -16,8 +16,8 @@ from tests.ranks import on_ranks
 SHARED_MEMORY = Path("/dev/shm")
 
 
-def shared_names(rank, ranks):
-    """What there is of this job in shared memory after a first collective, and how many ranks."""
+def left_behind(rank, ranks):
+    """What there is of this job in shared memory and of compiled code after a first collective."""
     from coca_scale.engine.launch import end_world, start_world
 
     world = start_world(60)
@@ -26,13 +26,14 @@ def shared_names(rank, ranks):
     names = [path.name for path in SHARED_MEMORY.iterdir() if f"_{port}_" in path.name]
     world.barrier()
     end_world()
-    return names, os.environ["LOCAL_SIZE"]
+    return names, [*Path(os.environ["TORCH_EXTENSIONS_DIR"]).iterdir()]
 
 
 @pytest.mark.slow
-def test_ranks_of_deepspeeds_launcher_leave_nothing_in_shared_memory(monkeypatch):
+def test_ranks_compile_nothing_and_leave_nothing_in_shared_memory(monkeypatch, tmp_path):
     monkeypatch.setenv("LOCAL_SIZE", "2")  # as the launcher does, and DeepSpeed's op then acts on
-    assert on_ranks(shared_names, 2) == [([], "2"), ([], "2")]
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    assert on_ranks(left_behind, 2) == [([], []), ([], [])]
 
 
 @pytest.mark.parametrize(
