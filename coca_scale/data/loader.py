@@ -199,6 +199,8 @@ class TrainLoader:
             batch_size=None,
             num_workers=self._workers,
             persistent_workers=self._workers > 0,
+            # children of this process, which their signals rely on, whatever is Python's default
+            multiprocessing_context="fork" if self._workers else None,
         )
 
     def __iter__(self) -> Generator[StepBatch]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+
+import psutil
 
 from tests.conftest import tiny_recipe
 from tests.ranks import on_ranks, quiet
@@ -17,7 +20,9 @@ def loaders_of_runs(_rank, _ranks, folder):
     world, found, build = start_world(), [], setup.initial_model
 
     def look_and_build(*args):
-        found.append([process.pid for process in multiprocessing.active_children()])
+        pids = [process.pid for process in multiprocessing.active_children()]
+        assert [psutil.Process(pid).ppid() for pid in pids] == [os.getpid()] * len(pids)
+        found.append(pids)
         return build(*args)
 
     setup.initial_model = look_and_build
