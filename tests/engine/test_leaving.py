@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -136,3 +138,23 @@ def test_a_run_goes_on_when_nobody_reads_what_it_says():
     assert process.wait() == 0
     assert os.read(saved, 99) == b"saved"
     os.close(saved)
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_run_needs_no_streams(closed, tmp_path):
+    """Files that it opens do not get their numbers either, and so nothing that C++ prints."""
+    code = (
+        "import os, sys\n"
+        "from coca_scale.engine.streams import outlive_readers\n"
+        "outlive_readers()\n"
+        "file = open(sys.argv[1], 'w')\n"
+        "for number in (1, 2):\n"
+        "    os.write(number, b'from C++\\n')\n"
+        "for stream in (sys.stdout, sys.stderr):\n"
+        "    print('\u00e9', file=stream, flush=True)\n"
+        "file.write('saved'); file.close()\n"
+    )
+    line = shlex.join([sys.executable, "-c", code, str(tmp_path / "file")])
+    done = subprocess.run(["bash", "-c", f"{line} {closed}"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr.replace("from C++\n\u00e9\n", "")) == (0, "")
+    assert (tmp_path / "file").read_text() == "saved"
