@@ -8,11 +8,13 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from coca_scale.engine.leaving import told
+from coca_scale.recipe.process import Process
 
 START = """
 import os, signal, subprocess, sys, time
@@ -62,6 +64,24 @@ def test_leaving_takes_along_what_was_started():
         [sys.executable, "-c", START + code], capture_output=True, text=True, check=True, timeout=50
     )  # its output ends when the child has
     assert done.stderr == ""
+
+
+def test_leaving_takes_along_what_was_started_and_is_stopped():
+    code = (
+        "nowhere = {'stdout': subprocess.DEVNULL, 'stderr': subprocess.DEVNULL}\n"
+        "child = subprocess.Popen(['sleep', '60'], **nowhere)\n"
+        "print(child.pid, flush=True); child.send_signal(signal.SIGSTOP); leave(0)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", START + code], capture_output=True, text=True, check=True
+    )
+    child = Process.at(int(done.stdout.split()[-1]))
+    deadline = time.monotonic() + 20
+    while child is not None and child.alive:
+        if time.monotonic() > deadline:
+            os.kill(child.pid, signal.SIGKILL)
+            raise TimeoutError("it is stopped still")
+        time.sleep(0.05)
 
 
 MEMORY = Path("/sys/fs/cgroup/memory")
