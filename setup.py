@@ -87,5 +87,5 @@ setup(
             "wandb>=0.31",
         ],
     },
-    entry_points={"console_scripts": ["coca-scale=coca_scale.cli:main"]},
+    entry_points={"console_scripts": ["coca-scale=coca_scale.__main__:main"]},
 )

@@ -4,10 +4,13 @@ deepspeed coca_scale/train.py --recipe recipes/tiny.yaml [key.path=value ...] [-
 """
 
 import argparse
+import signal
 import sys
 import types
 from pathlib import Path
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # as in __main__.py, until `Signals` hear of it
 if not __package__:  # started as a file: import the package, not the modules beside this one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 

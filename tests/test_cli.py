@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -62,6 +64,25 @@ def test_names_of_files_and_words_of_data_steer_no_terminal(tmp_path):
     assert "a\\x1b[2J\\x9b31m\\udce9.tar.gone.tar: matches nothing" in done.stderr
     for text in (found.output, done.stderr):
         assert not set(text) & {"\x1b", "\x9b"}
+
+
+@pytest.mark.parametrize(
+    "entry", [["-m", "coca_scale"], ["-m", "coca_scale.train"], ["coca_scale/train.py"]]
+)
+def test_ctrl_c_while_modules_are_imported_ends_a_command_without_a_word(entry, tmp_path):
+    slow = "import time\nprint('importing', flush=True)\ntime.sleep(60)\n"
+    (tmp_path / "pydantic.py").write_text(slow)
+    process = subprocess.Popen(
+        [sys.executable, *entry],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{Path.cwd()}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate() == ("", "")
+    assert process.returncode == -signal.SIGINT
 
 
 def test_verbs_have_one_way_to_a_terminal():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from typing import Annotated
 
@@ -49,6 +50,8 @@ app.command("report")(runs.report_command)
 
 def main() -> None:
     """Console entry: a user's mistake is one line and exit code 1."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # so far it just ended the process
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     logging.disable(logging.WARNING)  # libraries' notes about themselves
     sys.argv = [word for word in sys.argv if not word.startswith("--local_rank=")]  # deepspeed's
     if not sys.stderr.isatty():

@@ -6,7 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +20,7 @@ from coca_scale.data.rules import SampleRules
 from coca_scale.data.sample import BadSample, DataError, RawSample, Skipped, remedy_of
 from coca_scale.data.shards import read_shard
 from coca_scale.data.storage import StorageOptions, is_local
+from coca_scale.data.workers import working
 from coca_scale.openclip.alone import open_clip_module
 from coca_scale.recipe.data import DataFilters
 from coca_scale.recipe.files import sha256_of
@@ -175,7 +176,7 @@ def inspect_shards(
         url for pattern in patterns for url in expand_shards(pattern, StorageOptions())
     )
     reports: list[ShardReport | None] = [None] * len(urls)
-    with ProcessPoolExecutor(min(workers, max(1, len(urls)))) as pool:
+    with working(min(workers, max(1, len(urls)))) as pool:
         jobs = {pool.submit(_inspect, url, decode): number for number, url in enumerate(urls)}
         for done, job in enumerate(as_completed(jobs), start=1):
             reports[jobs[job]] = job.result()

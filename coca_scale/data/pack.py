@@ -8,7 +8,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +22,7 @@ from coca_scale.data.listing import ListedPicture, Listing, ListOptions, list_pi
 from coca_scale.data.local_files import read_picture
 from coca_scale.data.manifest import MANIFEST, Count
 from coca_scale.data.sample import BadSample, DataError, Skipped, causes_text
+from coca_scale.data.workers import working
 from coca_scale.errors import UserError
 from coca_scale.recipe.files import read_json, read_json_as, sha256_of
 from coca_scale.recipe.lock import Lock, folder_claim, held
@@ -184,7 +185,7 @@ def _pack(
             missing.append(number)
     if progress is not None:
         progress(done, len(pictures))
-    with ProcessPoolExecutor(min(workers, max(1, len(missing)))) as pool:
+    with working(min(workers, max(1, len(missing)))) as pool:
         jobs = {}
         for number in missing:
             part = pictures[bounds[number] : bounds[number + 1]]

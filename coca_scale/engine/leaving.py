@@ -48,6 +48,7 @@ def leave(code: int) -> NoReturn:
     for child in _children():
         with contextlib.suppress(OSError):
             os.kill(child, signal.SIGTERM)
+            os.kill(child, signal.SIGCONT)  # one that is stopped hears of it only then
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()

@@ -54,7 +54,7 @@ _STORE_FAULTS = (dist.DistNetworkError, dist.DistStoreError)
 
 
 class Watchdog:
-    """Watches this rank's main thread and, on rank 0, the signs of life of all ranks."""
+    """Watches this rank's main thread; on rank 0 the signs of life of all others, on 1 its own."""
 
     def __init__(self, world: World, folder: Path, silence_seconds: float) -> None:
         """Start to watch.
@@ -153,8 +153,7 @@ class Watchdog:
                     self._store = self._connect()
                 self._store.set(f"beat/{self._world.rank}", repr(time.time()))
                 self._meet_neighbours()
-                if self._world.rank == 0:
-                    self._look_at_signs_of_life()
+                self._look_at_signs_of_life()
                 if self._store.check([FAILURE]):
                     self._end(None)
                 self._answered, self._store_lost = time.monotonic(), False
@@ -170,9 +169,15 @@ class Watchdog:
                     self._beside = {**self._beside, r: Process(*process)}
 
     def _look_at_signs_of_life(self) -> None:
-        """Rank 0 publishes who has given none."""
+        """Publish who has given none.
+
+        Rank 1 looks after rank 0: others see that its store is gone, but a launcher may keep that.
+        """
         now = time.monotonic()
-        there = [r for r in range(self._world.size) if r in self._beats or self._has_begun(r)]
+        watched = {0: range(1, self._world.size), 1: range(1)}.get(self._world.rank, ())
+        there = [r for r in watched if r in self._beats or self._has_begun(r)]
+        if not there:
+            return
         values = self._store.multi_get([f"beat/{r}" for r in there])  # one message for all
         for r, value in zip(there, values, strict=True):
             if r not in self._beats or self._beats[r][0] != value:
@@ -180,9 +185,7 @@ class Watchdog:
         limit = self._silence
         if self._store.check([LOST]):
             limit = min(limit, DEAD_AFTER_SECONDS)
-        silent = [
-            r for r, (_, at) in self._beats.items() if now - max(at, self._awake) > limit and r
-        ]
+        silent = [r for r, (_, at) in self._beats.items() if now - max(at, self._awake) > limit]
         if silent:
             named = ", ".join(self._world.name_of(r) for r in silent[:8])
             text = _no_sign_of_life(named, limit)

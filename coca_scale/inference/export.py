@@ -18,7 +18,9 @@ def export(loaded: LoadedModel, folder: Path) -> str | None:
     Raises:
         UserError: a weight is not finite.
     """
-    obstacle = write_folder(loaded.weights, loaded.config, folder)
-    if isinstance(loaded.tokenizer, FastTokenizer):
-        loaded.tokenizer.save(folder)
-    return obstacle
+
+    def write_tokenizer(folder: Path) -> None:
+        if isinstance(loaded.tokenizer, FastTokenizer):
+            loaded.tokenizer.save(folder)
+
+    return write_folder(loaded.weights, loaded.config, folder, write_tokenizer)

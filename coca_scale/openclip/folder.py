@@ -78,11 +78,22 @@ def to_openclip_config(config: ModelConfig) -> dict[str, Any]:
     return raw
 
 
-def write_folder(weights: Mapping[str, Tensor], config: ModelConfig, folder: Path) -> str | None:
+def write_folder(
+    weights: Mapping[str, Tensor],
+    config: ModelConfig,
+    folder: Path,
+    write_more: Callable[[Path], None] | None = None,
+) -> str | None:
     """Write a model folder: OpenCLIP's, or where that would mean something else there, our own.
 
     OpenCLIP's holds config, safetensors and a plain-tensor .bin; our own, config and safetensors
-    under names that OpenCLIP does not look for.
+    under names that OpenCLIP does not look for. Without its config, which comes last, it is none.
+
+    Args:
+        weights: by our names.
+        config: of the model.
+        folder: is made if it is not there.
+        write_more: puts what else belongs to the model into the folder.
 
     Returns:
         The reason for a folder of our own, None for one of OpenCLIP's.
@@ -95,6 +106,8 @@ def write_folder(weights: Mapping[str, Tensor], config: ModelConfig, folder: Pat
     preprocess = config.preprocess_cfg.model_dump(mode="json")
     for name in (CONFIG_FILE, SAFETENSORS_FILE, BIN_FILE, OWN_CONFIG_FILE, OWN_WEIGHTS_FILE):
         (folder / name).unlink(missing_ok=True)
+    if write_more is not None:
+        write_more(folder)
     obstacle = openclip_obstacle(config)
     if obstacle is None:
         theirs = to_openclip(weights, flat_text=_is_flat(config))

@@ -7,6 +7,7 @@ import select
 import signal
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -43,6 +44,7 @@ class Signals:
         self.reason: str | None = None
         self._numbers = OF_CLUSTER + OF_TERMINAL if whole_process else OF_CLUSTER
         self._nothing_to_save = whole_process
+        self._asking = threading.Lock()
         self._interrupted: float | None = None
         self._launchers = [(process, process.name) for process in launchers()]
         self._before: dict[int, Any] = {}
@@ -72,6 +74,10 @@ class Signals:
         """From now on there is something to save before leaving."""
         self._nothing_to_save = False
 
+    def agreed(self, reasons: Iterable[str | None]) -> None:
+        """All ranks leave, for what one of them was asked for: the others may never hear of it."""
+        self._ask(next(reason for reason in reasons if reason is not None))
+
     def _listen(self) -> None:
         while True:
             if select.select([self._read], [], [], LOOK_SECONDS)[0]:
@@ -93,12 +99,13 @@ class Signals:
                 leave(INTERRUPTED)
 
     def _ask(self, reason: str) -> None:
-        if self.reason is not None:
-            return
-        if self._nothing_to_save:
-            self._say(f"{reason}: leaving at once, with nothing to save")
-            leave(REQUEUE)
-        self.reason = reason
+        with self._asking:
+            if self.reason is not None:
+                return
+            if self._nothing_to_save:
+                self._say(f"{reason}: leaving at once, with nothing to save")
+                leave(REQUEUE)
+            self.reason = reason
         again = "; Ctrl-C again leaves at once" if reason == signal.SIGINT.name else ""
         self._say(f"{reason}: saving and leaving after this step{again}")
 

@@ -203,6 +203,8 @@ class Trainer:
             self.world.fail_together(error)
         asked = Asked(leave=leave > 0, stop=stop > 0, save=save > 0)
         requests.answered(asked)
+        if asked.leave and self.signals is not None:
+            self.signals.agreed(self.world.gather(self.signals.reason))
         assert batch is not None
         good = (self.step + 1) * self.recipe.train.global_batch
         self.skips.total(int(bad), int(filtered), good, self.step + 1)

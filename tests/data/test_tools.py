@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -78,6 +79,66 @@ def test_a_killed_pack_goes_on_and_gives_the_same_shards(tmp_path):
     assert kept == {p: p.stat().st_mtime_ns for p in kept}  # not written again
     pack(pictures, tmp_path / "whole", PackOptions(shard_samples=6, max_side=64))
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+class SlowPack:
+    """A pack of 200 shards by two processes, in a session of its own, after its first shard."""
+
+    def __init__(self, tmp_path):
+        pictures = write_pictures(tmp_path / "pictures", 1, (3000, 2000))
+        for number in range(1, 200):
+            for kind in ("jpg", "txt"):
+                os.link(pictures / f"000.{kind}", pictures / f"{number:03d}.{kind}")
+        self.out = tmp_path / "out"
+        options = ["--shard-samples", "1", "--max-side", "64", "--workers", "2"]
+        options += ["--out", self.out]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "coca_scale", "data", "pack", pictures, *options],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        while not self.shards:
+            assert self.process.poll() is None, self.process.communicate()
+            time.sleep(0.01)
+
+    @property
+    def shards(self):
+        return len(list(self.out.glob("*.tar")))
+
+    def workers(self):
+        children = Path(f"/proc/{self.process.pid}/task").glob("*/children")
+        return [int(pid) for file in children for pid in file.read_text().split()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "whole_group", "code"),
+    [
+        (signal.SIGINT, True, 130),
+        (signal.SIGINT, False, 130),
+        (signal.SIGTERM, False, -signal.SIGTERM),
+        (signal.SIGKILL, False, -signal.SIGKILL),
+    ],
+)
+def test_processes_of_a_pack_end_with_it(number, whole_group, code, tmp_path):
+    pack = SlowPack(tmp_path)
+    (os.killpg if whole_group else os.kill)(pack.process.pid, number)
+    said = pack.process.communicate(timeout=60)  # its output ends when its processes have
+    assert pack.process.returncode == code
+    assert "".join(said).strip() == ""
+    assert 0 < pack.shards < 200
+
+
+@pytest.mark.slow
+def test_a_process_of_a_pack_that_is_killed_is_told_in_a_line(tmp_path):
+    pack = SlowPack(tmp_path)
+    os.kill(pack.workers()[0], signal.SIGKILL)
+    out, errors = pack.process.communicate(timeout=60)
+    assert (pack.process.returncode, out) == (1, "")
+    assert errors.startswith("coca-scale: a process was killed, as the kernel does")
+    assert len(errors.splitlines()) == 1
 
 
 def test_of_two_packs_into_one_folder_the_second_names_the_first(tmp_path):

@@ -100,6 +100,10 @@ def close_the_terminal(launch):
     os.killpg(launch.process.pid, signal.SIGHUP)
 
 
+def stop_a_rank_that_does_not_speak_for_its_node(launch):
+    os.kill(launch.rank(1), signal.SIGTERM)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("launcher", "act"),
@@ -107,6 +111,7 @@ def close_the_terminal(launch):
         ("deepspeed", kill_the_launcher),
         ("deepspeed", press_ctrl_c),
         ("torchrun", kill_the_launcher),
+        ("deepspeed", stop_a_rank_that_does_not_speak_for_its_node),
         pytest.param("deepspeed", close_the_terminal, marks=pytest.mark.long),
         pytest.param("torchrun", press_ctrl_c, marks=pytest.mark.long),
         pytest.param("mpirun", kill_the_launcher, marks=pytest.mark.long),

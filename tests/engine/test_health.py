@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from torch.distributed import TCPStore
 
 from coca_scale.engine.checkpoint import sweep
 from coca_scale.engine.writing import write_hashed
@@ -148,10 +149,14 @@ except Exception as error:
 """
 
 
-def watched(tmp_path, kind, seconds, victim=1, silence=300):
+def watched(tmp_path, kind, seconds, victim=1, silence=300, launchers_store=False):
     """Three ranks in lockstep, one with a fault; exit codes and error texts."""
+    port = free_port()
     environment = {**os.environ, "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1"}
-    environment |= {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    environment |= {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    if launchers_store:
+        environment["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+        store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)  # noqa: F841
     command = [sys.executable, "-c", WATCHED, str(tmp_path), kind, str(seconds), str(silence)]
     ranks = [
         subprocess.Popen(
@@ -192,9 +197,11 @@ def test_a_killed_rank_is_named_and_ends_the_others(victim, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_rank_that_is_silent_for_too_long_ends_the_others(victim, tmp_path):
-    codes, errors = watched(tmp_path, "stop", 90, victim, silence=4)
+@pytest.mark.parametrize(
+    ("victim", "launchers_store"), [(0, False), (1, False), (0, True)], ids=["0", "1", "torchrun's"]
+)
+def test_a_rank_that_is_silent_for_too_long_ends_the_others(victim, launchers_store, tmp_path):
+    codes, errors = watched(tmp_path, "stop", 90, victim, 4, launchers_store)
     assert codes == [-9 if rank == victim else 70 for rank in range(3)]
     told = "".join(error for rank, error in enumerate(errors) if rank != victim)
     assert "frame #" not in told

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from torch.utils.data import DataLoader, IterableDataset
 
 from coca_scale.engine.leaving import told
+from coca_scale.recipe.process import Process
 
 START = """
 import os, signal, subprocess, sys, time
@@ -62,6 +65,24 @@ def test_leaving_takes_along_what_was_started():
         [sys.executable, "-c", START + code], capture_output=True, text=True, check=True, timeout=50
     )  # its output ends when the child has
     assert done.stderr == ""
+
+
+def test_leaving_takes_along_what_was_started_and_is_stopped():
+    code = (
+        "nowhere = {'stdout': subprocess.DEVNULL, 'stderr': subprocess.DEVNULL}\n"
+        "child = subprocess.Popen(['sleep', '60'], **nowhere)\n"
+        "print(child.pid, flush=True); child.send_signal(signal.SIGSTOP); leave(0)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", START + code], capture_output=True, text=True, check=True
+    )
+    child = Process.at(int(done.stdout.split()[-1]))
+    deadline = time.monotonic() + 20
+    while child is not None and child.alive:
+        if time.monotonic() > deadline:
+            os.kill(child.pid, signal.SIGKILL)
+            raise TimeoutError("it is stopped still")
+        time.sleep(0.05)
 
 
 MEMORY = Path("/sys/fs/cgroup/memory")
@@ -160,3 +181,23 @@ def test_a_run_goes_on_when_nobody_reads_what_it_says():
     assert process.wait() == 0
     assert os.read(saved, 99) == b"saved"
     os.close(saved)
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_run_needs_no_streams(closed, tmp_path):
+    """Files that it opens do not get their numbers either, and so nothing that C++ prints."""
+    code = (
+        "import os, sys\n"
+        "from coca_scale.engine.streams import outlive_readers\n"
+        "outlive_readers()\n"
+        "file = open(sys.argv[1], 'w')\n"
+        "for number in (1, 2):\n"
+        "    os.write(number, b'from C++\\n')\n"
+        "for stream in (sys.stdout, sys.stderr):\n"
+        "    print('\u00e9', file=stream, flush=True)\n"
+        "file.write('saved'); file.close()\n"
+    )
+    line = shlex.join([sys.executable, "-c", code, str(tmp_path / "file")])
+    done = subprocess.run(["bash", "-c", f"{line} {closed}"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr.replace("from C++\n\u00e9\n", "")) == (0, "")
+    assert (tmp_path / "file").read_text() == "saved"

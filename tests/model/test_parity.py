@@ -6,16 +6,24 @@ import open_clip
 import pytest
 import torch
 
+from coca_scale.data.tokens import TOKENIZER_CONFIG
 from coca_scale.errors import UserError
+from coca_scale.inference.export import export
 from coca_scale.inference.generate import generate
 from coca_scale.inference.generation_options import GenerationOptions
+from coca_scale.inference.load import load_model
 from coca_scale.model import CoCa, load_model_config
 from coca_scale.model.config import parse_model_config
 from coca_scale.model.weights import build_model, fit_weights
-from coca_scale.openclip.folder import read_folder, to_openclip_config, write_folder
+from coca_scale.openclip.folder import (
+    is_model_folder,
+    read_folder,
+    to_openclip_config,
+    write_folder,
+)
 from coca_scale.openclip.state_dict import from_openclip, to_openclip
 from tests.model.compare import open_clip_model, relative
-from tests.variants import raw_config, variant, weights_of
+from tests.variants import raw_config, untrained_export, variant, weights_of
 
 PARAMETERS = {
     "coca_ViT-B-32": (253_560_065, 629),
@@ -171,6 +179,18 @@ def test_exporting_over_another_kind_leaves_one_model(tmp_path):
         weights = weights_of(CoCa(config))
         write_folder(weights, config, tmp_path)
         assert read_folder(tmp_path)[0] == config
+
+
+def test_an_export_that_is_cut_short_is_no_model(tmp_path):
+    loaded = load_model(str(untrained_export(tmp_path / "untrained")))
+    out = tmp_path / "out"
+    (out / TOKENIZER_CONFIG).mkdir(parents=True)
+    with pytest.raises(IsADirectoryError):
+        export(loaded, out)
+    assert not is_model_folder(out)
+    (out / TOKENIZER_CONFIG).rmdir()
+    export(loaded, out)
+    assert is_model_folder(out)
 
 
 def test_every_parameter_is_initialised(tmp_path):
