@@ -59,7 +59,10 @@ def test_a_verb_keeps_the_traceback_of_our_own_faults(what):
 
 
 def test_what_the_system_refuses_is_for_the_user():
-    with pytest.raises(UserError, match=r"^No space left on device$"), system_faults():
+    with (
+        pytest.raises(UserError, match=r"^No space left on device; make room"),
+        system_faults(),
+    ):
         raise OSError(errno.ENOSPC, "No space left on device")
     with pytest.raises(UserError, match=r"as it was$"), system_faults():
         raise UserError("as it was")

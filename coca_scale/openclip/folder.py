@@ -5,13 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
+import re
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -21,6 +25,7 @@ from coca_scale.model.timm_tower import takes_image_size
 from coca_scale.model.weights import Model, require_finite
 from coca_scale.openclip.state_dict import to_openclip
 from coca_scale.openclip.weight_files import read_openclip, read_weight_file
+from coca_scale.recipe.whole_files import whole_file, whole_path
 
 CONFIG_FILE = "open_clip_config.json"
 SAFETENSORS_FILE = "open_clip_model.safetensors"
@@ -90,25 +95,53 @@ def write_folder(weights: Mapping[str, Tensor], config: ModelConfig, folder: Pat
     Raises:
         UserError: a weight is not finite.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     require_finite(weights)
     preprocess = config.preprocess_cfg.model_dump(mode="json")
-    for name in (CONFIG_FILE, SAFETENSORS_FILE, BIN_FILE, OWN_CONFIG_FILE, OWN_WEIGHTS_FILE):
-        (folder / name).unlink(missing_ok=True)
     obstacle = openclip_obstacle(config)
     if obstacle is None:
         theirs = to_openclip(weights, flat_text=_is_flat(config))
         theirs = {name: _saved(tensor) for name, tensor in theirs.items()}
         content = {"model_cfg": to_openclip_config(config), "preprocess_cfg": preprocess}
-        save_file(theirs, folder / SAFETENSORS_FILE)
-        torch.save(theirs, folder / BIN_FILE)
-        (folder / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n")
+        _write_files(folder, theirs, SAFETENSORS_FILE, BIN_FILE, CONFIG_FILE, content)
     else:
         ours = {name: _saved(tensor) for name, tensor in weights.items()}
         own = {"model_cfg": _model_cfg(config), "preprocess_cfg": preprocess, "why": obstacle}
-        save_file(ours, folder / OWN_WEIGHTS_FILE)
-        (folder / OWN_CONFIG_FILE).write_text(json.dumps(own, indent=2) + "\n")
+        _write_files(folder, ours, OWN_WEIGHTS_FILE, None, OWN_CONFIG_FILE, own)
     return obstacle
+
+
+def _write_files(
+    folder: Path,
+    tensors: dict[str, Tensor],
+    safetensors: str,
+    pickled: str | None,
+    config: str,
+    content: dict[str, Any],
+) -> None:
+    """Write the files of a folder beside those of an earlier export, which then give way.
+
+    Raises:
+        OSError: of the disk; the earlier export is still there.
+    """
+    names = {safetensors, config} if pickled is None else {safetensors, pickled, config}
+    with ExitStack() as files:  # the last one opened has its name first
+        file = files.enter_context(whole_file(folder / config))
+        file.write(f"{json.dumps(content, indent=2)}\n".encode())
+        if pickled is not None:
+            torch.save(tensors, files.enter_context(whole_file(folder / pickled)))
+        path = files.enter_context(whole_path(folder / safetensors))
+        try:
+            save_file(tensors, path)
+        except SafetensorError as error:
+            refused = re.search(r"\(os error (\d+)\)", str(error))
+            if refused is None:
+                raise
+            number = int(refused[1])
+            raise OSError(number, os.strerror(number), str(path)) from error
+        for name in (CONFIG_FILE, OWN_CONFIG_FILE):
+            (folder / name).unlink(missing_ok=True)  # what says that the folder is complete
+    for name in {SAFETENSORS_FILE, BIN_FILE, OWN_WEIGHTS_FILE} - names:
+        (folder / name).unlink(missing_ok=True)
 
 
 def is_model_folder(folder: Path) -> bool:
