@@ -13,6 +13,7 @@ _REMEDIES = {
     errno.EROFS: "choose another place, or mount it for writing",
     errno.EMFILE: "let a process open more files (ulimit -n)",
     errno.ENOTDIR: "a file is in the place of a folder; move it away",
+    errno.EEXIST: "what is in the place of this folder is none, or a link to nothing; move it away",
     errno.ESTALE: "the file server has lost it; mount it anew",
 }
 

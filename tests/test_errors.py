@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from coca_scale.errors import AgreedError, UserError, system_faults
 from tests.ranks import TrainingRanks, on_ranks
@@ -137,3 +138,12 @@ def strict_zip():
         return list(zip([1], [], strict=True))
 
     setup.make_tokenizer = broken
+
+
+def test_a_file_in_the_place_of_a_folder_is_named_before_the_first_step(tmp_path):
+    from coca_scale.engine.world import World
+    from coca_scale.training.preflight import preflight
+
+    (tmp_path / "checkpoints").write_text("")
+    with pytest.raises(AgreedError, match=r"checkpoints: File exists; .* move it away$"):
+        preflight(World.alone(torch.device("cpu")), tmp_path, [])

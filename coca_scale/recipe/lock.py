@@ -370,8 +370,8 @@ def _this_process() -> Holder:
         processes=processes,
         pid=me.pid,
         started=me.started,
-        job=job and (f"{job} of {cluster}" if cluster else job),
-        restart=int(count) if count.isdecimal() else 0,
+        job=job and (f"{job} of {cluster}" if cluster else job)[:200],
+        restart=int(count) if re.fullmatch(r"[0-9]{1,9}", count) else 0,
         since=time.strftime("%Y-%m-%d %H:%M:%S %Z"),
     )
 

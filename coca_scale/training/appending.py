@@ -10,7 +10,7 @@ from io import RawIOBase
 from pathlib import Path
 
 from coca_scale.errors import UserError
-from coca_scale.recipe.files import parse_json
+from coca_scale.recipe.files import parse_json, without_waiting
 from coca_scale.recipe.text import tell
 from coca_scale.recipe.whole_files import whole_file
 
@@ -21,7 +21,7 @@ def append(path: Path, text: str) -> None:
     """Add `text` to a file; if not all of it can be written, say so once and drop it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab", buffering=0) as file:
+        with open(path, "ab", buffering=0, opener=without_waiting) as file:
             before = file.tell()
             try:
                 _write_all(file, text.encode())

@@ -14,6 +14,7 @@ from coca_scale.errors import UserError, refusal
 from coca_scale.model import CoCa
 from coca_scale.planning.memory import host_bytes, state_bytes
 from coca_scale.recipe import BatchSplit, Recipe
+from coca_scale.recipe.run_folder import CHECKPOINTS
 
 PROBE = ".probe"
 SHARED_MEMORY = Path("/dev/shm")
@@ -36,7 +37,7 @@ def preflight(world: World, folder: Path, sources: list[Source], shared_bytes: i
 
     def leave_token() -> str:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
             (folder / PROBE).write_text(token)
         except OSError as error:
             raise UserError(f"the run folder cannot be written: {refusal(error)}") from error

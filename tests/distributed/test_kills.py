@@ -84,7 +84,7 @@ def test_a_full_disk_leaves_the_run_alive_and_old_checkpoints_whole(small_disk, 
     job = start(small_disk / "run", tmp_path / "log", "train.steps=8", "checkpoint.keep=null")
     assert job.wait() == 1
     output = job.output
-    assert "warning: step_00000003 could not be saved: rank 0: [Errno 28]" in output
+    assert "warning: step_00000003 could not be saved: rank 0: No space left on device" in output
     assert "step 8/8" in output  # it went on
     assert "the last checkpoint cannot be saved" in output
     assert "Traceback" not in output

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -109,3 +110,9 @@ def test_a_file_in_the_place_of_a_folder_costs_a_run_its_log(tmp_path, capsys):
     with RunLog(recipe, 9, True, Owner(None, True)):
         pass
     assert "tensorboard is not being written" in capsys.readouterr().err
+
+
+def test_a_pipe_that_nobody_reads_is_not_waited_for(tmp_path, capsys):
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    append(tmp_path / "metrics.jsonl", line(1).decode())
+    assert "metrics.jsonl is not being written" in capsys.readouterr().err

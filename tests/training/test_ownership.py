@@ -301,3 +301,10 @@ def test_a_full_disk_leaves_no_lock_that_the_next_start_would_watch(tmp_path, ca
     assert list((tmp_path / "lock").iterdir()) == []
     Lock.take(run_claim(tmp_path)).release()
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("count", ["", "x", "-1", "\u00b2", "9" * 5000])
+def test_odd_variables_of_a_scheduler_are_no_obstacle(count, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_RESTART_COUNT", count)
+    monkeypatch.setenv("SLURM_JOB_ID", "8" * 500)
+    Lock.take(run_claim(tmp_path)).release()
