@@ -9,6 +9,7 @@ Side-cars of shards are written whole, one file per shard.
 from __future__ import annotations
 
 import heapq
+import io
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ from coca_scale.errors import UserError
 from coca_scale.evaluation.captioning import Captioned
 from coca_scale.evaluation.pictures import Part, Place
 from coca_scale.recipe.files import json_lines, read_json, validated
-from coca_scale.recipe.whole_files import whole_file, write_whole
+from coca_scale.recipe.whole_files import NamedFile, whole_file, write_whole
 
 SETTINGS = "settings.json"
 _PART, _NUMBER = "part", "number"
@@ -62,9 +63,11 @@ class CaptionFile:
         self._mine = out.with_name(f"{out.name}.part-{rank}-of-{ranks}")
         self.done = frozenset(self._read_done())
         _drop_torn_line(self._mine)
-        if not self._mine.is_file() or not self._mine.stat().st_size:
-            self._mine.write_text(json.dumps({"settings": self._settings}) + "\n")
-        self._file = self._mine.open("a", **_TEXT)
+        raw = NamedFile(str(self._mine), "a")
+        self._file = io.TextIOWrapper(io.BufferedWriter(raw), **_TEXT)
+        if not os.fstat(raw.fileno()).st_size:
+            self._file.write(json.dumps({"settings": self._settings}) + "\n")
+            self._file.flush()
 
     def add(self, captioned: Iterable[Captioned]) -> None:
         """Append captions; afterwards they are in the file."""

@@ -29,7 +29,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         OSError: naming `path`: it cannot be written, whatever a library in the block made of that;
             nothing half written is left.
     """
-    with whole_path(path) as place, _Named(str(place), "wb") as raw:
+    with whole_path(path) as place, NamedFile(str(place), "wb") as raw:
         file = io.BufferedWriter(raw, 2**16)
         try:
             yield cast(BinaryIO, file)
@@ -69,7 +69,7 @@ def whole_path(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-class _Named(io.FileIO):
+class NamedFile(io.FileIO):
     """A file whose faults name it, and are remembered."""
 
     fault: OSError | None = None
