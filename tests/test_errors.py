@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from coca_scale.errors import AgreedError, UserError, system_faults
 from tests.ranks import TrainingRanks, on_ranks
@@ -59,7 +60,10 @@ def test_a_verb_keeps_the_traceback_of_our_own_faults(what):
 
 
 def test_what_the_system_refuses_is_for_the_user():
-    with pytest.raises(UserError, match=r"^No space left on device$"), system_faults():
+    with (
+        pytest.raises(UserError, match=r"^No space left on device; make room"),
+        system_faults(),
+    ):
         raise OSError(errno.ENOSPC, "No space left on device")
     with pytest.raises(UserError, match=r"as it was$"), system_faults():
         raise UserError("as it was")
@@ -134,3 +138,12 @@ def strict_zip():
         return list(zip([1], [], strict=True))
 
     setup.make_tokenizer = broken
+
+
+def test_a_file_in_the_place_of_a_folder_is_named_before_the_first_step(tmp_path):
+    from coca_scale.engine.world import World
+    from coca_scale.training.preflight import preflight
+
+    (tmp_path / "checkpoints").write_text("")
+    with pytest.raises(AgreedError, match=r"checkpoints: File exists; .* move it away$"):
+        preflight(World.alone(torch.device("cpu")), tmp_path, [])

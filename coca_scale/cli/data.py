@@ -17,6 +17,7 @@ from coca_scale.cli.arguments import (
 )
 from coca_scale.cli.listing import ListArguments, lists_data
 from coca_scale.errors import UserError
+from coca_scale.recipe.whole_files import write_whole
 
 app = typer.Typer(help="Prepare and inspect training data.", no_args_is_help=True)
 
@@ -88,7 +89,7 @@ def data_inspect(
         found.draw(picture)
         say(f"picture: {picture}")
     if out is not None:
-        out.write_text(json.dumps(found.facts(), indent=1) + "\n")
+        write_whole(out, json.dumps(found.facts(), indent=1) + "\n")
     if write_manifest:
         say(f"wrote {inspection.write_manifest(found)}")
     if not found.lengths:

@@ -37,6 +37,7 @@ from coca_scale.cli.arguments import (
 )
 from coca_scale.cli.inputs import data_section, load, open_inputs, ranks
 from coca_scale.cli.listing import ListArguments, lists_data
+from coca_scale.recipe.whole_files import write_whole
 
 if TYPE_CHECKING:
     from coca_scale.evaluation.pictures import InputPictures
@@ -113,7 +114,7 @@ def _report(result: Result, model: str, data: list[str], out: Path | None) -> No
         say(skipped(result.bad).removeprefix("; "))
     if out is not None:
         content = {"model": model, "data": data, **result.json()}
-        out.write_text(json.dumps(content, indent=1) + "\n")
+        write_whole(out, json.dumps(content, indent=1) + "\n")
         say(f"scores: {out}")
 
 

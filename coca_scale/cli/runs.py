@@ -10,6 +10,7 @@ import typer
 
 from coca_scale.cli.arguments import Overrides, RecipeArgument, say
 from coca_scale.errors import UserError
+from coca_scale.recipe.whole_files import write_whole
 
 
 def check_command(
@@ -138,7 +139,7 @@ def translate_command(
     if out is None:
         say(found.yaml(), nl=False)
     else:
-        out.write_text(found.yaml(), encoding="utf-8")
+        write_whole(out, found.yaml())
         say(f"wrote {out}; deepspeed coca_scale/train.py --recipe {out} --dry-run")
 
 
@@ -152,5 +153,5 @@ def report_command(
     """
     from coca_scale.reports.page import report
 
-    out.write_text(report(runs), encoding="utf-8")
+    write_whole(out, report(runs))
     say(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB)")

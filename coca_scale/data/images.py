@@ -25,6 +25,7 @@ from PIL.TiffImagePlugin import (
 )
 from torch import Tensor
 
+from coca_scale.data.image_headers import has_too_many_pieces
 from coca_scale.data.sample import BadSample
 from coca_scale.model.preprocess import OPENAI, Preprocess
 
@@ -79,6 +80,8 @@ def _opened(data: bytes | Image.Image, key: str) -> Iterator[Image.Image]:
                 _check_size(data, key)
                 yield data
                 return
+            if has_too_many_pieces(data):
+                raise BadSample("too_many_pieces", key)
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 _check_size(image, key)
                 if image.format == "TIFF" and _tiled_pixels(image, data) > MAX_PIXELS:
@@ -158,7 +161,8 @@ def decode_image(data: bytes | Image.Image, key: str) -> Image.Image:
     Raises:
         BadSample: broken_image, tiny_image (1 pixel wide or high), huge_image (over 2^27 pixels),
             extreme_aspect (a side over 128 times the other), too_many_scans (a JPEG with over 200),
-            or unknown_pixels (values below 0, above 65535 or not finite; CIELAB).
+            too_many_pieces (before its pixels, or in digits), or unknown_pixels (values below 0,
+            above 65535 or not finite; CIELAB).
     """
     with _opened(data, key) as image:
         return _upright(image, key)

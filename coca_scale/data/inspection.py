@@ -24,6 +24,7 @@ from coca_scale.data.workers import working
 from coca_scale.openclip.alone import open_clip_module
 from coca_scale.recipe.data import DataFilters
 from coca_scale.recipe.files import sha256_of
+from coca_scale.recipe.whole_files import whole_file, write_whole
 
 SIDES = (64, 128, 224, 256, 336, 448, 512, 1024, 2048)
 BIN_TOKENS = 8
@@ -151,7 +152,8 @@ class Inspection:
         axes.set(xlabel="tokens per caption", ylabel="captions", xlim=(0, None))
         axes.set_title(f"{self.lengths.total():,} captions in {len(self.shards):,} shards")
         axes.spines[["top", "right"]].set_visible(False)
-        figure.savefig(path, dpi=150)
+        with whole_file(path) as file:
+            figure.savefig(file, dpi=150, format=path.suffix.removeprefix(".") or "png")
         pyplot.close(figure)
 
 
@@ -201,9 +203,7 @@ def write_manifest(found: Inspection) -> Path:
         about = {"name": file.name, "samples": shard.samples, "bytes": file.stat().st_size}
         shards.append({**about, "sha256": sha256_of(file)})
     content = {"samples": found.samples, "bad": dict(found.causes), "shards": shards}
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    temporary.replace(path)
+    write_whole(path, json.dumps(content, indent=1) + "\n")
     return path
 
 

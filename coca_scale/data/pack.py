@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import as_completed
@@ -26,6 +25,7 @@ from coca_scale.data.workers import working
 from coca_scale.errors import UserError
 from coca_scale.recipe.files import read_json, read_json_as, sha256_of
 from coca_scale.recipe.lock import Lock, folder_claim, held
+from coca_scale.recipe.whole_files import whole_file, write_whole
 
 JPEG_QUALITY = 95
 EXTENSION_OF = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
@@ -169,6 +169,8 @@ def _pack(
     if (out / MANIFEST).exists():
         raise DataError(f"{out}: holds packed shards already; choose another folder")
     out.mkdir(parents=True, exist_ok=True)
+    for left in out.glob("*.tmp"):
+        left.unlink()  # by a call that was killed
     pictures = listing.pictures
     _settle(out, source, options, pictures)
     several = any(len(picture.captions) > 1 for picture in pictures)
@@ -212,7 +214,7 @@ def _settle(
     plan = {"source": str(source.resolve()), "options": facts, "pictures": digest.hexdigest()}
     path = out / PLAN
     if not path.is_file():
-        _write_whole(path, json.dumps(plan))
+        write_whole(path, json.dumps(plan))
     elif read_json(path) != plan:
         raise DataError(
             f"{out}: holds part of a pack of other pictures or options; choose another folder, or "
@@ -237,10 +239,9 @@ def _write_shard(
     `several` says that some picture has more than one caption, so all list theirs.
     """
     path = out / f"shard-{number:06d}.tar"
-    temporary = path.with_suffix(".tar.tmp")
     bad: list[tuple[str, str]] = []
     count = 0
-    with temporary.open("wb") as file, TarWriter(file, mtime=0) as writer:
+    with whole_file(path) as file, TarWriter(file, mtime=0) as writer:
         for index, picture in enumerate(pictures):
             try:
                 writer.write(
@@ -251,12 +252,11 @@ def _write_shard(
                 bad.append((error.cause, str(picture.path)))
     receipt: dict[str, Any] = {"bad": bad, "shard": None}
     if count:
-        about = {"samples": count, "bytes": temporary.stat().st_size}
-        receipt["shard"] = {"name": path.name, **about, "sha256": sha256_of(temporary)}
-        temporary.replace(path)
+        about = {"samples": count, "bytes": path.stat().st_size}
+        receipt["shard"] = {"name": path.name, **about, "sha256": sha256_of(path)}
     else:
-        temporary.unlink()
-    _write_whole(_receipt(out, number), json.dumps(receipt))
+        path.unlink()
+    write_whole(_receipt(out, number), json.dumps(receipt))
 
 
 def _files_of(picture: ListedPicture, options: PackOptions, several: bool) -> dict[str, bytes]:
@@ -292,11 +292,11 @@ def _finish(out: Path, source: Path, count: int, skipped: Sequence[Skipped]) -> 
     shards = [receipt.shard for receipt in receipts if receipt.shard is not None]
     if bad:
         lines = (json.dumps({"cause": cause, "key": key}) + "\n" for cause, key in bad)
-        _write_whole(out / BAD_LIST, "".join(lines))
+        write_whole(out / BAD_LIST, "".join(lines))
     if shards:
         total = sum(shard.samples for shard in shards)
         manifest = _Manifest(samples=total, bad=causes, shards=shards)
-        _write_whole(out / MANIFEST, json.dumps(manifest.model_dump(), indent=1) + "\n")
+        write_whole(out / MANIFEST, json.dumps(manifest.model_dump(), indent=1) + "\n")
     for path in (out / PLAN, *(_receipt(out, number) for number in range(count))):
         path.unlink()
     if not shards:
@@ -310,10 +310,3 @@ def _read(path: Path, kind: type[T]) -> T:
         return read_json_as(path, kind)
     except UserError as error:
         raise DataError(f"{error}; delete it, and what it is about is packed again") from error
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Write a file that is there as a whole or not at all."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)

@@ -25,6 +25,7 @@ MAX_LINE_CHARACTERS = 2**20
 _SHOWN_CHARACTERS = 200
 _UNDECODABLE, _NUL = "\udcff", "\udc00"  # no decoder gives them
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
+_SEPARATOR = re.compile(r'"?sep=([,;|\t])"?')  # which Excel writes, and needs, before a header
 _LINE_ENDS = re.compile(r"\r\n|\r|\n")
 _MARKING = "coca_scale.mark"
 
@@ -74,10 +75,16 @@ def read_rows(path: Path, options: TableOptions) -> Iterator[tuple[str, str] | S
 
 def _rows(path: Path, file: TextIO, options: TableOptions) -> Iterator[tuple[str, str] | Skipped]:
     lines = _lines(file, path)
-    number, first = next(((n, line) for n, line in lines if line.strip()), (0, ""))
+    written = ((n, line) for n, line in lines if line.strip())
+    number, first = next(written, (0, ""))
     first = first.removeprefix("\ufeff")  # where somebody says that UTF-8 is UTF-8
+    said = _SEPARATOR.fullmatch(first.rstrip("\r\n "))
+    if said is not None:
+        number, first = next(written, (0, ""))
     tabs = path.suffix.lower() == ".tsv" or "\t" in first
     delimiter = "\t" if tabs else ";" if ";" in first and "," not in first else ","
+    delimiter = said[1] if said is not None else delimiter
+    tabs = delimiter == "\t"
     numbered = itertools.chain([(number, first)], lines)
     rows = _tabbed(numbered) if tabs else _quoted(numbered, delimiter, path)
     header = [name.strip() for name in next(rows, (0, []))[1]]

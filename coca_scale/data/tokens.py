@@ -25,6 +25,7 @@ from coca_scale.model.config import ModelConfig
 from coca_scale.openclip.alone import open_clip_module
 from coca_scale.recipe.files import read_json_as
 from coca_scale.recipe.text import cleaned, one_line
+from coca_scale.recipe.whole_files import write_whole
 
 _openclip = open_clip_module("tokenizer")
 
@@ -121,13 +122,13 @@ class FastTokenizer:
 
     def save(self, folder: Path) -> None:
         """Write the files that OpenCLIP's HFTokenizer reads."""
-        self._backend.save(str(folder / TOKENIZER_FILE))
+        write_whole(folder / TOKENIZER_FILE, self._backend.to_str(pretty=True))
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             **self._special,
             "model_max_length": self.context_length,
         }
-        (folder / TOKENIZER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        write_whole(folder / TOKENIZER_CONFIG, json.dumps(config, indent=2) + "\n")
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:

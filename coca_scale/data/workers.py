@@ -21,20 +21,21 @@ def working(count: int) -> Iterator[ProcessPoolExecutor]:
     Raises:
         UserError: one of them was killed.
     """
+    others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(count, initializer=_belong)
     try:
         yield pool
-    except BaseException as error:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in multiprocessing.active_children():
-            process.kill()
-        if isinstance(error, BrokenProcessPool):
-            raise UserError(
-                "a process was killed, as the kernel does where memory runs out; fewer --workers "
-                "take less"
-            ) from error
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a process was killed, as the kernel does where memory runs out; fewer --workers take "
+            "less"
+        ) from error
+    except KeyboardInterrupt:
+        for process in set(multiprocessing.active_children()) - others:
+            process.kill()  # not when it is through with its work
         raise
-    pool.shutdown()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _belong() -> None:

@@ -9,6 +9,7 @@ Side-cars of shards are written whole, one file per shard.
 from __future__ import annotations
 
 import heapq
+import io
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from coca_scale.errors import UserError
 from coca_scale.evaluation.captioning import Captioned
 from coca_scale.evaluation.pictures import Part, Place
 from coca_scale.recipe.files import json_lines, read_json, validated
+from coca_scale.recipe.whole_files import NamedFile, whole_file, write_whole
 
 SETTINGS = "settings.json"
 _PART, _NUMBER = "part", "number"
@@ -61,9 +63,11 @@ class CaptionFile:
         self._mine = out.with_name(f"{out.name}.part-{rank}-of-{ranks}")
         self.done = frozenset(self._read_done())
         _drop_torn_line(self._mine)
-        if not self._mine.is_file() or not self._mine.stat().st_size:
-            self._mine.write_text(json.dumps({"settings": self._settings}) + "\n")
-        self._file = self._mine.open("a", **_TEXT)
+        raw = NamedFile(str(self._mine), "a")
+        self._file = io.TextIOWrapper(io.BufferedWriter(raw), **_TEXT)
+        if not os.fstat(raw.fileno()).st_size:
+            self._file.write(json.dumps({"settings": self._settings}) + "\n")
+            self._file.flush()
 
     def add(self, captioned: Iterable[Captioned]) -> None:
         """Append captions; afterwards they are in the file."""
@@ -94,7 +98,7 @@ class CaptionFile:
         if not parts:
             raise DataError(f"{self._out}: its parts have been removed; it is left as it is")
         ordered = heapq.merge(*(_sorted(path) for path in parts), key=lambda item: item[0])
-        _write_whole(self._out, (record for _, record in ordered))
+        _write_records(self._out, (record for _, record in ordered))
         for path in parts:
             path.unlink()
 
@@ -136,9 +140,7 @@ class SideCars:
         known = folder / SETTINGS
         content = json.dumps(settings, indent=1) + "\n"
         if not known.is_file():
-            temporary = known.with_suffix(f".{os.getpid()}.tmp")
-            temporary.write_text(content)
-            temporary.replace(known)
+            write_whole(known, content)
         elif read_json(known) != json.loads(content):
             raise DataError(
                 f"{folder} holds captions of another model or other options; see {known}, and "
@@ -156,16 +158,12 @@ class SideCars:
 
     def add(self, part: int, batches: Iterable[Iterable[Captioned]]) -> None:
         """Write a side-car; it is there as a whole or not at all."""
-        _write_whole(self._paths[part], (_record(item) for batch in batches for item in batch))
+        _write_records(self._paths[part], (_record(item) for batch in batches for item in batch))
 
 
-def _write_whole(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", **_TEXT) as file:
-        file.writelines(_line(record) for record in records)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+def _write_records(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    with whole_file(path) as file:
+        file.writelines(_line(record).encode(**_TEXT) for record in records)
 
 
 def _line(record: dict[str, Any]) -> str:

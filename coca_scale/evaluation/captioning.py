@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from coca_scale.evaluation.pictures import Picture
 from coca_scale.inference.generation_options import GenerationOptions
 from coca_scale.inference.prompts import make_prompts
 from coca_scale.model.coca import check_length
+from coca_scale.recipe.whole_files import write_whole
 
 _TILE = 144
 _TEXT_HEIGHT = 34
@@ -109,7 +111,9 @@ def draw_grid(captioned: Sequence[Captioned], path: Path, columns: int = 6) -> N
         colour = known if item.picture.captions else "black"
         text = _wrap(draw.textlength, item.captions[0], _TILE)
         draw.multiline_text((x, y + _TILE + 2), text, fill=colour, spacing=1)
-    sheet.save(path)
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG")
+    write_whole(path, buffer.getvalue())
 
 
 def _wrap(length: Callable[[str], float], text: str, width: int) -> str:

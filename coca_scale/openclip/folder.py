@@ -5,13 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
+import re
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -21,12 +25,15 @@ from coca_scale.model.timm_tower import takes_image_size
 from coca_scale.model.weights import Model, require_finite
 from coca_scale.openclip.state_dict import to_openclip
 from coca_scale.openclip.weight_files import read_openclip, read_weight_file
+from coca_scale.recipe.whole_files import whole_file, whole_path
 
 CONFIG_FILE = "open_clip_config.json"
 SAFETENSORS_FILE = "open_clip_model.safetensors"
 BIN_FILE = "open_clip_pytorch_model.bin"
 OWN_CONFIG_FILE = "coca_scale_config.json"
 OWN_WEIGHTS_FILE = "coca_scale_model.safetensors"
+_OPENCLIP_FILES = (CONFIG_FILE, SAFETENSORS_FILE, BIN_FILE)
+_OWN_FILES = (OWN_CONFIG_FILE, OWN_WEIGHTS_FILE)
 
 
 @dataclass(frozen=True)
@@ -101,27 +108,61 @@ def write_folder(
     Raises:
         UserError: a weight is not finite.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     require_finite(weights)
     preprocess = config.preprocess_cfg.model_dump(mode="json")
-    for name in (CONFIG_FILE, SAFETENSORS_FILE, BIN_FILE, OWN_CONFIG_FILE, OWN_WEIGHTS_FILE):
-        (folder / name).unlink(missing_ok=True)
-    if write_more is not None:
-        write_more(folder)
     obstacle = openclip_obstacle(config)
     if obstacle is None:
         theirs = to_openclip(weights, flat_text=_is_flat(config))
         theirs = {name: _saved(tensor) for name, tensor in theirs.items()}
         content = {"model_cfg": to_openclip_config(config), "preprocess_cfg": preprocess}
-        save_file(theirs, folder / SAFETENSORS_FILE)
-        torch.save(theirs, folder / BIN_FILE)
-        (folder / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n")
+        _write_files(folder, _OPENCLIP_FILES, theirs, content, write_more)
     else:
         ours = {name: _saved(tensor) for name, tensor in weights.items()}
         own = {"model_cfg": _model_cfg(config), "preprocess_cfg": preprocess, "why": obstacle}
-        save_file(ours, folder / OWN_WEIGHTS_FILE)
-        (folder / OWN_CONFIG_FILE).write_text(json.dumps(own, indent=2) + "\n")
+        _write_files(folder, _OWN_FILES, ours, own, write_more)
     return obstacle
+
+
+def _write_files(
+    folder: Path,
+    names: tuple[str, ...],
+    tensors: dict[str, Tensor],
+    content: dict[str, Any],
+    write_more: Callable[[Path], None] | None,
+) -> None:
+    """Write the files of a folder beside those of an earlier export, which then give way.
+
+    Raises:
+        OSError: of the disk; an earlier export is still there if weights and config had no room.
+    """
+    config, safetensors, *pickled = names
+    with ExitStack() as files:  # the last one opened has its name first
+        file = files.enter_context(whole_file(folder / config))
+        file.write(f"{json.dumps(content, indent=2)}\n".encode())
+        for name in pickled:
+            torch.save(tensors, files.enter_context(whole_file(folder / name)))
+        _save_safetensors(tensors, files.enter_context(whole_path(folder / safetensors)))
+        for name in (CONFIG_FILE, OWN_CONFIG_FILE):
+            (folder / name).unlink(missing_ok=True)  # what says that the folder is complete
+        if write_more is not None:
+            write_more(folder)
+    for name in {*_OPENCLIP_FILES, *_OWN_FILES}.difference(names):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _save_safetensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """
+    Raises:
+        OSError: of the disk, which safetensors tells in words.
+    """
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:
+        refused = re.search(r"\(os error (\d+)\)", str(error))
+        if refused is None:
+            raise
+        number = int(refused[1])
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def is_model_folder(folder: Path) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 from coca_scale.errors import UserError
 from coca_scale.recipe import BatchSplit, load_recipe
 from coca_scale.recipe.text import shell_word
+from coca_scale.recipe.whole_files import write_whole
 
 DEFAULT_TIME = "24:00:00"
 SAVE_SECONDS = 300  # before the time limit; a checkpoint must be written within
@@ -152,7 +153,7 @@ def submit(script: str, file: Path | None) -> str:
 
 def write(script: str, file: Path) -> None:
     """A script as a file; in UTF-8, whatever the locale."""
-    file.write_text(script, encoding="utf-8")
+    write_whole(file, script)
 
 
 def checkout() -> Path:

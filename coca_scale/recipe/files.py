@@ -40,11 +40,11 @@ def open_regular(path: Path) -> BinaryIO:
     """
     if not stat.S_ISREG(path.stat().st_mode):
         raise NoFileError(f"{path} is not a regular file; move it away")
-    return open(path, "rb", opener=_without_waiting)
+    return open(path, "rb", opener=without_waiting)
 
 
-def _without_waiting(path: str, flags: int) -> int:
-    """Open, but not wait for the other end of a pipe that has come into the place of a file."""
+def without_waiting(path: str, flags: int) -> int:
+    """An opener for `open` that waits for no other end of a pipe in the place of a file."""
     return os.open(path, flags | os.O_NONBLOCK)
 
 

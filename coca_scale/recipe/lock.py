@@ -22,7 +22,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from coca_scale.errors import UserError
+from coca_scale.errors import UserError, refusal
 from coca_scale.recipe.files import NoFileError, open_regular, parse_json, validated
 from coca_scale.recipe.process import Process, machine
 from coca_scale.recipe.run_folder import LOCK
@@ -156,7 +156,7 @@ class Lock:
             for number in _numbers(place) - {last + 1}:
                 _path(place, number).unlink(missing_ok=True)
         except OSError as error:
-            raise UserError(f"{claim.target} cannot be written: {error}") from error
+            raise UserError(f"{claim.target} cannot be written: {refusal(error)}") from error
         if note is not None:
             tell(note)
         return cls(claim, last + 1, me)
@@ -331,10 +331,15 @@ def _path(place: Path, number: int) -> Path:
 def _create(path: Path, me: Holder) -> bool:
     """Write an owner's file if there is none; of several processes one succeeds."""
     try:
-        with path.open("x") as file:
-            file.write(me.model_dump_json() + "\n")
+        file = path.open("x")
     except (FileExistsError, FileNotFoundError):  # the folder went with the lock of another
         return False
+    try:
+        with file:
+            file.write(me.model_dump_json() + "\n")
+    except OSError:
+        path.unlink(missing_ok=True)  # others would watch it, for who does not say who it is
+        raise
     return True
 
 
@@ -365,8 +370,8 @@ def _this_process() -> Holder:
         processes=processes,
         pid=me.pid,
         started=me.started,
-        job=job and (f"{job} of {cluster}" if cluster else job),
-        restart=int(count) if count.isdecimal() else 0,
+        job=job and (f"{job} of {cluster}" if cluster else job)[:200],
+        restart=int(count) if re.fullmatch(r"[0-9]{1,9}", count) else 0,
         since=time.strftime("%Y-%m-%d %H:%M:%S %Z"),
     )
 

@@ -6,25 +6,37 @@ Neither a full disk nor a damaged line must end a run for the sake of its log.
 from __future__ import annotations
 
 import os
+from io import RawIOBase
 from pathlib import Path
 
 from coca_scale.errors import UserError
-from coca_scale.recipe.files import parse_json
+from coca_scale.recipe.files import parse_json, without_waiting
 from coca_scale.recipe.text import tell
+from coca_scale.recipe.whole_files import whole_file
 
 _failed: set[Path] = set()
 
 
 def append(path: Path, text: str) -> None:
-    """Add `text` to a file; if it cannot be written, say so once and drop it."""
+    """Add `text` to a file; if not all of it can be written, say so once and drop it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a") as file:
-            file.write(text)
+        with open(path, "ab", buffering=0, opener=without_waiting) as file:
+            before = file.tell()
+            try:
+                _write_all(file, text.encode())
+            except OSError:
+                file.truncate(before)  # half a line would spoil the next one
+                raise
     except OSError as error:
         warn_once(path, error)
     else:
         _failed.discard(path)
+
+
+def _write_all(file: RawIOBase, content: bytes) -> None:
+    while content:
+        content = content[file.write(content) or 0 :]
 
 
 def warn_once(path: Path, error: OSError) -> None:
@@ -66,13 +78,11 @@ def forget_after(path: Path, step: int) -> str | None:
 
 
 def _rewrite(path: Path, step: int) -> None:
-    temporary = path.with_suffix(".tmp")
-    with path.open("rb") as lines, temporary.open("wb") as kept:
+    with path.open("rb") as lines, whole_file(path) as kept:
         for line in lines:
             found = _step_of(line)
             if found is not None and found <= step:
                 kept.write(line)
-    temporary.replace(path)
 
 
 def _step_of(line: bytes) -> int | None:

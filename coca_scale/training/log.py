@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -48,7 +50,9 @@ class RunLog:
         if active:
             folder.mkdir(parents=True, exist_ok=True)
             if recipe.log.tensorboard:
-                self._writer = SummaryWriter(str(folder / TENSORBOARD))
+                _hush_writers()
+                with self._tensorboard():
+                    self._writer = SummaryWriter(str(folder / TENSORBOARD))
             if recipe.log.wandb is not None:
                 self._tracker = Tracker(recipe, folder, self.say)
 
@@ -69,7 +73,8 @@ class RunLog:
         if self._bar is not None:
             self._bar.stop()
         if self._writer is not None:
-            self._writer.close()
+            with self._tensorboard():
+                self._writer.close()
         if self._tracker is not None:
             self._tracker.close()
 
@@ -121,10 +126,17 @@ class RunLog:
             self._tracker.log(step, numbers)
         if self._writer is None:
             return
-        try:
+        with self._tensorboard():
             for name, value in numbers.items():
                 self._writer.add_scalar(name, value, step)
+
+    @contextmanager
+    def _tensorboard(self) -> Iterator[None]:
+        """A disk that refuses its file costs TensorBoard the rest of the run, and no more."""
+        try:
+            yield
         except OSError as error:
+            self._writer = None
             warn_once(self._folder / TENSORBOARD, error)
 
     def validation(self, step: int, result: ValidationResult) -> None:
@@ -159,6 +171,18 @@ class RunLog:
         rows = [f"| {item.picture.captions[0]} | {item.captions[0]} |" for item in result.captioned]
         table = "\n".join(["| caption | generated |", "|---|---|", *rows])
         self._writer.add_text("val/captions", table, step)
+
+
+def _hush_writers() -> None:
+    """TensorBoard's thread tells its caller what the disk refused; no traceback besides."""
+    hook = threading.excepthook
+
+    def hushed(arguments: threading.ExceptHookArgs) -> None:
+        writes = type(arguments.thread).__module__.startswith("tensorboard.")
+        if not (writes and isinstance(arguments.exc_value, OSError)):
+            hook(arguments)
+
+    threading.excepthook = hushed
 
 
 def peak_memory_bytes() -> int:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from coca_scale.data.sample import Source
 from coca_scale.engine.host import memory_bytes
 from coca_scale.engine.world import World
-from coca_scale.errors import UserError
+from coca_scale.errors import UserError, refusal
 from coca_scale.model import CoCa
 from coca_scale.planning.memory import host_bytes, state_bytes
 from coca_scale.recipe import BatchSplit, Recipe
+from coca_scale.recipe.run_folder import CHECKPOINTS
 
 PROBE = ".probe"
 SHARED_MEMORY = Path("/dev/shm")
@@ -35,10 +37,10 @@ def preflight(world: World, folder: Path, sources: list[Source], shared_bytes: i
 
     def leave_token() -> str:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
             (folder / PROBE).write_text(token)
         except OSError as error:
-            raise UserError(f"the run folder cannot be written: {error}") from error
+            raise UserError(f"the run folder cannot be written: {refusal(error)}") from error
         return token
 
     def look_once_per_node() -> None:
@@ -51,12 +53,13 @@ def preflight(world: World, folder: Path, sources: list[Source], shared_bytes: i
                 several = len(set(world.hosts)) > 1
                 raise UserError(f"{host}: {error}" if several else str(error)) from error
 
-    expected = world.on_first(leave_token)
     try:
+        expected = world.on_first(leave_token)
         world.agree(look_once_per_node)
     finally:
         if world.rank == 0:
-            (folder / PROBE).unlink(missing_ok=True)
+            with suppress(OSError):  # of a folder that cannot be written, which is said already
+                (folder / PROBE).unlink(missing_ok=True)
 
 
 def room_for_checkpoints(folder: Path, parameters: int) -> str | None:

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from coca_scale.recipe.whole_files import write_whole
+
 
 class StepProfiler:
     """Records the steps a recipe names; a context, so that what was begun is written."""
@@ -58,9 +60,8 @@ class StepProfiler:
         recording.stop()
         key = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
         try:
-            self._folder.mkdir(exist_ok=True)
             table = recording.key_averages().table(sort_by=key, row_limit=30)
-            (self._folder / "operators.txt").write_text(table)
+            write_whole(self._folder / "operators.txt", table)
             recording.export_chrome_trace(str(self._folder / "trace.json.gz"))
         except OSError as error:
             self._say(f"the profile could not be written: {error}")

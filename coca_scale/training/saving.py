@@ -17,7 +17,7 @@ from coca_scale.engine.ownership import Owner
 from coca_scale.engine.train_engine import TrainEngine
 from coca_scale.engine.watchdog import NoWatchdog, Watchdog
 from coca_scale.engine.writing import Entries
-from coca_scale.errors import AgreedError, UserError
+from coca_scale.errors import AgreedError, UserError, refusal
 from coca_scale.recipe.schema import CheckpointSection
 from coca_scale.training.log import RunLog
 
@@ -140,8 +140,8 @@ class Saver:
         failure = self.save() or self.finish()
         if failure is not None:
             raise AgreedError(
-                f"the last checkpoint cannot be saved: {failure}; make room, and start the "
-                "same command again to go on from the one before"
+                f"the last checkpoint cannot be saved: {failure}; once that is mended "
+                "the same command goes on from the one before"
             )
 
     def _begin(self, progress: dict[str, Any]) -> str | None:
@@ -185,4 +185,4 @@ def _written(pending: _Pending, rank: int) -> Entries:
     try:
         return pending.files.result()
     except OSError as error:
-        raise UserError(f"rank {rank}: {error}") from error
+        raise UserError(f"rank {rank}: {refusal(error)}") from error

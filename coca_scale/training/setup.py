@@ -37,6 +37,7 @@ from coca_scale.planning.gpus import peak_flops
 from coca_scale.recipe import BatchSplit, Recipe, dump_recipe
 from coca_scale.recipe.run_folder import CHECKPOINTS, RECIPE, VERSIONS
 from coca_scale.recipe.total_steps import total_steps
+from coca_scale.recipe.whole_files import write_whole
 from coca_scale.training.identity import Identity, compare, identify
 from coca_scale.training.initial import find_start, initial_model
 from coca_scale.training.preflight import preflight, room_for_checkpoints, room_in_host
@@ -102,14 +103,14 @@ class Prepared:
         """The resolved recipe into the run folder, and what it runs with."""
         folder = self.recipe.run.folder
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / RECIPE).write_text(dump_recipe(self.recipe), encoding="utf-8")
+        write_whole(folder / RECIPE, dump_recipe(self.recipe))
         if isinstance(self.tokenizer, FastTokenizer):
             self.tokenizer.save(folder)
         packages = ("torch", "deepspeed", "open_clip_torch")
         versions = {"python": platform.python_version(), **{p: version(p) for p in packages}}
         versions["coca-scale"] = __version__
         about = {"versions": versions, "git_commit": _git_commit(), "ranks": ranks}
-        (folder / VERSIONS).write_text(json.dumps(about, indent=1) + "\n")
+        write_whole(folder / VERSIONS, json.dumps(about, indent=1) + "\n")
 
 
 @dataclass(frozen=True)

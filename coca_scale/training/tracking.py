@@ -11,6 +11,7 @@ from uuid import uuid4
 from coca_scale.errors import UserError
 from coca_scale.recipe import Recipe
 from coca_scale.recipe.public import PRIVATE, public_name, public_recipe
+from coca_scale.recipe.whole_files import write_whole
 
 IDENTITY = "wandb_id"
 _IDENTITY = re.compile(rb"[0-9a-f]{12}")
@@ -50,10 +51,10 @@ class Tracker:
             return
         identity = folder / IDENTITY
         known = identity.read_bytes().strip() if identity.is_file() else b""
-        if not _IDENTITY.fullmatch(known):
-            known = uuid4().hex[:12].encode()
-            identity.write_bytes(known + b"\n")
         try:
+            if not _IDENTITY.fullmatch(known):
+                known = uuid4().hex[:12].encode()
+                write_whole(identity, known + b"\n")
             self._run = wandb.init(
                 project=project,
                 name=public_name(recipe.run.name),
@@ -65,7 +66,7 @@ class Tracker:
                     finish_timeout=FINISH_SECONDS, console="off", **_NOTHING_OF_THIS_MACHINE
                 ),
             )
-        except wandb.Error as error:
+        except (wandb.Error, OSError) as error:
             self._give_up(error)
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:

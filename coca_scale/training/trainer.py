@@ -99,10 +99,7 @@ class Trainer:
         steps = self.prepared.steps
         if self.signals is not None:
             self.signals.to_be_saved()
-        if self.owner.holds():
-            self.prepared.write(self.world.size)
-        log = RunLog(self.recipe, steps, self.world.rank == 0, self.owner)
-        log.resume_at(self.step)
+        log = self.world.agree(self._begin_log)
         minutes = self.recipe.checkpoint.every_minutes
         requests = Requests(self.folder, minutes, self.world.rank, self.signals)
         with log:
@@ -122,6 +119,14 @@ class Trainer:
                     return REQUEUE if asked.leave else 0
             self._finish(log)
         return 0
+
+    def _begin_log(self) -> RunLog:
+        """What a run says of itself from its beginning."""
+        if self.owner.holds():
+            self.prepared.write(self.world.size)
+        log = RunLog(self.recipe, self.prepared.steps, self.world.rank == 0, self.owner)
+        log.resume_at(self.step)
+        return log
 
     def _train(self, log: RunLog, saver: Saver, requests: Requests) -> Asked:
         """Steps until the end; what the run was asked for if that is why it ended."""

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
+from coca_scale.data.image_headers import MAX_PIECES, has_too_many_pieces
 from coca_scale.data.images import (
     MAX_ASPECT,
     MAX_SCANS,
@@ -298,3 +299,70 @@ def test_scanners_of_12_bits_and_of_inverted_grey():
     grey = Image.fromarray(np.array([[500, 65535], [500, 0]], np.uint16))
     data = saved(grey, "PNG", transparency=500)
     assert np.asarray(decode_image(data, "k"))[..., 0].tolist() == [[255, 255], [255, 0]]
+
+
+def in_pieces(form, count):
+    """A picture with `count` pieces of what its format allows any number of."""
+    data = saved(photo().convert("P" if form == "GIF" else "RGB"), form.partition(" ")[0])
+    gif_begin = 13 + 3 * 256
+    pieces, place = {
+        "JPEG comments": (b"\xff\xfe\0\3c" * count, 2),
+        "JPEG fill": (b"\xff" * count, 2),
+        "PNG chunks": (chunk(b"abCd", b"") * count, 33),
+        "PNG behind": (chunk(b"abCd", b"") * count, -12),
+        "GIF blocks": (b"\x21\xfe" + b"\1c" * count + b"\0", gif_begin),
+        "GIF comments": (b"\x21\xfe\1c\0" * count, gif_begin),
+        "GIF zeros": (b"\1" * count, gif_begin),
+        "PPM comment": (b"#" + b"c" * 7 * count + b"\n", 3),
+        "PPM spaces": (b" " * 7 * count, 3),
+    }[form]
+    return data[:place] + pieces + data[place:]
+
+
+FORMS = ["JPEG comments", "JPEG fill", "PNG chunks", "PNG behind", "GIF blocks", "GIF comments"]
+
+
+@pytest.mark.parametrize("form", [*FORMS, "GIF zeros", "PPM comment", "PPM spaces"])
+def test_a_file_of_very_many_pieces_is_not_opened(form):
+    assert causes(in_pieces(form, 300)) == {"good"}, "a picture as there are"
+    assert causes(in_pieces(form, 2 * MAX_PIECES)) == {"too_many_pieces"}
+
+
+def test_large_pictures_in_usual_pieces_are_opened():
+    noise = Image.effect_noise((4000, 3000), 90).convert("RGB")
+    data = saved(noise, "PNG", compress_level=0)  # 36 MB
+    begin = data.index(b"IDAT") - 4
+    pixels = zlib.compress(zlib.decompress(content_of(data, b"IDAT")), 0)
+    parts = (pixels[at : at + 2048] for at in range(0, len(pixels), 2048))
+    small = data[:begin] + b"".join(chunk(b"IDAT", part) for part in parts) + chunk(b"IEND", b"")
+    assert small.count(b"IDAT") > MAX_PIECES and not has_too_many_pieces(small)
+    profile = bytes(255 * 65519)
+    assert causes(saved(photo(), "JPEG", icc_profile=profile)) == {"good"}
+    assert causes(saved(noise.crop((0, 0, 600, 400)), "PPM")) == {"good"}
+    bitmap = saved(Image.new("1", (4000, 3000), 1), "PPM")
+    assert len(bitmap) > 2**20 and causes(bitmap) == {"good"}
+
+
+def content_of(png, kind):
+    """All chunks of a kind, put together."""
+    content, place = b"", 8
+    while place < len(png):
+        length = int.from_bytes(png[place : place + 4], "big")
+        if png[place + 4 : place + 8] == kind:
+            content += png[place + 8 : place + 8 + length]
+        place += 12 + length
+    return content
+
+
+@pytest.mark.parametrize("magic", [b"P1", b"P2", b"P3"])
+def test_pixels_in_digits_are_few_or_refused(magic):
+    white = b"" if magic == b"P1" else b" 1"
+    count = 12 * (3 if magic == b"P3" else 1)
+    assert causes(magic + b" 4 3" + white + b"\n" + b"1 " * count) == {"good"}
+    large = magic + b" 4000 3000" + white + b"\n" + b"1 " * 2**16
+    assert causes(large) == {"too_many_pieces"}
+
+
+@given(st.sampled_from([b"\xff\xd8", b"\x89PNG", b"GIF89a", b"P1 ", b"P6"]), st.binary())
+def test_pieces_of_anything_can_be_counted(begin, rest):
+    assert not has_too_many_pieces(begin + rest)

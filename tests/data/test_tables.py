@@ -51,6 +51,16 @@ def test_a_quote_in_a_tsv_is_a_character(tmp_path):
     assert not bad
 
 
+@pytest.mark.parametrize("line", ["sep=;", '"sep=;"', "\ufeffsep=;"])
+def test_a_first_line_of_excel_says_what_separates(line, tmp_path):
+    table = written(tmp_path / "t.csv", f"{line}\r\nfilepath;title\r\n0.jpg;a cat, asleep\r\n")
+    assert rows_of(table) == ([("0.jpg", "a cat, asleep")], Counter())
+    tabs = written(tmp_path / "u.csv", 'sep=\t\nfilepath\ttitle\n0.jpg\ta 5" nail\n')
+    assert rows_of(tabs) == ([("0.jpg", 'a 5" nail')], Counter())
+    bars = written(tmp_path / "v.csv", "sep=|\nfilepath|title\n0.jpg|a, b; c\n")
+    assert rows_of(bars) == ([("0.jpg", "a, b; c")], Counter())
+
+
 @many
 @given(captions=st.lists(lines_of_text, min_size=1, max_size=6), every=st.booleans())
 def test_tables_of_csv_writers_come_back(tmp_path, captions, every):

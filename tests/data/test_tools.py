@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from coca_scale.recipe.files import sha256_of
 from tests.conftest import tiny_recipe
 from tests.data.rot import rot_shards, write_rotten_shards
 from tests.data.shards import encoded, write_shards
+from tests.disks import no_file_over
 from tests.invoke import mistake_in, output_of
 from tests.stopping import stopped
 
@@ -139,6 +141,20 @@ def test_a_process_of_a_pack_that_is_killed_is_told_in_a_line(tmp_path):
     assert (pack.process.returncode, out) == (1, "")
     assert errors.startswith("coca-scale: a process was killed, as the kernel does")
     assert len(errors.splitlines()) == 1
+
+
+def test_a_full_disk_ends_a_pack_and_with_room_it_goes_on(tmp_path):
+    pictures = write_pictures(tmp_path / "pictures", 24)
+    for number in range(12):  # small ones, whose shards have room
+        Image.new("RGB", (30, 20)).save(pictures / f"{number:03d}.jpg")
+    packing = (pictures, tmp_path / "out", PackOptions(shard_samples=6))
+    with no_file_over(100_000), pytest.raises(OSError, match="File too large") as error:
+        pack(*packing, workers=2)
+    assert re.search(r"out/shard-00000[23].tar$", error.value.filename)
+    assert {p.name for p in (tmp_path / "out").iterdir()} >= {"pack.json", "shard-000000.tar"}
+    assert not list((tmp_path / "out").glob("*.tmp"))
+    assert pack(*packing).samples == 24
+    assert len(list((tmp_path / "out").iterdir())) == 5
 
 
 def test_of_two_packs_into_one_folder_the_second_names_the_first(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -83,7 +84,7 @@ def test_a_full_disk_leaves_the_run_alive_and_old_checkpoints_whole(small_disk, 
     job = start(small_disk / "run", tmp_path / "log", "train.steps=8", "checkpoint.keep=null")
     assert job.wait() == 1
     output = job.output
-    assert "warning: step_00000003 could not be saved: rank 0: [Errno 28]" in output
+    assert "warning: step_00000003 could not be saved: rank 0: No space left on device" in output
     assert "step 8/8" in output  # it went on
     assert "the last checkpoint cannot be saved" in output
     assert "Traceback" not in output
@@ -93,6 +94,24 @@ def test_a_full_disk_leaves_the_run_alive_and_old_checkpoints_whole(small_disk, 
         verify_checkpoint(folder)
     left = {p.name for p in Path(small_disk / "run" / "checkpoints").iterdir()}
     assert left == {"step_00000001", "step_00000002", "latest"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("free", "named"), [(16, "tokenizer.json"), (34_000, "export/open_clip")])
+def test_a_full_disk_ends_a_run_where_it_begins_and_ends(free, named, small_disk, tmp_path):
+    filler = small_disk / "other files"
+    filler.write_bytes(bytes(shutil.disk_usage(small_disk).free - free * 1000))
+    job = start(small_disk / "run", tmp_path / "log", "train.steps=1")
+    assert job.wait() == 1, job.output[-3000:]
+    assert "Traceback" not in job.output
+    assert [named in line and "make room there" in line for line in ours(job.output)] == [True]
+    filler.unlink()
+    again = start(small_disk / "run", tmp_path / "log2", "train.steps=1")
+    assert again.wait() == 0, again.output[-3000:]
+
+
+def ours(output):
+    return [line for line in output.splitlines() if line.startswith("coca-scale:")]
 
 
 @pytest.mark.slow

@@ -25,6 +25,7 @@ from coca_scale.evaluation.pictures import Picture, Place
 from coca_scale.model import CoCa, load_model_config
 from coca_scale.openclip.state_dict import to_openclip
 from tests.data.shards import write_shards
+from tests.disks import no_file_over
 from tests.invoke import output_of
 from tests.json_lines import lines_of
 from tests.ports import free_port
@@ -318,3 +319,22 @@ def test_names_of_files_need_not_be_text(tmp_path):
     file.close()
     file.merge()
     assert lines_of(tmp_path / "captions.jsonl")[0]["key"] == name
+
+
+def test_a_full_disk_is_named_and_with_room_a_job_goes_on(tmp_path):
+    out = tmp_path / "c.jsonl"
+    picture = Picture(Place(0, 0), "key", torch.zeros(3, 4, 4, dtype=torch.uint8), ())
+    for room in (0, 10, 30):
+        with no_file_over(room), pytest.raises(OSError, match="File too large") as error:
+            file = CaptionFile(out, 0, 1, {"seed": 1})
+            file.add([Captioned(picture, ("a red circle",), (0.5,))])
+        assert error.value.filename == f"{out}.part-0-of-1"
+    file = CaptionFile(out, 0, 1, {"seed": 1})
+    file.add([Captioned(picture, ("a red circle",), (0.5,))])
+    file.close()
+    with no_file_over(30), pytest.raises(OSError, match="File too large") as error:
+        file.merge()
+    assert error.value.filename == str(out) and not out.exists()
+    file.merge()
+    assert [line["caption"] for line in lines_of(out)] == ["a red circle"]
+    assert list(tmp_path.iterdir()) == [out]

@@ -28,6 +28,7 @@ from coca_scale.openclip.hub import registry_file
 from coca_scale.openclip.state_dict import to_openclip
 from coca_scale.openclip.weight_files import read_weight_file
 from tests.conftest import tiny_recipe
+from tests.disks import no_file_over
 from tests.ranks import on_ranks
 from tests.variants import config_file, variant, weights_of
 
@@ -49,6 +50,24 @@ def files_of(weights, folder):
     epoch = {"epoch": 7, "name": "run", "state_dict": wrapped, "optimizer": optimizer}
     torch.save(epoch, folder / "epoch_7.pt")
     return ["w.safetensors", "w.bin", "old.pt", "epoch_7.pt"]
+
+
+def test_an_export_that_a_full_disk_ends_leaves_the_earlier_one(weights, tmp_path):
+    config = load_model_config("coca_tiny")
+    other = {name: tensor + 1 for name, tensor in weights.items()}
+    for room in (0, 100, 100_000, 9_000_000):
+        with no_file_over(room), pytest.raises(OSError, match="File too large"):
+            write_folder(weights, config, tmp_path / "new")
+        assert list((tmp_path / "new").iterdir()) == []
+    write_folder(weights, config, tmp_path / "old")
+    for room in (0, 100, 100_000, 9_000_000):
+        with no_file_over(room), pytest.raises(OSError, match="File too large"):
+            write_folder(other, config, tmp_path / "old")
+        found = find_model(str(tmp_path / "old"))
+        assert all(torch.equal(found.weights[n], t) for n, t in weights.items())
+    write_folder(other, config, tmp_path / "old")
+    modes = {path.stat().st_mode for path in (tmp_path / "old").iterdir()}
+    assert len(modes) == 1, "others may read the weights as they may read the rest"
 
 
 def test_every_kind_of_file_gives_the_same_model(weights, tmp_path):

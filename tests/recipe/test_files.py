@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from coca_scale.errors import UserError
 from coca_scale.recipe.files import json_lines, parse_json, read_text, validated
 from coca_scale.recipe.text import cleaned, decoded, visible
+from coca_scale.recipe.whole_files import whole_file, write_whole
+from tests.disks import no_file_over
 
 ANY_TEXT = st.text(st.characters(exclude_categories=()))
 WORDS = "café “Le Vin” – a red circle 😀"
@@ -82,3 +87,42 @@ def test_a_line_that_is_no_object_is_named(line, tmp_path):
     path.write_bytes(json.dumps({"a": 1}).encode() + b"\n" + line)
     with pytest.raises(UserError, match="line 2"):
         list(json_lines(path))
+
+
+def save_tensors(path):
+    with whole_file(path) as file:  # torch's writer makes an error of its own of a full disk's
+        torch.save({"a": torch.zeros(100_000), "b": torch.zeros(9)}, file)
+
+
+WRITERS = [lambda path: write_whole(path, "line\n" * 20_000), save_tensors]
+
+
+@pytest.mark.parametrize("write", WRITERS)
+@pytest.mark.parametrize("room", [0, 10, 5000, 90_000])
+def test_a_file_that_cannot_be_written_leaves_what_was_there(write, room, tmp_path):
+    path = tmp_path / ("é" * 127)
+    path.write_text("before")
+    with no_file_over(room), pytest.raises(OSError, match="File too large") as error:
+        write(path)
+    assert error.value.filename == str(path)
+    assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
+    write(path)
+    assert path.stat().st_size > 99_000 and list(tmp_path.iterdir()) == [path]
+
+
+def test_what_is_no_file_is_written_into_and_stays(tmp_path):
+    target, link = tmp_path / "target", tmp_path / "link"
+    link.symlink_to(target)
+    write_whole(link, "words")
+    assert link.is_symlink() and target.read_text() == "words"
+    (tmp_path / "null").symlink_to("/dev/null")
+    write_whole(tmp_path / "null", "words")
+    write_whole(Path("/dev/null"), "words")
+    assert Path("/dev/null").is_char_device()
+    reading, writing = os.pipe()
+    write_whole(Path(f"/dev/fd/{writing}"), "words")
+    assert os.read(reading, 9) == b"words"
+    with pytest.raises(IsADirectoryError):
+        write_whole(tmp_path, "words")
+    os.close(reading)
+    os.close(writing)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -10,8 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from coca_scale.engine.ownership import Owner
 from coca_scale.reports.page import report
-from coca_scale.training.appending import forget_after
+from coca_scale.training.appending import append, forget_after
+from coca_scale.training.log import RunLog
+from tests.conftest import tiny_recipe
+from tests.disks import no_file_over
 
 NUMBERS = ("loss", "samples_per_second", "peak_memory_bytes", "global_batch", "samples_seen")
 DAMAGED = [
@@ -69,3 +74,45 @@ def test_a_report_leaves_a_damaged_line_out_and_says_so(damaged, tmp_path):
     for name in ("metrics.jsonl", "validation.jsonl", "bad_samples.jsonl"):
         (tmp_path / name).write_bytes(line(1) + damaged + line(2) + b'{"step": 7, "loss": [1]}\n')
     assert "left out" in report([Path(tmp_path)])
+
+
+def test_a_line_is_added_whole_or_not_at_all(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    append(path, line(1).decode())
+    with no_file_over(path.stat().st_size + 20):
+        for step in (2, 3):
+            append(path, line(step).decode())
+    append(path, line(4).decode())
+    assert steps_in(path) == [1, 4]
+    assert capsys.readouterr().err.count("metrics.jsonl is not being written") == 1
+
+
+def test_a_full_disk_costs_a_run_its_logs_and_a_line_for_each(tmp_path, capsys):
+    recipe = tiny_recipe(run__dir=str(tmp_path), log__tensorboard=True)
+    values = dict.fromkeys(("loss", "contrastive_loss", "caption_loss", *NUMBERS), 1.0)
+    with RunLog(recipe, 9, True, Owner(None, True)) as log:
+        log.metrics(values | {"step": 1})
+        room = max(p.stat().st_size for p in tmp_path.rglob("*") if p.is_file())
+        with no_file_over(room):
+            for step in range(2, 100):
+                log.metrics(values | {"step": step})
+        log.metrics(values | {"step": 100})
+    told = capsys.readouterr().err
+    assert "Traceback" not in told
+    assert told.count("tensorboard is not being written") == 1
+    assert told.count("metrics.jsonl is not being written") == 1
+    assert steps_in(tmp_path / "metrics.jsonl")[-1] == 100
+
+
+def test_a_file_in_the_place_of_a_folder_costs_a_run_its_log(tmp_path, capsys):
+    (tmp_path / "tensorboard").write_text("")
+    recipe = tiny_recipe(run__dir=str(tmp_path), log__tensorboard=True)
+    with RunLog(recipe, 9, True, Owner(None, True)):
+        pass
+    assert "tensorboard is not being written" in capsys.readouterr().err
+
+
+def test_a_pipe_that_nobody_reads_is_not_waited_for(tmp_path, capsys):
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    append(tmp_path / "metrics.jsonl", line(1).decode())
+    assert "metrics.jsonl is not being written" in capsys.readouterr().err

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from coca_scale.errors import UserError
 from coca_scale.recipe.lock import Lock, file_claim, held, run_claim
+from tests.disks import no_file_over
 from tests.distributed.launching import start
 from tests.json_lines import curve, lines_of
 from tests.ranks import FORKED
@@ -292,3 +293,18 @@ def test_of_two_jobs_the_second_ends_and_a_requeue_goes_on(tmp_path, monkeypatch
     assert [line[0] for line in curve(folder, steps)]
     assert json.loads(owner_file(folder).read_text())["released"]
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == kept
+
+
+def test_a_full_disk_leaves_no_lock_that_the_next_start_would_watch(tmp_path, capsys):
+    with no_file_over(20), pytest.raises(UserError, match="cannot be written: File too large"):
+        Lock.take(run_claim(tmp_path))
+    assert list((tmp_path / "lock").iterdir()) == []
+    Lock.take(run_claim(tmp_path)).release()
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("count", ["", "x", "-1", "\u00b2", "9" * 5000])
+def test_odd_variables_of_a_scheduler_are_no_obstacle(count, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_RESTART_COUNT", count)
+    monkeypatch.setenv("SLURM_JOB_ID", "8" * 500)
+    Lock.take(run_claim(tmp_path)).release()
