@@ -276,6 +276,17 @@ def test_deep_grey_is_scaled_by_its_rule_or_bad(kind):
     check()
 
 
+def huge_webp(width, height):
+    """The head of a lossless WebP, which is all that is looked at before its pixels."""
+    bits = (width - 1) | (height - 1) << 14
+    body = b"VP8L" + (26).to_bytes(4, "little") + b"\x2f" + bits.to_bytes(4, "little") + bytes(21)
+    return b"RIFF" + (len(body) + 4).to_bytes(4, "little") + b"WEBP" + body
+
+
+def test_decoders_that_keep_copies_get_half_the_pixels():
+    assert causes(huge_webp(16383, 4097)) == {"huge_image"}
+
+
 def test_other_pixel_types():
     for mode, expected in (("YCbCr", "good"), ("LAB", "unknown_pixels"), ("I;16B", "good")):
         picture = Image.new(mode, (8, 8)) if mode != "YCbCr" else photo((8, 8)).convert(mode)
