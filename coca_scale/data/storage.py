@@ -13,7 +13,7 @@ import select
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +21,8 @@ from typing import BinaryIO, Protocol
 
 from coca_scale.data.remote import NoRangesError, RemoteReader, download_whole
 from coca_scale.data.retries import StorageError, with_retries
+from coca_scale.errors import refusal
+from coca_scale.recipe.text import tell
 
 CHUNK_BYTES = 2**22
 READ_AHEAD_THREADS = 32
@@ -232,14 +234,27 @@ def _cached(url: str, options: StorageOptions) -> str | None:
     folder = options.cache_dir
     if folder is None:
         return None
+    try:
+        return _kept(url, folder, options)
+    except (FileNotFoundError, StorageError):
+        raise
+    except OSError as error:  # of the disk: what is remote has errors of its own
+        _say_once(f"warning: data.cache_dir={folder} keeps no more shards: {refusal(error)}")
+        return None
+
+
+@lru_cache
+def _say_once(message: str) -> None:
+    tell(message)
+
+
+def _kept(url: str, folder: Path, options: StorageOptions) -> str | None:
     path = folder / f"{hashlib.sha256(url.encode()).hexdigest()[:32]}.tar"
     if path.is_file():
         return str(path)
     folder.mkdir(parents=True, exist_ok=True)
-    if options.cache_bytes is not None:
-        kept = sum(entry.stat().st_size for entry in os.scandir(folder))
-        if kept >= options.cache_bytes:
-            return None
+    if options.cache_bytes is not None and _bytes_in(folder) >= options.cache_bytes:
+        return None
     temporary = path.with_suffix(f".{os.getpid()}.{random.getrandbits(32):08x}.tmp")
     try:
         _download(url, temporary, options)
@@ -247,6 +262,14 @@ def _cached(url: str, options: StorageOptions) -> str | None:
     finally:
         temporary.unlink(missing_ok=True)
     return str(path)
+
+
+def _bytes_in(folder: Path) -> int:
+    total = 0
+    for entry in os.scandir(folder):
+        with suppress(FileNotFoundError):  # another process has given it its name meanwhile
+            total += entry.stat().st_size
+    return total
 
 
 def _download(url: str, target: Path, options: StorageOptions) -> None:

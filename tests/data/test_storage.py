@@ -25,6 +25,7 @@ from tests.conftest import tiny_recipe
 from tests.data.faulty_server import FAULTS, FaultyProxy
 from tests.data.loading import steps
 from tests.data.shards import write_shards
+from tests.disks import no_file_over
 from tests.ports import free_port
 
 SHARDS = 24
@@ -184,6 +185,27 @@ def test_the_cache_is_read_again_and_keeps_its_limit(s3, folder, tmp_path):
     proxy.done.clear()
     assert read_whole(f"{url}/000.tar", options) == (folder / "000.tar").read_bytes()
     assert not proxy.done  # nobody asked
+
+
+@pytest.mark.parametrize("place", ["full", "a file"])
+def test_without_room_for_the_cache_shards_are_streamed(place, serve, folder, tmp_path, capfd):
+    url = f"http://127.0.0.1:{serve(Ranges, folder)}/large.tar"
+    options = StorageOptions(1, 5.0, tmp_path / "cache")
+    if place == "a file":
+        options.cache_dir.touch()
+    storage._say_once.cache_clear()
+    with no_file_over(100_000):
+        for _ in range(2):
+            assert read_whole(url, options) == (folder / "large.tar").read_bytes()
+    assert capfd.readouterr().err.count("keeps no more shards: ") == 1
+    assert place == "a file" or not list(options.cache_dir.iterdir())
+
+
+def test_a_copy_that_goes_while_the_cache_is_measured_is_no_fault(serve, folder, tmp_path):
+    url = f"http://127.0.0.1:{serve(Ranges, folder)}/large.tar"
+    (tmp_path / "gone.tmp").symlink_to("nowhere")
+    cached = StorageOptions(1, 5.0, tmp_path, cache_bytes=2**20)
+    assert read_whole(url, cached) == (folder / "large.tar").read_bytes()
 
 
 def test_google_storage(folder, monkeypatch):
