@@ -152,7 +152,7 @@ def test_the_death_of_a_loader_process_is_told_in_a_line(tmp_path):
     loaders = [p for p in launch.processes() if _parent(p) == rank]
     os.kill(loaders[0], signal.SIGKILL)
     said = launch.ended()
-    assert f"DataLoader worker (pid {loaders[0]}) is killed by signal: Killed: as the" in said
+    assert f"DataLoader worker (pid {loaders[0]}) is killed by signal: Killed, as where" in said
     assert "data.workers" in said
     assert said.count("coca-scale: ") == 1
     assert "Traceback" not in said

@@ -96,7 +96,8 @@ def train_without_a_place_to_save(rank, ranks, folder):
         def _train_step(self, batch, meter, log):
             super()._train_step(batch, meter, log)
             if rank == 0 and self.step == self.prepared.steps:
-                self.prepared.checkpoints.write_text("")
+                self.prepared.checkpoints.rmdir()
+                self.prepared.checkpoints.touch()
 
     recipe = tiny_recipe(run__dir=folder, checkpoint__every_steps=None, train__steps=1)
     world = start_world(60)

@@ -30,6 +30,14 @@ subprocess.call(sys.argv[1:], env={**os.environ, "RANK": "0"})
 """
 
 
+@pytest.fixture(autouse=True)
+def hangups_are_heard():
+    """By what is started, though whoever started the tests may have them ignored, as nohup does."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 def started(*words, launch=(), **options):
     """A run that is ready."""
     process = subprocess.Popen(
