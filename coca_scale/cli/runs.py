@@ -67,7 +67,7 @@ def plan_command(
 
 def doctor_command(
     quick: Annotated[
-        bool, typer.Option("--quick", help="No compiling and no all-reduce; for health checks.")
+        bool, typer.Option("--quick", help="No all-reduce; for health checks.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of the table.")] = False,
 ) -> None:

@@ -81,12 +81,9 @@ def _rows(path: Path, file: TextIO, options: TableOptions) -> Iterator[tuple[str
     said = _SEPARATOR.fullmatch(first.rstrip("\r\n "))
     if said is not None:
         number, first = next(written, (0, ""))
-    tabs = path.suffix.lower() == ".tsv" or "\t" in first
-    delimiter = "\t" if tabs else ";" if ";" in first and "," not in first else ","
-    delimiter = said[1] if said is not None else delimiter
-    tabs = delimiter == "\t"
+    delimiter = said[1] if said is not None else _delimiter(path, first)
     numbered = itertools.chain([(number, first)], lines)
-    rows = _tabbed(numbered) if tabs else _quoted(numbered, delimiter, path)
+    rows = _tabbed(numbered) if delimiter == "\t" else _quoted(numbered, delimiter, path)
     header = [name.strip() for name in next(rows, (0, []))[1]]
     if any(_SURROGATE.search(name) for name in header):
         known = options.encoding or "UTF-8"
@@ -98,6 +95,12 @@ def _rows(path: Path, file: TextIO, options: TableOptions) -> Iterator[tuple[str
         yield reader.row(line, fields)
     if empty:
         raise DataError(f"{path}: no rows")
+
+
+def _delimiter(path: Path, header: str) -> str:
+    if path.suffix.lower() == ".tsv" or "\t" in header:
+        return "\t"
+    return ";" if ";" in header and "," not in header else ","
 
 
 def _lines(file: TextIO, path: Path) -> Iterator[tuple[int, str]]:
