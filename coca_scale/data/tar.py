@@ -192,7 +192,12 @@ def _fault_of_header(block: bytes, position: int) -> str:
 
 
 def _next_tar(file: TarBytes, position: int) -> int | None:
-    """Where another tar begins behind the end mark at `position`; what is no tar is passed over."""
+    """Where another tar begins behind the end mark at `position`; what is no tar is passed over.
+
+    Raises:
+        TarFault: truncated_shard, where more zeros follow than anybody pads with: a file system
+            leaves them in place of what was not written.
+    """
     for behind in range(position + BLOCK, position + MAX_PADDING_BYTES, BLOCK):
         file.seek(behind)
         block = file.read(BLOCK)
@@ -200,7 +205,7 @@ def _next_tar(file: TarBytes, position: int) -> int | None:
             return None
         if any(block):
             return behind if block[_USTAR] == b"ustar" else None
-    return None
+    raise TarFault("truncated_shard")
 
 
 def _size(info: tarfile.TarInfo, pax: Mapping[str, str]) -> int:

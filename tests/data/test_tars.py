@@ -167,6 +167,10 @@ def test_tars_behind_each_other_are_read_as_one(tmp_path):
     assert found_by_reader(joined) == [*keys, "truncated_shard"]
     joined.write_bytes(content + sample("z").replace(b"z.jpg", b"Z.jpg") + END)  # wrong checksum
     assert found_by_reader(joined) == [*keys[:-1], "broken_shard"]
+    joined.write_bytes(content + bytes(2 * 2**20))  # never written
+    assert found_by_reader(joined) == [*keys[:-1], "truncated_shard"]
+    joined.write_bytes(bytes(2 * 2**20))
+    assert found_by_reader(joined) == ["truncated_shard"]
     # reading goes on from behind any sample
     whole = list(read_runs(io.BytesIO(content), 0, LIMITS))
     for number, run in enumerate(whole):
