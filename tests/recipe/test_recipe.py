@@ -43,6 +43,10 @@ def test_key_in_the_wrong_section_is_pointed_to():
         ("engine.zero_stage=4", "input should be 0, 1, 2 or 3"),
         ("optim", "key.path=value"),
         ("engine.zero_stage.x=1", "a value, not a section"),
+        # and no class of ours is told of
+        ("data.train=~", "data.train: should hold shards .a pattern, or a list of them., found No"),
+        ("data.val=[3]", "data.val: should hold shards .*, found 3"),
+        ("optim=3", "optim: should hold keys, found 3"),
     ],
 )
 def test_wrong_values_are_refused(override, message):
@@ -112,19 +116,6 @@ def test_overriding_a_length_replaces_the_others():
 def test_stage_0_needs_fp32():
     with pytest.raises(RecipeError, match="fp32 only"):
         tiny_recipe(engine__zero_stage=0, engine__precision="bf16")
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("data.train=~", "data.train: should hold shards .a pattern, or a list of them., found No"),
-        ("data.val=[3]", "data.val: should hold shards .*, found 3"),
-        ("optim=3", "optim: should hold keys, found 3"),
-    ],
-)
-def test_no_class_of_ours_is_told_of(override, message):
-    with pytest.raises(RecipeError, match=message):
-        load_recipe("recipes/tiny.yaml", [override])
 
 
 @pytest.mark.parametrize("name", ["wandb", "tensorboard", "csv_monitor", "comet"])

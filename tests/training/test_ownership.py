@@ -307,4 +307,6 @@ def test_a_full_disk_leaves_no_lock_that_the_next_start_would_watch(tmp_path, ca
 def test_odd_variables_of_a_scheduler_are_no_obstacle(count, tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_RESTART_COUNT", count)
     monkeypatch.setenv("SLURM_JOB_ID", "8" * 500)
-    Lock.take(run_claim(tmp_path)).release()
+    lock = Lock.take(run_claim(tmp_path))
+    assert lock.holds()
+    lock.release()
