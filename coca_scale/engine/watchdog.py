@@ -54,7 +54,7 @@ _STORE_FAULTS = (dist.DistNetworkError, dist.DistStoreError)
 
 
 class Watchdog:
-    """Watches this rank's main thread; on rank 0 the signs of life of all others, on 1 its own."""
+    """Watches this rank's main thread; on rank 0 the others' signs of life, on rank 1 rank 0's."""
 
     def __init__(self, world: World, folder: Path, silence_seconds: float) -> None:
         """Start to watch.

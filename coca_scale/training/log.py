@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 from typing import Any
 
 import torch
@@ -167,12 +168,14 @@ class RunLog:
         if self._writer is None:
             return
         images = torch.stack([item.picture.pixels for item in result.captioned])
-        self._writer.add_images("val/pictures", images, step)
         rows = [f"| {item.picture.captions[0]} | {item.captions[0]} |" for item in result.captioned]
         table = "\n".join(["| caption | generated |", "|---|---|", *rows])
-        self._writer.add_text("val/captions", table, step)
+        with self._tensorboard():
+            self._writer.add_images("val/pictures", images, step)
+            self._writer.add_text("val/captions", table, step)
 
 
+@cache
 def _hush_writers() -> None:
     """TensorBoard's thread tells its caller what the disk refused; no traceback besides."""
     hook = threading.excepthook
