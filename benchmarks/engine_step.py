@@ -48,7 +48,7 @@ from coca_scale.training.garbage_collection import GarbageCollection
 
 LR = 1e-4
 STEPS_PER_ROUND = 4
-Step = Callable[[int], Tensor | float]
+Step = Callable[[int], Callable[[], float]]  # begins one; what it returns waits for its loss
 
 KINDS = {  # of kernels, by words in their names; the first that fits
     "attention": ("flash", "fmha", "sdpa", "attention"),
@@ -110,9 +110,10 @@ def ours(recipe: Recipe, split: BatchSplit, batches: int) -> Step:
         for _ in range(batches)
     ]
 
-    def step(number: int) -> float:
+    def step(number: int) -> Callable[[], float]:
         images, tokens = inputs[number % batches]
-        return engine.step(images, tokens, LR, number * count).loss
+        flight = engine.step(images, tokens, LR, number * count)
+        return lambda: flight.result().loss
 
     return step
 
@@ -138,7 +139,7 @@ def theirs(options: argparse.Namespace, batches: int) -> Step:
         tokens = nn.functional.pad(tokens, (0, context - CONTEXT))
         inputs.append((images.bfloat16() if pure else images, tokens))
 
-    def step(number: int) -> Tensor:
+    def step(number: int) -> Callable[[], float]:
         optimizer.zero_grad()
         with autocast:
             found = run(*inputs[number % batches])
@@ -149,7 +150,8 @@ def theirs(options: argparse.Namespace, batches: int) -> Step:
         optimizer.step()
         with torch.no_grad():
             model.logit_scale.clamp_(0, 4.6052)
-        return total.detach()
+        value = total.detach()
+        return lambda: float(value)
 
     return step
 
@@ -157,7 +159,7 @@ def theirs(options: argparse.Namespace, batches: int) -> Step:
 def timed(step: Step, warm: int, rounds: int) -> dict[str, Any]:
     """Seconds per step of every round, the first losses, memory."""
     started = time.perf_counter()
-    losses = [float(step(number)) for number in range(warm)]
+    losses = [step(number)() for number in range(warm)]
     synchronize()
     found: dict[str, Any] = {"warm_seconds": time.perf_counter() - started, "losses": losses[:6]}
     if torch.cuda.is_available():
@@ -165,8 +167,12 @@ def timed(step: Step, warm: int, rounds: int) -> dict[str, Any]:
     seconds, host = [], []
     for number in range(rounds):
         started, busy = time.perf_counter(), time.process_time()
+        loss_before: Callable[[], float] | None = None
         for inner in range(STEPS_PER_ROUND):
-            step(warm + number * STEPS_PER_ROUND + inner)
+            loss = step(warm + number * STEPS_PER_ROUND + inner)
+            if loss_before is not None:  # as the trainer reads it, with a step before the device
+                loss_before()
+            loss_before = loss
         synchronize()
         seconds.append((time.perf_counter() - started) / STEPS_PER_ROUND)
         host.append((time.process_time() - busy) / STEPS_PER_ROUND)

@@ -8,13 +8,14 @@ import re
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from importlib import import_module
 from typing import Any
 
 import deepspeed
+import psutil
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
@@ -73,7 +74,41 @@ def start_world(timeout_seconds: float = 900.0) -> World:
     group, gather_group = dist.group.WORLD, dist.new_group()
     assert isinstance(group, dist.ProcessGroup)
     assert isinstance(gather_group, dist.ProcessGroup)
-    return World(rank, size, group, gather_group, device, tuple(hosts))
+    host_group = group if device.type == "cpu" else _hosts_own_group(hosts[rank], hosts)
+    return World(rank, size, group, gather_group, host_group, device, tuple(hosts))
+
+
+def _hosts_own_group(own_host: str, hosts: Sequence[str]) -> dist.ProcessGroup:
+    """All ranks over TCP, beside the network of the devices."""
+    others = [host for host in hosts if host != own_host]
+    if others and "GLOO_SOCKET_IFNAME" not in os.environ:
+        name = os.environ.get("NCCL_SOCKET_IFNAME", "")
+        # NCCL takes patterns and lists as well
+        interface = name if name.isalnum() else _interface_towards(others[0])
+        if interface is not None:
+            os.environ["GLOO_SOCKET_IFNAME"] = interface
+    group = dist.new_group(backend="gloo")
+    assert isinstance(group, dist.ProcessGroup)
+    return group
+
+
+def _interface_towards(host: str) -> str | None:
+    """Name of the network interface that leads to a host; None if that is not to be found.
+
+    Gloo by itself takes that of this host's own name, which is often the loopback's.
+    """
+    try:
+        found = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)
+    except OSError:
+        return None
+    for family, kind, protocol, _, address in found:
+        with suppress(OSError), socket.socket(family, kind, protocol) as probe:
+            probe.connect(address)  # nothing is sent
+            own = probe.getsockname()[0]
+            for name, addresses in psutil.net_if_addrs().items():
+                if any(entry.address == own for entry in addresses):
+                    return name
+    return None
 
 
 def end_world() -> None:

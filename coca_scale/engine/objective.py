@@ -99,19 +99,19 @@ class Objective:
 
     def values(
         self, terms: FeatureTerms, sums: Mapping[str, Tensor], counts: Counts
-    ) -> dict[str, float]:
-        """Every loss of the global batch by name, 0 for one that the model has not. A collective.
+    ) -> dict[str, Tensor]:
+        """Every loss of the global batch, fp64 scalars on the device. A collective.
 
         Args:
             terms: of the step.
             sums: of all micro-batches of this rank.
             counts: of the step.
         """
-        totals = self._world.sum(*(float(sums.get(name, 0.0)) for name in counts))
-        summed = {name: total / counts[name] for name, total in zip(counts, totals, strict=True)}
-        of_features = {name: float(value) for name, value in terms.values.items()}
-        found = {**of_features, **summed}
-        return {name: found.get(name, 0.0) for name in LABELS}
+        zero = torch.zeros((), dtype=torch.float64, device=self._world.device)
+        totals = self._world.sum_on_device(torch.stack([sums.get(n, zero) for n in counts]))
+        summed = {name: totals[i] / count for i, (name, count) in enumerate(counts.items())}
+        found = {name: value.double() for name, value in terms.values.items()} | summed
+        return {name: found.get(name, zero) for name in LABELS}
 
     def total(self, values: Mapping[str, float]) -> float:
         """The weighted sum of the losses."""
@@ -135,6 +135,9 @@ class Tally:
             self.sums[name] += total.detach()
 
     @property
-    def finite(self) -> bool:
-        """Whether features and summed losses of this rank were; waits for the device."""
-        return bool(self._finite) and all(bool(total.isfinite()) for total in self.sums.values())
+    def finite(self) -> Tensor:
+        """Whether features and summed losses of this rank were; a boolean scalar there."""
+        found = self._finite
+        for total in self.sums.values():
+            found = found & total.isfinite()
+        return found

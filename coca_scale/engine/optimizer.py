@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from coca_scale.model import CoCa
 from coca_scale.model.freeze import layer_scales
@@ -35,7 +35,8 @@ class OptimizerKind:
         label: as people call it.
         moments: what it keeps of every weight in fp32, by the names in its state. DeepSpeed's
             converter to another layout knows Adam's two and no others.
-        make: from parameter groups and the recipe.
+        make: from parameter groups and the recipe. Its `step` heeds `found_inf`, as those of torch
+            do that are fused.
     """
 
     name: str
@@ -94,3 +95,14 @@ def make_optimizer(model: CoCa, optim: OptimSection) -> tuple[torch.optim.Optimi
 def make_scale_optimizer(parameter: nn.Parameter, optim: OptimSection) -> torch.optim.Optimizer:
     """The same one for the replicated logit scale, without decay."""
     return kind_of(optim).make([{"params": [parameter], "weight_decay": 0.0}], optim)
+
+
+def step_where(optimizer: torch.optim.Optimizer, applied: Tensor) -> None:
+    """The optimizer's step, or nothing at all; the host does not ask which.
+
+    Args:
+        optimizer: of an `OptimizerKind`.
+        applied: boolean scalar on its device.
+    """
+    optimizer.found_inf = (~applied).float()  # type: ignore[attr-defined]
+    optimizer.step()

@@ -12,7 +12,7 @@ contrastive loss sees the global batch, and the second pass runs the line above 
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -40,6 +40,7 @@ from coca_scale.engine.optimizer import (
     make_optimizer,
     make_scale_optimizer,
     own_settings,
+    step_where,
 )
 from coca_scale.engine.weight_average import AVERAGE_FOLDER, WeightAverage
 from coca_scale.engine.world import World
@@ -47,10 +48,10 @@ from coca_scale.engine.writing import Entries, FileWriter
 from coca_scale.engine.zero import ZeroEngine
 from coca_scale.engine.zero_files import STATE_TAG, Layout, look_through
 from coca_scale.errors import AgreedError, UserError
-from coca_scale.losses import FeatureGather
+from coca_scale.losses import LABELS, FeatureGather
 from coca_scale.model import CoCa, LogitScale
 from coca_scale.model.image import normalize_pixels
-from coca_scale.model.packing import PackedCaptions
+from coca_scale.model.packing import PackedCaptions, sent
 from coca_scale.model.pickles import read_pickle
 from coca_scale.model.timm_tower import cast_statistics
 from coca_scale.model.weights import require_finite
@@ -79,6 +80,33 @@ class StepResult:
     logit_scale: float
     applied: bool
     finite_here: bool
+
+
+class StepInFlight:
+    """What a step comes to, on its way to the host."""
+
+    def __init__(self, values: Mapping[str, Tensor], objective: Objective) -> None:
+        """`values`: fields of a `StepResult` and losses by name, scalars on the device."""
+        self._names = list(values)
+        packed = torch.stack([value.detach().double().reshape(()) for value in values.values()])
+        self._values = packed.to("cpu", non_blocking=True)  # into pinned memory
+        self._arrived = torch.cuda.current_stream().record_event() if packed.is_cuda else None
+        self._objective = objective
+
+    def result(self) -> StepResult:
+        """Wait for the device, if it is not through."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        found = dict(zip(self._names, self._values.tolist(), strict=True))
+        losses = {name: found[name] for name in LABELS}
+        return StepResult(
+            loss=self._objective.total(losses),
+            losses=losses,
+            grad_norm=found["grad_norm"],
+            logit_scale=found["logit_scale"],
+            applied=bool(found["applied"]),
+            finite_here=bool(found["finite_here"]),
+        )
 
 
 @dataclass(frozen=True)
@@ -120,7 +148,7 @@ class TrainEngine:
         self._scale_optimizer = make_scale_optimizer(self._logit_scale.log_scale, recipe.optim)
         optimizer, self._lr_scales = make_optimizer(model, recipe.optim)
         self._optimizer_kind = kind_of(recipe.optim)
-        self._updates = 0
+        self._updates = torch.zeros((), dtype=torch.int64, device=world.device)
         config = deepspeed_config(recipe, batch_split, transfers(model), world.ranks_per_node)
         in_background = recipe.checkpoint.background
         self._writer = FileWriter(partial(_room_for_copies, world.ranks_per_node, in_background))
@@ -147,8 +175,8 @@ class TrainEngine:
         lr: float,
         samples_seen: int = 0,
         share_indices: Tensor | None = None,
-    ) -> StepResult:
-        """One optimizer step.
+    ) -> StepInFlight:
+        """One optimizer step, which a GPU may have before it when this returns.
 
         Args:
             images: uint8 [n, 3, H, W], this rank's share of the global batch.
@@ -168,20 +196,18 @@ class TrainEngine:
         else:
             terms = self._pass_twice(batches, counts, tally)
         grad_norm, applied = self._zero.update()
-        if applied:
-            self._updates += 1
-            self._update_scale(terms.grad_log_scale)
-            if self._average is not None:
-                self._average.update()
-        losses = self._objective.values(terms, tally.sums, counts)
-        return StepResult(
-            loss=self._objective.total(losses),
-            losses=losses,
-            grad_norm=grad_norm,
-            logit_scale=float(self._logit_scale().detach()),
-            applied=applied,
-            finite_here=tally.finite,
-        )
+        self._updates += applied
+        self._update_scale(terms.grad_log_scale, applied)
+        if self._average is not None:
+            self._average.update(applied)
+        values = {
+            **self._objective.values(terms, tally.sums, counts),
+            "grad_norm": grad_norm,
+            "logit_scale": self._logit_scale(),
+            "applied": applied,
+            "finite_here": tally.finite,
+        }
+        return StepInFlight(values, self._objective)
 
     def _pass_once(self, batch: _MicroBatch, counts: Counts, tally: Tally) -> FeatureTerms:
         """Forward and backward of a share that is one micro-batch."""
@@ -243,9 +269,9 @@ class TrainEngine:
         images = images.to(device, non_blocking=True)
         captions = [self.module.text.pack(part).to(device) for part in tokens.split(size)]
         indices = torch.arange(len(tokens)) if share_indices is None else share_indices
-        ids = samples_seen + self.world.rank * len(tokens) + indices.to(device)
+        ids = samples_seen + self.world.rank * len(tokens) + indices
         ids += (self._seed % 2**23) << 40  # no run has 2^40 samples
-        parts = zip(images.split(size), captions, ids.split(size), strict=True)
+        parts = zip(images.split(size), captions, sent(ids, device).split(size), strict=True)
         batches = [_MicroBatch(*part) for part in parts]
         assert len(batches) == self._batch_split.accumulation, "not the batch that was split"
         return batches
@@ -255,10 +281,10 @@ class TrainEngine:
         for group in self._scale_optimizer.param_groups:
             group["lr"] = lr
 
-    def _update_scale(self, grad: Tensor) -> None:
+    def _update_scale(self, grad: Tensor, applied: Tensor) -> None:
         parameter = self._logit_scale.log_scale
         parameter.grad = grad.to(parameter.dtype).reshape_as(parameter)
-        self._scale_optimizer.step()
+        step_where(self._scale_optimizer, applied)
         self._logit_scale.clamp_()
 
     def prepare(self, images: Tensor) -> Tensor:
@@ -292,7 +318,7 @@ class TrainEngine:
                 "model": self._logit_scale.state_dict(),
                 "optimizer": self._scale_optimizer.state_dict(),
                 "optimizer_kind": self._optimizer_kind.name,
-                "updates": self._updates,
+                "updates": int(self._updates),
                 "ranks": self.layout.ranks,
                 "zero_stage": self.layout.zero_stage,
             }
@@ -319,11 +345,12 @@ class TrainEngine:
         self._logit_scale.load_state_dict(saved["model"])
         with own_settings(self._scale_optimizer):
             self._scale_optimizer.load_state_dict(saved["optimizer"])
-        self._updates = saved["updates"] if "updates" in saved else _adam_steps(saved["optimizer"])
+        steps = saved["updates"] if "updates" in saved else _adam_steps(saved["optimizer"])
+        self._updates.fill_(steps)
         if universal is None:
             self._zero.load(folder)
         else:
-            self._zero.load_universal(universal, self._updates)
+            self._zero.load_universal(universal, steps)
         if self._average is not None:
             if universal is None:
                 self._average.load(folder, world.rank)

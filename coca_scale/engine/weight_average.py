@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from coca_scale.engine.zero import ZeroEngine
 from coca_scale.engine.zero_files import full_weights, read_shard
@@ -22,19 +23,24 @@ class WeightAverage:
         self._masters = engine.masters()
         self._average = [master.detach().clone() for master in self._masters]
         self._decay = decay
-        self._updates = 0
+        self._updates = torch.zeros((), dtype=torch.float64, device=self._masters[0].device)
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Take in one more step; early ones weigh more, so that the start is forgotten."""
-        self._updates += 1
-        decay = min(self._decay, (1 + self._updates) / (10 + self._updates))
-        masters = [master.detach() for master in self._masters]
-        torch._foreach_lerp_(self._average, masters, 1 - decay)
+    def update(self, applied: Tensor) -> None:
+        """Take in one more step; early ones weigh more, so that the start is forgotten.
+
+        Args:
+            applied: boolean scalar on the device, False where the step changed nothing.
+        """
+        self._updates += applied
+        decay = ((1 + self._updates) / (10 + self._updates)).clamp(max=self._decay)
+        share = ((1 - decay) * applied).to(self._average[0].dtype)
+        for average, master in zip(self._average, self._masters, strict=True):
+            average.lerp_(master.detach(), share)
 
     def state(self) -> dict[str, Any]:
         """This rank's shard in DeepSpeed's format, which its own tool puts together."""
-        return {**self._engine.shard(self._average), "updates": self._updates}
+        return {**self._engine.shard(self._average), "updates": int(self._updates)}
 
     def load(self, folder: Path, rank: int) -> None:
         """Read what a run of this layout saved.
@@ -42,7 +48,8 @@ class WeightAverage:
         Raises:
             UserError: the checkpoint has no average.
         """
-        averages, self._updates = _saved(folder, rank)
+        averages, updates = _saved(folder, rank)
+        self._updates.fill_(updates)
         for mine, saved in zip(self._average, averages, strict=True):
             mine.copy_(saved)
 
@@ -52,7 +59,8 @@ class WeightAverage:
         Raises:
             UserError: the checkpoint has no average.
         """
-        _, self._updates = _saved(folder, 0)
+        _, updates = _saved(folder, 0)
+        self._updates.fill_(updates)
         full = full_weights(folder / AVERAGE_FOLDER, lazy=True)
         kept = [master.detach().clone() for master in self._masters]
         self._engine.set_state(lambda name: full[name].contiguous())
@@ -61,7 +69,7 @@ class WeightAverage:
             master.data.copy_(before)
 
 
-def _saved(folder: Path, rank: int) -> tuple[list[torch.Tensor], int]:
+def _saved(folder: Path, rank: int) -> tuple[list[Tensor], int]:
     found = read_shard(folder / AVERAGE_FOLDER, rank)
     if found is None:
         raise UserError(f"{folder} holds no average of the weights; resume without optim.ema_decay")

@@ -9,6 +9,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed import distributed_c10d
 
 from coca_scale.errors import AgreedError, UserError, system_faults
@@ -24,8 +25,9 @@ class World:
     Attributes:
         rank: of this process, from 0.
         size: number of processes.
-        group: all ranks; None for a single process that talks to nobody.
+        group: all ranks, for tensors on the device; None for a process that talks to nobody.
         gather_group: all ranks again, for collectives that run beside the others.
+        host_group: all ranks, for what the hosts agree on while their devices compute.
         device: where this rank computes.
         hosts: host name of every rank.
     """
@@ -34,28 +36,35 @@ class World:
     size: int
     group: dist.ProcessGroup | None
     gather_group: dist.ProcessGroup | None
+    host_group: dist.ProcessGroup | None
     device: torch.device
     hosts: tuple[str, ...]
 
     @classmethod
     def alone(cls, device: torch.device) -> World:
         """This process and no other; nothing is started."""
-        return cls(0, 1, None, None, device, ("localhost",))
+        return cls(0, 1, None, None, None, device, ("localhost",))
 
     def sum(self, *values: float) -> list[float]:
-        """Each value summed over all ranks, in fp64. A collective."""
-        if self.group is None:
+        """Each value summed over all ranks, in fp64. A collective of hosts, not of devices."""
+        if self.host_group is None:
             return [float(value) for value in values]
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total, group=self.group)
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total, group=self.host_group)
         return [float(v) for v in total.tolist()]
 
+    def sum_on_device(self, values: Tensor) -> Tensor:
+        """A tensor on the device, summed over all ranks in place. A collective; no host waits."""
+        if self.group is not None:
+            dist.all_reduce(values, group=self.group)
+        return values
+
     def gather(self, value: T) -> list[T]:
-        """A small object from every rank, on every rank. A collective."""
-        if self.group is None:
+        """A small object from every rank, on every rank. A collective of hosts."""
+        if self.host_group is None:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.group)
+        dist.all_gather_object(values, value, group=self.host_group)
         return values
 
     def agree(self, action: Callable[[], T], first_alone: bool = False) -> T:

@@ -120,27 +120,32 @@ class ZeroEngine:
         for group, rate in zip(self._optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
 
-    def update(self) -> tuple[float, bool]:
+    def update(self) -> tuple[Tensor, Tensor]:
         """The optimizer step, left out everywhere if a gradient of any rank is not finite.
 
         Returns:
-            Global gradient norm before clipping, and whether the weights were updated.
+            Global gradient norm before clipping, and whether the weights were updated: scalars on
+            the device, fp64 and boolean, for which the host does not wait in stage 3.
         """
         if self._stage > 0:
             self._engine.step()
             if self._many is not None:
                 self._many.order_streams()
             norm = self._engine.get_global_grad_norm()
-            return (float(norm) if norm is not None else math.nan), self._engine.was_step_applied()
+            norm = self._scalar(math.nan if norm is None else norm)
+            return norm, norm.isfinite() & self._engine.was_step_applied()
         grads = [p.grad for _, p in self._trained() if p.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(grads))
-        applied = math.isfinite(norm)
+        norm = self._scalar(torch.nn.utils.get_total_norm(grads))
+        applied = norm.isfinite()
         if applied:
             self._engine.step()
         else:  # plain replicas: DeepSpeed does not look
             self._engine.optimizer.zero_grad(set_to_none=True)
             self._engine.micro_steps += 1
         return norm, applied
+
+    def _scalar(self, value: Tensor | float) -> Tensor:
+        return torch.as_tensor(value, dtype=torch.float64, device=self._engine.device)
 
     def masters(self) -> list[Tensor]:
         """This rank's fp32 weights that the optimizer updates, in DeepSpeed's own order. Local."""

@@ -52,6 +52,8 @@ class ManyAtOnce:
             "_get_norm_groups": lambda: [self._norm()],
             "_partition_all_parameters": self._release,
         }
+        if optimizer.dtype != torch.float16:  # whose loss scale the host decides on
+            replaced["step"] = self._step
         for name, method in replaced.items():
             assert hasattr(optimizer, name), f"DeepSpeed's ZeRO-3 has no {name}: see setup.py"
             setattr(optimizer, name, method)
@@ -127,6 +129,31 @@ class ManyAtOnce:
         """Weights are gathered on a stream of their own, and not before they are updated."""
         if self._parameters[0].is_cuda:
             self._layers.stream.wait_stream(torch.cuda.current_stream())
+
+    @torch.no_grad()
+    def _step(self, closure: None = None) -> None:
+        """Clip, update, round. Where the norm is not finite nothing changes, and nobody waits."""
+        assert closure is None
+        optimizer = self._optimizer
+        optimizer._pre_step()
+        self._release()
+        norm = self._norm()
+        optimizer._global_grad_norm = norm
+        optimizer.overflow = False  # known to the device alone
+        clip = 1.0
+        if optimizer.clip_grad > 0:
+            clip = ((norm + 1e-6) / optimizer.clip_grad).clamp(min=1.0)
+        optimizer.optimizer.found_inf = (~norm.isfinite()).float()
+        gradients = optimizer.grad_partitions_flat_buffer.split(
+            optimizer.fp16_partitioned_groups_flat_numel
+        )
+        for number, gradient in enumerate(gradients):
+            master = optimizer.fp32_partitioned_groups_flat[number]
+            master.grad = gradient.to(master.dtype).mul_(1.0 / clip)
+            optimizer._optimizer_step(number)
+            master.grad = None
+            optimizer.fp16_partitioned_groups_flat[number].copy_(master)
+        optimizer._post_step(set())
 
     @torch.no_grad()
     def _norm(self) -> Tensor:

@@ -78,13 +78,7 @@ class PackedCaptions:
 
     def to(self, device: torch.device) -> PackedCaptions:
         """The same on another device, without waiting for it."""
-
-        def move(tensor: Tensor) -> Tensor:
-            if device.type == "cuda" and tensor.device != device:
-                tensor = tensor.pin_memory()
-            return tensor.to(device, non_blocking=True)
-
-        return self.map(move)
+        return self.map(lambda tensor: sent(tensor, device))
 
     def map(self, function: Move) -> PackedCaptions:
         """The same with other tensors."""
@@ -96,6 +90,13 @@ class PackedCaptions:
             elif value is not None:
                 changed[field.name] = function(value)
         return replace(self, **changed)
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """The same on another device, for which the host does not wait."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def pick(x_ND: Tensor, rows: Tensor) -> Tensor:

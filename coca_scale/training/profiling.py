@@ -57,6 +57,8 @@ class StepProfiler:
         if self._recording is None:
             return
         recording, self._recording = self._recording, None
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # the last step was only begun
         recording.stop()
         key = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
         try:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from coca_scale.data.loader import LaneStates, StepBatch
 from coca_scale.data.prefetch import Prefetcher
 from coca_scale.engine.checkpoint import find_checkpoint, fitting_state
 from coca_scale.engine.ownership import Owner
-from coca_scale.engine.train_engine import StepResult
+from coca_scale.engine.train_engine import StepInFlight, StepResult
 from coca_scale.engine.watchdog import NoWatchdog, Watchdog
 from coca_scale.engine.world import World
 from coca_scale.errors import AgreedError, UserError
@@ -34,8 +35,22 @@ from coca_scale.training.setup import set_up
 from coca_scale.training.skipped import SkipLog
 
 
+@dataclass(frozen=True)
+class _Behind:
+    """A step that the engine was told to do: what is to be said of it when it is through."""
+
+    number: int
+    flight: StepInFlight
+    lr: float
+    keys: list[str]
+    lanes: LaneStates
+
+
 class Trainer:
-    """One run, from its recipe to its last checkpoint."""
+    """One run, from its recipe to its last checkpoint.
+
+    A GPU has the next step before it when the host looks at the last one; a CPU is through anyway.
+    """
 
     def __init__(
         self,
@@ -78,6 +93,8 @@ class Trainer:
             world.set_timeout(max(self._step_seconds, self._slow_seconds) + 120)
         self.prepared, self.engine = self.setup.prepared, self.setup.engine
         self.lanes = self.setup.lanes
+        self._steps_ahead = 1 if world.device.type == "cuda" else 0
+        self._behind: deque[_Behind] = deque()
         with self.watchdog.phase("loading the checkpoint", self._slow_seconds):
             world.agree(self._load)
 
@@ -148,44 +165,69 @@ class Trainer:
                 number = self.step + 1
                 with self.watchdog.phase(f"step {number}", limit), profiler.step(number):
                     batch, asked = self._next_batch(batches, meter, saver, requests)
+                    if asked.leave or asked.stop or asked.save:
+                        self._look(meter, log)
                     if asked.leave or asked.stop:
                         return asked
-                    self._train_step(batch, meter, log)
+                    if asked.save:
+                        saver.save()
+                        requests.saved()
+                    self._train_step(batch)
+                    self._look(meter, log, self._steps_ahead)
                 limit = self._step_seconds
                 garbage.after_step(self.step)
                 if saver.due(self.step) and self.step < steps:
+                    self._look(meter, log)
                     saver.save()
                     requests.saved()
                 every = recipe.eval.every_steps
                 if (every is not None and self.step % every == 0) or self.step == steps:
+                    self._look(meter, log)
                     self._validate(log)
                     meter.restart()
         return Asked()
 
-    def _train_step(self, batch: StepBatch, meter: Meter, log: RunLog) -> None:
-        steps = self.prepared.steps
-        lr = learning_rate(self.step, steps, self.recipe.optim.lr, self.recipe.schedule)
+    def _train_step(self, batch: StepBatch) -> None:
+        lr = learning_rate(
+            self.step, self.prepared.steps, self.recipe.optim.lr, self.recipe.schedule
+        )
         seen = self.step * self.recipe.train.global_batch
-        result = self.engine.step(batch.images, batch.tokens, lr, seen, batch.share_indices)
+        flight = self.engine.step(batch.images, batch.tokens, lr, seen, batch.share_indices)
         self.step += 1
         self.lanes = batch.lanes
-        meter.steps += 1
-        note = self.bad_steps.look(self.step, result, batch.keys)
-        if note is not None:
-            log.say(note)
-        if self.step % self.recipe.log.every_steps == 0 or self.step == steps:
-            times, note = meter.read()
-            log.metrics(self._metrics(result, lr, times))
+        self._behind.append(_Behind(self.step, flight, lr, batch.keys, batch.lanes))
+
+    def _look(self, meter: Meter, log: RunLog, ahead: int = 0) -> None:
+        """Judge and log all steps but the last `ahead`, waiting for them. A collective.
+
+        Raises:
+            AgreedError: too many steps are bad.
+            Rollback: likewise; `lanes` are behind the step it is about.
+        """
+        while len(self._behind) > ahead:
+            step = self._behind.popleft()
+            result = step.flight.result()
+            meter.steps += 1
+            try:
+                note = self.bad_steps.look(step.number, result, step.keys)
+            except Rollback:
+                self.lanes = step.lanes
+                raise
             if note is not None:
                 log.say(note)
-            self.skips.flush(self.step)
+            if step.number % self.recipe.log.every_steps == 0 or step.number == self.prepared.steps:
+                times, note = meter.read()
+                log.metrics(self._metrics(step, result, times))
+                if note is not None:
+                    log.say(note)
+                self.skips.flush(step.number)
 
     def _next_batch(
         self, batches: Iterator[StepBatch], meter: Meter, saver: Saver, requests: Requests
     ) -> tuple[StepBatch, Asked]:
         """This rank's next batch once every rank has one, and what any rank was asked for.
 
-        The one place where ranks agree on what comes next; saves begin and end here.
+        The one place where ranks agree on what comes next; saves end here.
 
         Raises:
             AgreedError: the data of a rank cannot be used, too many samples are bad, or another
@@ -215,9 +257,6 @@ class Trainer:
         self.skips.total(int(bad), int(filtered), good, self.step + 1)
         if written == self.world.size:
             saver.finish()
-        if asked.save and not (asked.leave or asked.stop):
-            saver.save()
-            requests.saved()
         return batch, asked
 
     def _validate(self, log: RunLog) -> None:
@@ -240,13 +279,13 @@ class Trainer:
         final = find_checkpoint(self.prepared.checkpoints) or self.setup.resumed
         return export(load_model(str(final)), self.folder / EXPORT)
 
-    def _metrics(self, result: StepResult, lr: float, times: dict[str, Any]) -> dict[str, Any]:
+    def _metrics(self, step: _Behind, result: StepResult, times: dict[str, Any]) -> dict[str, Any]:
         values = {
-            "step": self.step,
-            "samples_seen": self.step * self.recipe.train.global_batch,
+            "step": step.number,
+            "samples_seen": step.number * self.recipe.train.global_batch,
             "loss": result.loss,
             **{f"{name}_loss": value for name, value in result.losses.items()},
-            "lr": lr,
+            "lr": step.lr,
             "grad_norm": result.grad_norm,
             "logit_scale": result.logit_scale,
             "global_batch": self.recipe.train.global_batch,

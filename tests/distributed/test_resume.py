@@ -32,8 +32,8 @@ def part_of_a_run(rank, ranks, folder, until, changes):
     keys: dict[int, list[str]] = {}
 
     class Watched(Trainer):
-        def _train_step(self, batch, meter, log):
-            super()._train_step(batch, meter, log)
+        def _train_step(self, batch):
+            super()._train_step(batch)
             keys[self.step] = batch.keys
 
     world = start_world(60)

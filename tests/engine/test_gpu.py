@@ -118,11 +118,40 @@ def _curve(world, changes):
     losses = []
     for step in range(8):
         images, tokens = batch_of(step)
-        result = engine.step(images, tokens, 1e-4)
+        result = engine.step(images, tokens, 1e-4).result()
         assert result.applied
         losses.append(result.loss)
     engine.close()
     return losses
+
+
+def waits_on_rank(_rank, _ranks, changes):
+    """Steps of an engine while torch raises where the host waits for the device."""
+    from coca_scale.engine.launch import start_world
+    from coca_scale.engine.train_engine import TrainEngine
+    from coca_scale.model import LogitScale
+    from coca_scale.recipe import BatchSplit
+
+    with quiet():
+        recipe = tiny_recipe(**{"train__global_batch": BATCH, **changes})
+        model, split = CoCa(load_model_config("coca_tiny")), BatchSplit.from_recipe(recipe, 1)
+        engine = TrainEngine(model, LogitScale(), recipe, split, start_world())
+        images, tokens = batch_of(0)
+        images = images.pin_memory()
+        for _ in range(3):
+            engine.step(images, tokens, 1e-4).result()
+        torch.cuda.set_sync_debug_mode("error")
+        flights = [engine.step(images, tokens, 1e-4) for _ in range(3)]
+        torch.cuda.set_sync_debug_mode("default")
+        assert all(flight.result().applied for flight in flights)
+        engine.close()
+
+
+@pytest.mark.parametrize("micro_batch", [16, 4])
+@pytest.mark.parametrize("compiled", ["none", "blocks"])
+def test_the_host_waits_for_nothing_in_a_step(micro_batch, compiled):
+    changes = {"train__micro_batch": micro_batch, "engine__compile": compiled}
+    on_ranks(waits_on_rank, 1, {"engine__precision": "bf16", **changes})
 
 
 LAYOUTS = {

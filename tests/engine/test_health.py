@@ -24,8 +24,11 @@ from tests.ports import free_port
 from tests.ranks import on_ranks
 
 
-def train_with_poison(rank, ranks, folder, poisoned, changes):
-    """A run in which rank 1's caption loss is NaN at the given forward passes."""
+def train_with_poison(rank, ranks, folder, poisoned, changes, ahead=0):
+    """A run in which rank 1's caption loss is NaN at the given forward passes.
+
+    `ahead`: steps begun before one is looked at, 1 on a GPU.
+    """
     from coca_scale.engine.launch import end_world, start_world
     from coca_scale.errors import AgreedError
     from coca_scale.training import run
@@ -34,9 +37,13 @@ def train_with_poison(rank, ranks, folder, poisoned, changes):
     calls = []
 
     class Poisoned(Trainer):
-        def _train_step(self, batch, meter, log):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self._steps_ahead = ahead
+
+        def _train_step(self, batch):
             calls.append(self.step + 1)
-            super()._train_step(batch, meter, log)
+            super()._train_step(batch)
 
         def _load(self):
             super()._load()
@@ -58,10 +65,10 @@ def train_with_poison(rank, ranks, folder, poisoned, changes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [0, 3])
-def test_a_step_that_is_not_finite_is_skipped_and_listed(stage, tmp_path):
+@pytest.mark.parametrize(("stage", "ahead"), [(0, 0), (3, 0), (3, 1)])
+def test_a_step_that_is_not_finite_is_skipped_and_listed(stage, ahead, tmp_path):
     changes = {"train__steps": 4, "engine__zero_stage": stage}
-    results = on_ranks(train_with_poison, 2, str(tmp_path), [2], changes)
+    results = on_ranks(train_with_poison, 2, str(tmp_path), [2], changes, ahead)
     assert [message for message, _ in results] == [None, None]
     metrics = lines_of(tmp_path / "metrics.jsonl")
     assert [line["skipped_steps"] for line in metrics] == [0, 1, 1, 1]
@@ -73,14 +80,16 @@ def test_a_step_that_is_not_finite_is_skipped_and_listed(stage, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_bad_stretch_ends_the_run_or_is_gone_around(tmp_path):
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_a_bad_stretch_ends_the_run_or_is_gone_around(ahead, tmp_path):
     changes = {"train__steps": 6, "checkpoint__every_steps": 2, "health__max_bad_steps": 2}
-    stopped = on_ranks(train_with_poison, 2, str(tmp_path / "stop"), [4, 5], changes)
+    stopped = on_ranks(train_with_poison, 2, str(tmp_path / "stop"), [4, 5], changes, ahead)
     assert "2 steps in a row were skipped, the last at step 5" in stopped[0][0]
     changes["health__rollbacks"] = 1
-    back = on_ranks(train_with_poison, 2, str(tmp_path / "back"), [4, 5], changes)
+    back = on_ranks(train_with_poison, 2, str(tmp_path / "back"), [4, 5], changes, ahead)
     assert back[0][0] is None
-    assert back[0][1] == [1, 2, 3, 4, 5, 5, 6]  # step 4 was saved, skipped as it was
+    again = [6] * ahead + [5, 6]  # what was begun meanwhile is begun anew
+    assert back[0][1] == [1, 2, 3, 4, 5, *again]  # step 4 was saved, skipped as it was
     metrics = lines_of(tmp_path / "back" / "metrics.jsonl")
     assert [line["step"] for line in metrics] == [1, 2, 3, 4, 5, 6]
     assert metrics[-1]["loss"] is not None
@@ -93,8 +102,8 @@ def train_without_a_place_to_save(rank, ranks, folder):
     from coca_scale.training.trainer import Trainer
 
     class Hindered(Trainer):
-        def _train_step(self, batch, meter, log):
-            super()._train_step(batch, meter, log)
+        def _train_step(self, batch):
+            super()._train_step(batch)
             if rank == 0 and self.step == self.prepared.steps:
                 self.prepared.checkpoints.rmdir()
                 self.prepared.checkpoints.touch()

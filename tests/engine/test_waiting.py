@@ -1,0 +1,75 @@
+"""The host hands a step to the device without asking it for a number."""
+
+from __future__ import annotations
+
+import traceback
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from tests.conftest import tiny_recipe
+from tests.engine.batches import BATCH, batch_of
+from tests.ranks import on_ranks, quiet
+
+READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+
+
+class Reads(TorchDispatchMode):
+    """Records from where a tensor's value is asked for, as `float` and `if` do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in READS:
+            frames = traceback.extract_stack()[:-1]
+            self.places.append(" < ".join(f"{f.filename}:{f.lineno}" for f in frames[-3:]))
+        return func(*args, **(kwargs or {}))
+
+
+def reads_on_rank(rank, ranks, changes):
+    """Where values are read in a step, and when its result is asked for."""
+    from coca_scale.engine.launch import start_world
+    from coca_scale.engine.train_engine import TrainEngine
+    from coca_scale.model import CoCa, LogitScale, load_model_config
+    from coca_scale.recipe import BatchSplit
+
+    with quiet():
+        world = start_world()
+        recipe = tiny_recipe(**changes)
+        model = CoCa(load_model_config("coca_tiny"))
+        split = BatchSplit.from_recipe(recipe, ranks)
+        engine = TrainEngine(model, LogitScale(), recipe, split, world)
+        pack = engine.module.text.pack
+
+        def laid_out(tokens):  # on the host, where tokens are, on a GPU too
+            with _disable_current_modes():
+                return pack(tokens)
+
+        engine.module.text.pack = laid_out
+        rows = slice(rank * BATCH // ranks, (rank + 1) * BATCH // ranks)
+        images, tokens = (whole[rows] for whole in batch_of(0))
+        for _ in range(3):  # in the first ones DeepSpeed compares the order of modules over ranks
+            engine.step(images, tokens, 1e-3)
+        with Reads() as reads:
+            flight = engine.step(images, tokens, 1e-3)
+        assert flight.result().applied
+        with Reads() as seen:
+            float(torch.ones(()))
+        assert seen.places  # the check does see them
+        engine.close()
+    return reads.places
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("micro_batch", [8, 4])
+def test_a_step_asks_the_device_for_nothing(precision, micro_batch):
+    changes = {
+        "engine__precision": precision,
+        "train__micro_batch": micro_batch,
+        "optim__ema_decay": 0.9,
+    }
+    found = on_ranks(reads_on_rank, 2, changes)
+    assert [sorted(set(places)) for places in found] == [[], []]
