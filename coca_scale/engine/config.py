@@ -23,6 +23,7 @@ LARGEST_BUCKET = 100_000_000  # elements
 # elements of weights; what is used again before so many others is not gathered again. DeepSpeed's
 # own value: of a pass forward and back, the last half of it stays
 LIVE = 1_000_000_000
+EVERY = 10**12  # elements; more than a weight has
 
 
 OTHER_ZERO_KEYS = (
@@ -108,10 +109,12 @@ def deepspeed_config(
             "reduce_bucket_size": sizes.bucket,
             "allgather_bucket_size": sizes.bucket,
         }
+    # a single rank has all of every weight, and need not fetch them
+    whole = batch.ranks == 1 and engine.offload == "none"
     if engine.zero_stage == 3:
         zero |= {
             "stage3_prefetch_bucket_size": sizes.bucket,
-            "stage3_param_persistence_threshold": sizes.whole_below,
+            "stage3_param_persistence_threshold": EVERY if whole else sizes.whole_below,
             "stage3_max_live_parameters": LIVE,
             "stage3_max_reuse_distance": LIVE,
             "stage3_gather_16bit_weights_on_model_save": False,

@@ -24,6 +24,7 @@ from coca_scale.engine.zero3_layers import WholeLayers, let_go
 
 PRIVATE = "_DeepSpeedZeroOptimizer_Stage3"
 COORDINATOR = "_PartitionedParameterCoordinator"
+FETCHES_IN_FLIGHT = 64
 BUCKETS_IN_FLIGHT = 2  # whose gradients stay in memory when the host is ahead
 
 
@@ -54,6 +55,9 @@ class ManyAtOnce:
         }
         if optimizer.dtype != torch.float16:  # whose loss scale the host decides on
             replaced["step"] = self._step
+        coordinator = optimizer.parameter_offload.get_param_coordinator()
+        # of the few weights outside the layers; at DeepSpeed's 2 the host would wait for a step
+        setattr(coordinator, f"{COORDINATOR}__max_ongoing_fetch_events", FETCHES_IN_FLIGHT)
         for name, method in replaced.items():
             assert hasattr(optimizer, name), f"DeepSpeed's ZeRO-3 has no {name}: see setup.py"
             setattr(optimizer, name, method)
@@ -126,8 +130,11 @@ class ManyAtOnce:
         optimizer._epilogue_ran_this_backward = True
 
     def order_streams(self) -> None:
-        """Weights are gathered on a stream of their own, and not before they are updated."""
-        if self._parameters[0].is_cuda:
+        """Weights are gathered on a stream of their own, and not before they are updated.
+
+        On one rank nothing is, but DeepSpeed makes the host wait for that stream.
+        """
+        if self._ranks > 1 and self._parameters[0].is_cuda:
             self._layers.stream.wait_stream(torch.cuda.current_stream())
 
     @torch.no_grad()
@@ -153,7 +160,7 @@ class ManyAtOnce:
             optimizer._optimizer_step(number)
             master.grad = None
             optimizer.fp16_partitioned_groups_flat[number].copy_(master)
-        optimizer._post_step(set())
+        # DeepSpeed would gather small weights here and wait; they come with what they belong to
 
     @torch.no_grad()
     def _norm(self) -> Tensor:
@@ -167,7 +174,12 @@ class ManyAtOnce:
 
     @torch.no_grad()
     def _release(self) -> None:
-        """Let go of every weight that is whole, before the optimizer changes it."""
+        """Let go of every weight that is whole, before the optimizer changes it.
+
+        On one rank the whole weight is what the optimizer changes, and stays.
+        """
+        if self._ranks == 1:
+            return
         coordinator = self._optimizer.parameter_offload.get_param_coordinator()
         in_flight = getattr(coordinator, f"{COORDINATOR}__inflight_param_registry")
         self._layers.let_go()

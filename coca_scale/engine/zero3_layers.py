@@ -96,6 +96,7 @@ class WholeLayers:
         self._last: _Use | None = None
         self._stays: dict[_Use, bool] = {}
         self._let_go: deque[torch.cuda.Event] = deque()
+        self._all_let_go: torch.cuda.Event | None = None
         self._layers = [self._take_over(name, module) for name, module in layers.items()]
 
     def parameters(self) -> Iterator[Any]:
@@ -107,9 +108,10 @@ class WholeLayers:
         for layer in self._layers:
             self._wait(layer)
             layer.phase = Phase.INFERENCE
-        for parameter in self.parameters():
-            let_go(parameter)
+        whole = [parameter for parameter in self.parameters() if let_go(parameter)]
         self._live = 0
+        if self._ranks > 1 and whole and whole[0].is_cuda:
+            self._all_let_go = torch.cuda.current_stream().record_event()
 
     def _take_over(self, name: str, module: nn.Module) -> _Layer:
         kinds = (module._forward_pre_hooks, module._forward_hooks, module._backward_hooks)
@@ -236,6 +238,10 @@ class WholeLayers:
 
     def _hold_back(self) -> None:
         """Wait where the host is far ahead: what it let go is not free before the device is."""
+        if self._all_let_go is not None:
+            self._all_let_go.synchronize()
+            self._all_let_go = None
+            self._let_go.clear()
         while self._let_go and self._let_go[0].query():
             self._let_go.popleft()
         if len(self._let_go) > LET_GO_IN_FLIGHT:

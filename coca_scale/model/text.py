@@ -71,8 +71,8 @@ class TextTransformer(nn.Module):
         """
         x = self.token_embedding(captions.tokens_N)
         if self.class_embedding is not None:
-            is_cls = torch.zeros(len(x), 1, dtype=torch.bool, device=x.device)
-            is_cls[captions.pooled_B] = True
+            nowhere = torch.zeros(len(x), 1, dtype=torch.bool, device=x.device)
+            is_cls = nowhere.index_fill(0, captions.pooled_B, True)  # an assignment would wait
             x = torch.where(is_cls, self.class_embedding, x)
         x = x + F.embedding(captions.positions_N, self.position_embedding)
         mask = attention_mask(captions) if cache is None else self._cache_mask(cache)
