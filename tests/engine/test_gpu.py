@@ -73,9 +73,9 @@ def outcome(model, images, tokens):
 
 
 CASES = [  # cuDNN's attention takes no fp32, and one kind is enough for compiled layers
-    *((torch.float32, backend, False) for backend in ("default", "flash", "math")),
-    *((torch.bfloat16, backend, False) for backend in BACKENDS),
-    *((dtype, "default", True) for dtype in (torch.float32, torch.bfloat16)),
+    *((torch.float32, backend, "none") for backend in ("default", "flash", "math")),
+    *((torch.bfloat16, backend, "none") for backend in BACKENDS),
+    *((dtype, "default", "blocks") for dtype in (torch.float32, torch.bfloat16)),
 ]
 
 
@@ -88,7 +88,7 @@ def test_a_model_computes_what_it_computes_in_float64(monkeypatch, exact, dtype,
     reference, images, tokens, expected = exact
     model = copy.deepcopy(reference).to("cuda", dtype)
     model.set_activation_checkpointing("selective")
-    if compiled:
+    if compiled == "blocks":
         compile_layers(layers(model))
     chosen = BACKENDS[backend]
     with sdpa_kernel(chosen) if chosen else contextlib.nullcontext():
@@ -115,14 +115,19 @@ def _curve(world, changes):
     torch.manual_seed(0)
     model = CoCa(load_model_config("coca_tiny"))
     engine = TrainEngine(model, LogitScale(), recipe, BatchSplit.from_recipe(recipe, 1), world)
-    losses = []
+    losses, left_out = [], 0
     for step in range(8):
         images, tokens = batch_of(step)
         result = engine.step(images, tokens, 1e-4).result()
+        while recipe.engine.precision == "fp16" and not result.applied and left_out < MOST_LEFT_OUT:
+            left_out += 1  # the loss scale falls, and nothing else has changed
+            again = engine.step(images, tokens, 1e-4).result()
+            assert again.losses == result.losses
+            result = again
         assert result.applied
         losses.append(result.loss)
     engine.close()
-    return losses
+    return losses, left_out
 
 
 def waits_on_rank(_rank, _ranks, changes):
@@ -154,48 +159,46 @@ def test_the_host_waits_for_nothing_in_a_step(micro_batch, compiled):
     on_ranks(waits_on_rank, 1, {"engine__precision": "bf16", **changes})
 
 
+PLAIN = {"engine__zero_stage": 0, "train__micro_batch": 16}
 LAYOUTS = {
-    "plain": {"engine__zero_stage": 0, "train__micro_batch": 16},
-    "ZeRO-3": {"engine__zero_stage": 3, "train__micro_batch": 4},
-    "ZeRO-2": {"engine__zero_stage": 2, "train__micro_batch": 16},
-    "Triton": {"train__micro_batch": 16, "loss__caption_kernel": "triton"},
-    "full": {"train__micro_batch": 8, "engine__activation_checkpointing": "full"},
-    "compiled": {"train__micro_batch": 4, "engine__compile": "blocks"},
-    "bf16": {"engine__precision": "bf16", "train__micro_batch": 16},
-    "bf16, ZeRO-2": {
-        "engine__precision": "bf16",
-        "engine__zero_stage": 2,
-        "train__micro_batch": 16,
+    "none": {
+        "ZeRO-3": {"engine__zero_stage": 3, "train__micro_batch": 16},
+        "ZeRO-2": {"engine__zero_stage": 2, "train__micro_batch": 16},
+        "accumulated": {"train__micro_batch": 4},
+        "Triton": {"train__micro_batch": 16, "loss__caption_kernel": "triton"},
+        "full": {"train__micro_batch": 8, "engine__activation_checkpointing": "full"},
     },
-    "bf16, accumulated": {"engine__precision": "bf16", "train__micro_batch": 4},
-    "bf16, compiled": {
-        "engine__precision": "bf16",
-        "engine__activation_checkpointing": "none",
-        "train__micro_batch": 16,
-        "engine__compile": "blocks",
+    "blocks": {
+        "compiled": {"engine__activation_checkpointing": "none", "train__micro_batch": 16},
+        "compiled, accumulated": {"train__micro_batch": 4},
     },
 }
+BOUNDS = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 1e-3}
+MOST_LEFT_OUT = 8  # of fp16, whose loss scale begins at 2^16 and halves with each but the first
 
 
-def test_all_layouts_give_the_same_curve():
-    (found,) = on_ranks(curve_on_rank, 1, list(LAYOUTS.values()))
-    curves = dict(zip(LAYOUTS, found, strict=True))
+@pytest.mark.parametrize("precision", list(BOUNDS))
+@pytest.mark.parametrize("compiled", list(LAYOUTS))
+def test_all_layouts_give_the_same_curve(compiled, precision):
+    common = {"engine__precision": precision, "engine__compile": compiled}
+    chosen = {name: {**common, **changes} for name, changes in LAYOUTS[compiled].items()}
+    (((plain, _), *found),) = on_ranks(curve_on_rank, 1, [PLAIN, *chosen.values()])
     worst = {}
-    for name, losses in curves.items():
-        pairs = zip(losses, curves["plain"], strict=True)
-        worst[name] = max(abs(a - b) / b for a, b in pairs)
-    print(worst)
-    for name, difference in worst.items():
-        assert difference < (2e-2 if "bf16" in name else 1e-4), (name, worst)
+    for name, (losses, left_out) in zip(chosen, found, strict=True):
+        worst[name] = max(abs(a - b) / b for a, b in zip(losses, plain, strict=True))
+        print(f"{precision}, {name}: off by {worst[name]:.1e}, {left_out} steps left out")
+    assert max(worst.values()) < BOUNDS[precision], worst
 
 
-@pytest.mark.parametrize("compiled", ["none", "blocks"])
-def test_a_resumed_run_is_the_same_to_the_bit(tmp_path, compiled):
+@pytest.mark.parametrize(
+    ("precision", "compiled"), [("bf16", "none"), ("fp16", "none"), ("bf16", "blocks")]
+)
+def test_a_resumed_run_is_the_same_to_the_bit(tmp_path, precision, compiled):
     def recipe(folder, steps):
         return tiny_recipe(
             run__dir=str(folder),
             train__steps=steps,
-            engine__precision="bf16",
+            engine__precision=precision,
             engine__compile=compiled,
             schedule__name="constant",
         )
