@@ -5,13 +5,17 @@ batches. OpenCLIP's pipeline is built from webdataset as open_clip_train/data.py
 open_clip's own transform and tokenizer. Ours gives uint8 (normalised on the device), theirs float.
 
     python benchmarks/loader.py --out benchmarks/results/loader_cpu.json
+
+With `--workers 1 8 16` also what so many loader processes of ours give together.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
+import re
 import resource
 import statistics
 import tempfile
@@ -63,19 +67,20 @@ def write_data(folder: Path, count: int, side: int) -> str:
     return str(folder / "shards")
 
 
-def ours(shards: str) -> Iterator[torch.Tensor]:
+def ours(shards: str, workers: int = 0) -> Iterator[torch.Tensor]:
     """Batches of the loader of coca-scale."""
     data = DataSection(train=shards)
+    lanes = max(4, workers)
     dataset = TrainDataset(
         source=open_source(shards, data, 0),
         tokenizer=ClipTokenizer(CONTEXT),
         crop=train_crop(data, SIZE),
         seed=0,
-        lanes=4,
+        lanes=lanes,
         samples_per_lane=BATCH // 4,
-        states=deal_lanes(4, 0, 1, None),
+        states=deal_lanes(lanes, 0, 1, None),
     )
-    for batch in TrainLoader(dataset, workers=0):
+    for batch in TrainLoader(dataset, workers):
         yield batch.images
 
 
@@ -120,6 +125,24 @@ def measure(shards: str, batches: int, rounds: int) -> dict[str, Any]:
     }
 
 
+def together(shards: str, workers: int, seconds: float) -> float:
+    """Images per second of some loader processes, once all of them are at work."""
+    stream = ours(shards, workers)
+    for _ in islice(stream, 8):
+        pass
+    started, count = time.perf_counter(), 0
+    while time.perf_counter() - started < seconds:
+        count += len(next(stream))
+    return count / (time.perf_counter() - started)
+
+
+def processor() -> str:
+    """What this machine computes with, and how many cores of it there are."""
+    info = Path("/proc/cpuinfo").read_text()
+    name = re.search(r"model name\s*: (.*)", info)
+    return f"{name[1] if name else platform.machine()}, {len(os.sched_getaffinity(0))} cores"
+
+
 def memory(shards: str, batches: int) -> list[int]:
     """Resident megabytes after each tenth of a long run of the loader alone."""
     stream = ours(shards)
@@ -148,6 +171,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=512)
     parser.add_argument("--batches", type=int, default=8, help="per round")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--workers", type=int, nargs="*", help="loader processes, together")
     parser.add_argument("--memory-batches", type=int, default=0, help="of a long run, for memory")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -156,12 +180,16 @@ def main() -> None:
         size = sum(path.stat().st_size for path in Path(shards).glob("*.tar"))
         result = {
             "date": time.strftime("%Y-%m-%d"),
-            "machine": f"{platform.machine()}, 1 process, 1 thread",
+            "machine": f"{processor()}, 1 process, 1 thread",
             "versions": {p: version(p) for p in ("pillow", "webdataset", "open_clip_torch")},
             "jpeg": {"side": arguments.side, "mean_bytes": size // arguments.pictures},
             "output_side": SIZE,
             **measure(shards, arguments.batches, arguments.rounds),
         }
+        if arguments.workers:
+            result["images_per_second_by_workers"] = {
+                str(workers): together(shards, workers, 5.0) for workers in arguments.workers
+            }
         if arguments.memory_batches:
             result["resident_megabytes"] = memory(shards, arguments.memory_batches)
             result["samples_of_memory_run"] = arguments.memory_batches * BATCH
