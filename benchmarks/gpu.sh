@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What there is to measure on a GPU, in parts of under ten minutes: `make gpu`, or
-#   PYTHON=python3 bash benchmarks/gpu.sh tests|large|small|runs [FOLDER]
+#   PYTHON=python3 bash benchmarks/gpu.sh tests|compiled|large|small|runs|pictures|loader [FOLDER]
 # Rows and logs go to FOLDER (default runs/gpu); each case has a process and a time limit of its own.
 set -uo pipefail
 
@@ -24,8 +24,25 @@ print("{:.1f} ms  {:.0f} samples/s  MFU {:.1%}  peak {:.1f} GB".format(
     1e3 * row["step_seconds"], row["samples_per_second"], row.get("mfu", 0), row.get("peak_bytes", 0) / 1e9))'
 }
 
-tests() {
-  DS_ACCELERATOR=cuda timeout 580 "$PYTHON" -m pytest -q -s -m gpu tests | tee "$OUT/tests.log" | tail -40
+chosen() { # tests whose names fit
+  echo "== $*"
+  DS_ACCELERATOR=cuda timeout "${LIMIT:-240}" "$PYTHON" -m pytest -q -s -m gpu tests -k "$*" >"$OUT/test.log" 2>&1
+  cat "$OUT/test.log" >>"$OUT/tests.log"
+  grep -vE '^$|^\[|^(step|saved) ' "$OUT/test.log" | tail -40
+}
+
+tests() { # three minutes
+  chosen not blocks
+}
+
+compiled() { # what waits for torch.compile; eight minutes
+  chosen blocks and float64
+  chosen blocks and curve and bf16
+  chosen blocks and curve and fp32
+  chosen blocks and curve and fp16
+  chosen blocks and resumed
+  chosen blocks and waits
+  LIMIT=240 step "$TRITON" "$COMPILED" --batch 96 --accumulation 4
 }
 
 large() { # eight minutes on an H100; where memory allows more, larger batches are faster
@@ -37,7 +54,6 @@ large() { # eight minutes on an H100; where memory allows more, larger batches a
   step --open-clip pure_bf16
   step --open-clip pure_bf16 --compile
   step --open-clip pure_bf16 --compile --model ViT-L-14 --batch 256
-  step "$TRITON" "$COMPILED" --batch 96 --accumulation 4
 }
 
 small() { # six minutes
@@ -50,23 +66,43 @@ small() { # six minutes
   timeout 120 "$PYTHON" benchmarks/generation.py --models ViT-L-14 --out "$OUT/generation.json"
 }
 
-runs() { # drawings: killed after step 250, resumed, to the end; then how good it is
-  local folder=$OUT/drawings held_out='synthetic://shapes?split=val&count=256&size=48'
+# a run of tiny.yaml that is killed after step $2 and resumed, to its end: NAME STEP OVERRIDES...
+killed() {
+  local folder=$OUT/$1 log=$OUT/$1.log step=$2 give_up=$((SECONDS + 150))
   local train=("$PYTHON" coca_scale/train.py --recipe recipes/tiny.yaml "run.dir=$folder" engine.precision=bf16
-    "$TRITON" train.micro_batch=64 data.workers=8 checkpoint.every_steps=100 eval.every_steps=1200
-    eval.scored_captions=0)
+    "$TRITON" train.micro_batch=64 data.workers=8 checkpoint.every_steps=100 eval.scored_captions=0 "${@:3}")
   rm -rf "$folder"
-  "${train[@]}" >"$OUT/train.log" 2>&1 &
-  until grep -q '^step 250/' "$OUT/train.log" || ! kill -0 $! 2>/dev/null; do sleep 0.2; done
-  kill -9 $!
-  timeout 400 "${train[@]}" >>"$OUT/train.log" 2>&1
-  grep -E '^(resumed|validation|finished|coca-scale:)' "$OUT/train.log"
-  timeout 60 "$PYTHON" -m coca_scale eval captioning "$folder" "$held_out"
-  timeout 60 "$PYTHON" -m coca_scale eval retrieval "$folder" "$held_out" --equal-captions
+  "${train[@]}" >"$log" 2>&1 &
+  until grep -q "^step $step/" "$log" || ! kill -0 $! 2>/dev/null || ((SECONDS > give_up)); do sleep 0.2; done
+  kill -9 $! || echo "ended before step $step"
+  wait $! 2>/dev/null
+  timeout "${LIMIT:-400}" "${train[@]}" >>"$log" 2>&1 || { echo "failed, exit code $?"; tail -5 "$log"; }
+  grep -E '^(resumed|validation|finished|coca-scale:)' "$log"
+}
+
+runs() { # two and a half minutes, on drawings; then how good the model is
+  local held_out='synthetic://shapes?split=val&count=256&size=48'
+  killed drawings 250 eval.every_steps=1200
+  timeout 60 "$PYTHON" -m coca_scale eval captioning "$OUT/drawings" "$held_out"
+  timeout 60 "$PYTHON" -m coca_scale eval retrieval "$OUT/drawings" "$held_out" --equal-captions
+}
+
+pictures() { # the same on real ones, compiled: $PICTURES has shards in train/ and val/, as docs/evaluation.md packs stamps
+  : "${PICTURES:?names a folder with shards in train/ and val/}"
+  killed pictures 150 "$COMPILED" "data.train=$PICTURES/train" "data.val=$PICTURES/val" model.image_size=64 \
+    model.context_length=40 data.crop_scale_min=0.8 "train.epochs=${EPOCHS:-40}" eval.every_steps=null
+  timeout 60 "$PYTHON" -m coca_scale eval captioning "$OUT/pictures" "$PICTURES/val"
+  timeout 60 "$PYTHON" -m coca_scale eval retrieval "$OUT/pictures" "$PICTURES/val"
+}
+
+loader() { # a minute: images per second of cores, and how long steps of a GPU wait for them
+  timeout 90 "$PYTHON" benchmarks/loader.py --rounds 3 --workers 1 4 8 16 --out "$OUT/loader.json"
+  timeout 120 "$PYTHON" benchmarks/loader_share.py --workers 0 4 16 --out "$OUT/loader_share.json"
 }
 
 case $PART in
-  tests | large | small | runs) "$PART" ;;
-  all) for part in tests large small runs; do bash "$0" "$part" "$OUT"; done ;;
-  *) echo "usage: bash benchmarks/gpu.sh tests|large|small|runs [FOLDER]" >&2; exit 2 ;;
+  tests | compiled | large | small | runs | pictures | loader) "$PART" ;;
+  all)
+    for part in tests compiled large small runs loader ${PICTURES:+pictures}; do bash "$0" "$part" "$OUT"; done ;;
+  *) echo "usage: bash benchmarks/gpu.sh tests|compiled|large|small|runs|pictures|loader [FOLDER]" >&2; exit 2 ;;
 esac
