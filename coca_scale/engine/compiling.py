@@ -61,6 +61,5 @@ def _keep_products(self: nn.Module, x: Tensor, *others: Any) -> Tensor:
 
 
 def _policy(_context: Any, operation: Any, *_: Any, **__: Any) -> CheckpointPolicy:
-    return (
-        CheckpointPolicy.MUST_SAVE if operation in PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
-    )
+    kept = operation in PRODUCTS or operation.namespace == "coca_scale"  # attention_kernel.py
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -14,7 +15,13 @@ from torch import nn
 
 from coca_scale.errors import UserError
 from coca_scale.model import CoCa
-from coca_scale.model.layers import AttentionalPooler, Block, CrossBlock
+from coca_scale.model.layers import (
+    AttentionalPooler,
+    AttentionKernel,
+    Block,
+    CrossBlock,
+    SelfAttention,
+)
 from coca_scale.recipe import BatchSplit, Recipe
 from coca_scale.recipe.schema import EngineSection
 
@@ -155,7 +162,7 @@ def many_at_once(config: Mapping[str, Any]) -> bool:
 
 
 def apply_settings(model: CoCa, recipe: Recipe, recomputed: Collection[str] = ()) -> None:
-    """Put what a recipe says about recomputing and about the caption loss into its model.
+    """Put what a recipe says about recomputing, kernels and the caption loss into its model.
 
     Args:
         model: of the recipe.
@@ -168,6 +175,19 @@ def apply_settings(model: CoCa, recipe: Recipe, recomputed: Collection[str] = ()
         model.caption_head.label_smoothing = recipe.loss.label_smoothing
         model.caption_head.z_loss = recipe.loss.z_loss
         model.caption_head.kernel = recipe.loss.caption_kernel
+    kernel = _attention_kernel() if recipe.engine.attention_kernel == "triton" else None
+    for module in model.modules():
+        if isinstance(module, SelfAttention):
+            module.kernel = kernel
+
+
+def _attention_kernel() -> AttentionKernel | None:
+    """Triton's, where there is a GPU for it."""
+    if not torch.cuda.is_available() or find_spec("triton") is None:
+        return None
+    from coca_scale.model.attention_kernel import short_attention
+
+    return short_attention
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

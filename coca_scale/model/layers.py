@@ -7,7 +7,7 @@ is ready to train whatever it was built from.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
 
@@ -25,6 +25,9 @@ from coca_scale.model.recompute import (
     NormScale,
     Recomputable,
 )
+
+# [B, T, 3·D] of so many heads → [B, T, D]; None where it does not take them
+AttentionKernel = Callable[[Tensor, int], Tensor | None]
 
 
 def normal_parameter(*shape: int, std: float) -> nn.Parameter:
@@ -84,6 +87,7 @@ class SelfAttention(nn.Module):
     def __init__(self, width: int, heads: int, residual_std: float) -> None:
         super().__init__()
         self.heads = heads
+        self.kernel: AttentionKernel | None = None
         self.qkv = linear(width, 3 * width, width**-0.5)
         self.out = linear(width, width, residual_std)
 
@@ -111,6 +115,10 @@ class SelfAttention(nn.Module):
         qkv = self.qkv(x)
         if rows is not None:
             qkv = rows.pad(qkv)
+        elif self.kernel is not None and mask is None and not causal and cache is None:
+            y = self.kernel(qkv, self.heads)
+            if y is not None:
+                return self.out(y)
         q, k, v = (split_heads(t, self.heads) for t in qkv.chunk(3, dim=-1))
         if cache is not None:
             k, v = cache.extend(k, v)

@@ -109,7 +109,7 @@ class LossSection(Section):
         2048, description="Tokens whose vocabulary logits exist at a time."
     )
     caption_kernel: Literal["torch", "triton"] = Field(
-        "torch",
+        "triton",
         description="What makes softmax and gradient of the logits: torch, or on GPUs one Triton "
         "kernel, which gives the same in fewer passes over them.",
     )
@@ -201,6 +201,11 @@ class EngineSection(Section):
         "none",
         description="torch.compile: nothing, or every transformer block by itself, which fuses its "
         "element-wise operations; the first steps take half a minute longer.",
+    )
+    attention_kernel: Literal["torch", "triton"] = Field(
+        "triton",
+        description="What attends in the image tower: torch, or on GPUs two Triton kernels where "
+        "images have at most 257 tokens and heads of 64, in bf16 or fp16.",
     )
     offload: Literal["none", "optimizer", "all"] = Field(
         "none",
