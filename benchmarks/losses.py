@@ -103,7 +103,7 @@ def run_contrastive(who: str, features: Tensor) -> Tensor:
     if who == "coca-scale":
         gather = FeatureGather(features.detach(), None)
         scale = torch.tensor(100.0, device=DEVICE)
-        return contrastive_loss(gather, scale.log(), None, 512).grad_features
+        return contrastive_loss(gather, scale.log(), None).grad_features
     loss = ClipLoss()(features[:, 0], features[:, 1], torch.tensor(100.0, device=DEVICE))
     loss.backward()
     assert features.grad is not None

@@ -146,7 +146,7 @@ def _ours(name: str, coca: Any, log_scale: Tensor, images: Tensor, tokens: Tenso
         batch = coca.text.pack(tokens).to(images.device)
         features, sums = coca(images, batch)
         gather = FeatureGather(features.detach(), None)
-        result = contrastive_loss(gather, log_scale, None, chunk_rows=512)
+        result = contrastive_loss(gather, log_scale, None)
         weighted = CONTRASTIVE_WEIGHT * result.grad_features
         surrogate = (features.to(weighted.dtype) * weighted).sum()
         loss = CONTRASTIVE_WEIGHT * float(result.loss)

@@ -6,10 +6,12 @@ With B samples over W ranks, z = s·I·Tᵀ and row log-sum-exps l, the loss is
 
 Every rank gathers all features once, computes the log-sum-exps of its own rows, gathers those (two
 numbers per sample) and can then write dL/dI and dL/dT of its own rows: no gradient of features
-travels. Neither the [B, B] matrix nor a [B/W, B] slab of it exists, only tiles of `chunk_rows`
-queries × KEY_ROWS keys. Of the size of the global batch there are the gathered features alone, in
-the dtype that the model computes in; where even those are too many, they are gathered in pieces,
-once for the log-sum-exps and once for the gradients, each while the one before is used.
+travels. Neither the [B, B] matrix nor a [B/W, B] slab of it exists, only tiles of some queries ×
+some keys. Of the size of the global batch there are the gathered features alone, in the dtype that
+the model computes in; where even those are too many, they are gathered in pieces, once for the
+log-sum-exps and once for the gradients, each while the one before is used.
+
+As s·I occurs in z and I nowhere else, dL/d ln s = Σ_i ⟨I_i, dL/dI_i⟩, and the same of T.
 """
 
 from __future__ import annotations
@@ -21,10 +23,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from coca_scale.losses.matmul import wide_matmul
+from coca_scale.losses.matmul import add_matmul_, wide_matmul
 
 LABEL = "contrastive loss"
-KEY_ROWS = 8192
+# queries × keys of a tile; one of GPU_TILE similarities is work for all cores of a GPU, which then
+# finds some of it in its cache again
+CHUNK_ROWS, KEY_ROWS = 512, 8192
+GPU_ROWS, GPU_TILE = 4096, 2**23
 
 
 @dataclass(frozen=True)
@@ -98,7 +103,7 @@ def contrastive_loss(
     gather: FeatureGather,
     log_scale: Tensor,
     group: dist.ProcessGroup | None,
-    chunk_rows: int,
+    chunk_rows: int | None = None,
 ) -> ContrastiveResult:
     """Contrastive loss (Radford et al. 2021, eq. in figure 3) with explicit gradients.
 
@@ -108,7 +113,8 @@ def contrastive_loss(
         gather: the started all-gather of this step's features.
         log_scale: ln s, one element, fp32 or wider.
         group: the ranks that share the batch, None for a single process.
-        chunk_rows: rows of the similarity matrix that exist at a time.
+        chunk_rows: rows of the similarity matrix that exist at a time, KEY_ROWS columns of each;
+            None for tiles that suit the device.
     """
     mine = gather.features
     wide = torch.promote_types(mine.dtype, torch.float32)
@@ -116,7 +122,8 @@ def contrastive_loss(
     batch = ranks * len(mine)
     scale = log_scale.to(wide).exp().reshape(())
     grads = torch.zeros_like(mine, dtype=wide)
-    sides = [_Side(mine[:, i], grads[:, i], scale, chunk_rows) for i in (0, 1)]
+    tile = _tile(chunk_rows, mine)
+    sides = [_Side(mine[:, i], grads[:, i], scale, tile) for i in (0, 1)]
 
     def first_pass(_: slice, features: Tensor) -> None:
         for side, keys in zip(sides, _both(features, 1), strict=True):
@@ -136,12 +143,11 @@ def contrastive_loss(
             side.add_to_gradients(keys, key_lse)
 
     gather.each(second_pass, again=False)
-    image, text = sides
-    grad_log_scale = (image.moment + text.moment - 2 * diagonal.sum()) / (2 * batch)
-    if ranks > 1:
-        dist.all_reduce(grad_log_scale, group=group)
     # each pair is its own positive, counted once per direction
     grads.sub_(mine.flip(1), alpha=2).mul_(scale / (2 * batch))
+    grad_log_scale = (mine * grads).sum() / 2
+    if ranks > 1:
+        dist.all_reduce(grad_log_scale, group=group)
     return ContrastiveResult(loss, grads, grad_log_scale)
 
 
@@ -150,21 +156,24 @@ class _Side:
 
     Attributes:
         lse: [n], log Σ_j exp(s·q_i·k_j).
-        moment: Σ_ij p_ij·s·q_i·k_j.
     """
 
-    def __init__(self, queries: Tensor, grads: Tensor, scale: Tensor, chunk_rows: int) -> None:
+    def __init__(
+        self, queries: Tensor, grads: Tensor, scale: Tensor, tile: tuple[int, int]
+    ) -> None:
         self._queries, self._grads, self._scale = queries, grads, scale
-        rows = range(0, len(queries), chunk_rows)
-        self._chunks = [slice(start, start + chunk_rows) for start in rows]
+        step, self._keys = tile
+        rows = range(0, len(queries), step)
+        self._chunks = [slice(start, start + step) for start in rows]
         self.lse = scale.new_full((len(queries),), -torch.inf)
-        self.moment = torch.zeros_like(scale)
 
     def add_to_logsumexp(self, keys: Tensor) -> None:
         """First pass, once for all keys [m, d]."""
-        for tile in keys.split(KEY_ROWS):
+        for tile in keys.split(self._keys):
             for rows in self._chunks:
-                found = self._scores(rows, tile).logsumexp(1)
+                products = self._products(rows, tile)
+                largest = products.amax(1).mul_(self._scale)
+                found = self._exp(products, largest[:, None], products).sum(1).log_().add_(largest)
                 self.lse[rows] = torch.logaddexp(self.lse[rows], found)
 
     def add_to_gradients(self, keys: Tensor, key_lse: Tensor) -> None:
@@ -174,19 +183,29 @@ class _Side:
             keys: [m, d].
             key_lse: [m], their log-sum-exps as queries.
         """
-        tiles = zip(keys.split(KEY_ROWS), key_lse.split(KEY_ROWS), strict=True)
+        tiles = zip(keys.split(self._keys), key_lse.split(self._keys), strict=True)
         for tile, tile_lse in tiles:
-            wide = tile.to(self._grads.dtype)
             for rows in self._chunks:
-                scores = self._scores(rows, tile)
-                weights = (scores - self.lse[rows, None]).exp()
-                self.moment += (weights * scores).sum()
-                weights += scores.sub_(tile_lse).exp_()
-                self._grads[rows].addmm_(weights, wide)
+                products = self._products(rows, tile)
+                weights = self._exp(products, self.lse[rows, None], torch.empty_like(products))
+                weights += self._exp(products, tile_lse, products)
+                add_matmul_(self._grads[rows], weights, tile)
 
-    def _scores(self, rows: slice, keys: Tensor) -> Tensor:
-        """s·q_i·k_j, [q, k] in the dtype of s: rounded to bf16 it would be off by 10 %."""
-        return wide_matmul(self._queries[rows], keys.T, self._scale.dtype).mul_(self._scale)
+    def _products(self, rows: slice, keys: Tensor) -> Tensor:
+        """q_i·k_j, [q, k] in the dtype of s: rounded to bf16, s times them would be off by 10 %."""
+        return wide_matmul(self._queries[rows], keys.T, self._scale.dtype)
+
+    def _exp(self, products: Tensor, shift: Tensor, out: Tensor) -> Tensor:
+        """exp(s·products − shift) in `out`, in two passes."""
+        return torch.addcmul(-shift, products, self._scale, out=out).exp_()
+
+
+def _tile(chunk_rows: int | None, queries: Tensor) -> tuple[int, int]:
+    """Queries and keys of a tile; tensors without data stand for a GPU's."""
+    if chunk_rows is None and queries.device.type != "cpu":
+        rows = min(len(queries), GPU_ROWS)
+        return rows, GPU_TILE // rows
+    return chunk_rows or CHUNK_ROWS, KEY_ROWS
 
 
 def _both(pairs: Tensor, first: int) -> tuple[Tensor, Tensor]:

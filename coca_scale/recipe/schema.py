@@ -97,8 +97,10 @@ class LossSection(Section):
     z_loss: Annotated[float, Field(ge=0.0)] = Field(
         0.0, description="Caption loss: factor of the squared log partition function."
     )
-    contrastive_chunk_rows: PositiveInt = Field(
-        512, description="Rows of the similarity matrix that exist at a time."
+    contrastive_chunk_rows: PositiveInt | None = Field(
+        None,
+        description="Rows of the similarity matrix that exist at a time, 8,192 columns of each; "
+        "null: 512 on a CPU, and on a GPU tiles of 2^23 similarities.",
     )
     contrastive_resident: PositiveInt = Field(
         262_144,

@@ -1,11 +1,19 @@
 """Both losses against a single-process float64 reference, on 1, 2 and 4 ranks."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from coca_scale.losses import FeatureGather, chunked_cross_entropy, contrastive_loss
+from coca_scale.losses import (
+    FeatureGather,
+    chunked_cross_entropy,
+    contrastive,
+    contrastive_loss,
+    matmul,
+)
 from tests.ranks import on_ranks
 
 BATCH, WIDTH, WORDS = 24, 16, 37
@@ -50,6 +58,51 @@ def test_contrastive_equals_reference(ranks, dtype, bound):
             assert abs(found_scale - grad_scale) <= bound * grad_scale.abs()
         found = torch.cat([result[1] for result in results])
         assert (found - grad_features).norm() <= bound * grad_features.norm()
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(None, 8192), (24, 7), (7, 24), (5, 5), (1, 1)])
+def test_tiles_change_nothing(monkeypatch, rows, columns):
+    monkeypatch.setattr(contrastive, "KEY_ROWS", columns)
+    features, log_scale = contrastive_inputs(torch.float64)
+    found = contrastive_loss(FeatureGather(features, None), log_scale, None, rows)
+    for ours, exact in zip(dataclasses.astuple(found), reference_contrastive(), strict=True):
+        assert (ours - exact).norm() <= 1e-12 * exact.norm()
+
+
+@pytest.mark.parametrize("queries", [1, 1536, 8192, 98_304, 2**24])
+def test_a_tile_of_a_gpu_has_its_size(queries):
+    rows, columns = contrastive._tile(None, torch.empty(queries, 2, 8, device="meta"))
+    assert rows <= queries
+    assert contrastive.GPU_TILE - rows < rows * columns <= contrastive.GPU_TILE
+
+
+# what a GPU does, multiplied in fp32: two pieces have twice the 8 bits of bf16 or the 11 of fp16
+@pytest.mark.parametrize(
+    ("dtype", "of_element", "of_gradient"),
+    [(torch.bfloat16, 2**-17, 3e-6), (torch.float16, 2**-22, 1e-6)],
+)
+def test_two_pieces_of_half_precision_are_enough(monkeypatch, dtype, of_element, of_gradient):
+    weights = torch.cat([torch.rand(500), torch.rand(500) / 16384, 2 - torch.rand(500) / 500])
+    (first, rest), factor = matmul.split(weights, dtype)
+    assert first.dtype == rest.dtype == dtype
+    error = (first.double() + rest.double()) / factor - weights
+    assert (error.abs() <= of_element * weights + 2**-39).all()
+    assert (first.double() / factor - weights).abs().max() > 100 * error.abs().max()
+
+    def add_in_pieces_(into, a, b):
+        pieces, factor = matmul.split(a, b.dtype)
+        for piece in pieces:
+            into.add_(matmul.wide_matmul(piece, b, a.dtype), alpha=1 / factor)
+
+    generator = torch.Generator().manual_seed(5)
+    features = F.normalize(torch.randn(400, 2, 64, generator=generator), dim=-1).to(dtype)
+    log_scale = torch.tensor([4.6])
+    exact = contrastive_loss(FeatureGather(features.double(), None), log_scale.double(), None)
+    monkeypatch.setattr(contrastive, "add_matmul_", add_in_pieces_)
+    found = contrastive_loss(FeatureGather(features, None), log_scale, None)
+    error = found.grad_features - exact.grad_features
+    assert error.norm() <= of_gradient * exact.grad_features.norm()
+    assert abs(found.grad_log_scale - exact.grad_log_scale) <= 1e-5 * exact.grad_log_scale.abs()
 
 
 def caption_inputs(dtype):
