@@ -9,7 +9,6 @@ OUT=${2:-runs/gpu}
 PYTHON=${PYTHON:-python}
 mkdir -p "$OUT"
 export DS_SKIP_CUDA_CHECK=1 PYTORCH_ALLOC_CONF=expandable_segments:True TOKENIZERS_PARALLELISM=false
-TRITON=loss.caption_kernel=triton
 KEEP=engine.activation_checkpointing=none
 COMPILED=engine.compile=blocks
 
@@ -42,23 +41,23 @@ compiled() { # what waits for torch.compile; eight minutes
   chosen blocks and curve and fp16
   chosen blocks and resumed
   chosen blocks and waits
-  LIMIT=240 step "$TRITON" "$COMPILED" --batch 96 --accumulation 4
+  LIMIT=240 step "$COMPILED" --batch 96 --accumulation 4
 }
 
 large() { # eight minutes on an H100; where memory allows more, larger batches are faster
-  step "$TRITON" "$KEEP" "$COMPILED" --profile "$OUT/compiled.txt"
-  step "$TRITON" "$COMPILED" --batch 384 --profile "$OUT/compiled384.txt"
+  step "$KEEP" "$COMPILED" --profile "$OUT/compiled.txt"
+  step "$COMPILED" --batch 384 --profile "$OUT/compiled384.txt"
   step "$COMPILED" --model ViT-L-14 --batch 384
   step "$KEEP" "$COMPILED" --model ViT-L-14
-  step "$TRITON" "$KEEP"
+  step "$KEEP"
   step --open-clip pure_bf16
   step --open-clip pure_bf16 --compile
   step --open-clip pure_bf16 --compile --model ViT-L-14 --batch 256
 }
 
 small() { # six minutes
-  step "$TRITON" "$COMPILED" --model coca_ViT-B-32 --batch 2048
-  step "$TRITON" "$KEEP" --model coca_ViT-B-32 --batch 512
+  step "$COMPILED" --model coca_ViT-B-32 --batch 2048
+  step "$KEEP" --model coca_ViT-B-32 --batch 512
   step "$COMPILED" --model ViT-B-32 --batch 2048
   step --open-clip pure_bf16 --model coca_ViT-B-32 --batch 512
   step --open-clip pure_bf16 --model ViT-B-32 --batch 2048
@@ -70,7 +69,7 @@ small() { # six minutes
 killed() {
   local folder=$OUT/$1 log=$OUT/$1.log step=$2 give_up=$((SECONDS + 150))
   local train=("$PYTHON" coca_scale/train.py --recipe recipes/tiny.yaml "run.dir=$folder" engine.precision=bf16
-    "$TRITON" train.micro_batch=64 data.workers=8 checkpoint.every_steps=100 eval.scored_captions=0 "${@:3}")
+    train.micro_batch=64 data.workers=8 checkpoint.every_steps=100 eval.scored_captions=0 "${@:3}")
   rm -rf "$folder"
   "${train[@]}" >"$log" 2>&1 &
   until grep -q "^step $step/" "$log" || ! kill -0 $! 2>/dev/null || ((SECONDS > give_up)); do sleep 0.2; done

@@ -32,8 +32,8 @@ HEAD_DIM = 64
 LONGEST = 257
 INTERPRETED: bool = triton.knobs.runtime.interpret  # on the CPU, for tests
 LOG2_E = tl.constexpr(1.4426950408889634)
-FORWARD = {"tile": 64, "stay": 128, "num_warps": 4, "num_stages": 2}
-BACKWARD = {"tile": 64, "stay": 64, "tile_k": 64, "stay_q": 64, "num_warps": 4, "num_stages": 2}
+FORWARD = {"tile": 64, "stay": 128, "num_warps": 4, "num_stages": 3}
+BACKWARD = {"tile": 64, "stay": 128, "tile_k": 64, "stay_q": 64, "num_warps": 4, "num_stages": 2}
 
 
 @triton.jit

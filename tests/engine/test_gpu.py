@@ -15,6 +15,7 @@ from coca_scale.losses import FeatureGather, contrastive_loss
 from coca_scale.losses.matmul import wide_matmul
 from coca_scale.model import CoCa, load_model_config
 from coca_scale.model.image import normalize_pixels
+from coca_scale.model.layers import SelfAttention
 from coca_scale.model.preprocess import OPENAI
 from tests.conftest import tiny_recipe
 from tests.engine.batches import BATCH, batch_of
@@ -27,6 +28,7 @@ pytestmark = [
 ]
 BACKENDS = {
     "default": None,
+    "own": None,
     "flash": [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION],
     "cudnn": [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION],
     "math": [SDPBackend.MATH],
@@ -91,6 +93,7 @@ CASES = [  # cuDNN's attention takes no fp32, and one kind is enough for compile
     *((torch.float32, backend, "none") for backend in ("default", "flash", "math")),
     *((torch.bfloat16, backend, "none") for backend in BACKENDS),
     *((dtype, "default", "blocks") for dtype in (torch.float32, torch.bfloat16)),
+    (torch.bfloat16, "own", "blocks"),
 ]
 
 
@@ -98,11 +101,16 @@ CASES = [  # cuDNN's attention takes no fp32, and one kind is enough for compile
 def test_a_model_computes_what_it_computes_in_float64(monkeypatch, exact, dtype, backend, compiled):
     from coca_scale.engine.compiling import compile_layers
     from coca_scale.engine.config import layers
+    from coca_scale.model import attention_kernel
 
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # of the patch embedding
     reference, images, tokens, expected = exact
     model = copy.deepcopy(reference).to("cuda", dtype)
     model.set_activation_checkpointing("selective")
+    if backend == "own":
+        for module in model.image.modules():
+            if isinstance(module, SelfAttention):
+                module.kernel = attention_kernel.short_attention
     if compiled == "blocks":
         compile_layers(layers(model))
     chosen = BACKENDS[backend]
@@ -180,7 +188,11 @@ LAYOUTS = {
         "ZeRO-3": {"engine__zero_stage": 3, "train__micro_batch": 16},
         "ZeRO-2": {"engine__zero_stage": 2, "train__micro_batch": 16},
         "accumulated": {"train__micro_batch": 4},
-        "Triton": {"train__micro_batch": 16, "loss__caption_kernel": "triton"},
+        "torch's kernels": {
+            "train__micro_batch": 16,
+            "loss__caption_kernel": "torch",
+            "engine__attention_kernel": "torch",
+        },
         "full": {"train__micro_batch": 8, "engine__activation_checkpointing": "full"},
     },
     "blocks": {
