@@ -143,7 +143,8 @@ class ManyAtOnce:
         assert closure is None
         optimizer = self._optimizer
         optimizer._pre_step()
-        self._release()
+        if self._ranks > 1:  # on a single one, what is changed is the whole weight
+            self._release()
         norm = self._norm()
         optimizer._global_grad_norm = norm
         optimizer.overflow = False  # known to the device alone
@@ -174,12 +175,7 @@ class ManyAtOnce:
 
     @torch.no_grad()
     def _release(self) -> None:
-        """Let go of every weight that is whole, before the optimizer changes it.
-
-        On one rank the whole weight is what the optimizer changes, and stays.
-        """
-        if self._ranks == 1:
-            return
+        """Let go of every weight that is whole, before it is changed or saved."""
         coordinator = self._optimizer.parameter_offload.get_param_coordinator()
         in_flight = getattr(coordinator, f"{COORDINATOR}__inflight_param_registry")
         self._layers.let_go()

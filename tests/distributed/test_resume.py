@@ -102,6 +102,18 @@ def test_the_same_layout_again_is_bit_exact(whole, tmp_path):
         assert average(folder)[name].equal(value), name
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_single_rank_goes_on_bit_exact(tmp_path, precision):
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    layout = {"engine__zero_stage": 3, "engine__precision": precision}
+    for folder, until in ((straight, STEPS), (stopped, 5), (stopped, STEPS)):
+        allocate(folder, 1, until, **layout)
+    assert curve(stopped, STEPS) == curve(straight, STEPS)
+    for name, value in average(straight).items():
+        assert average(stopped)[name].equal(value), name
+
+
 def damaged_checkpoint(rank, ranks, parent):
     from coca_scale.engine.checkpoint import newest_intact
     from coca_scale.engine.launch import end_world, start_world
