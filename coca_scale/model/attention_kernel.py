@@ -28,8 +28,8 @@ from torch.utils.flop_counter import (
     sdpa_flop_count,
 )
 
-HEAD_DIM = 64
-LONGEST = 257
+from coca_scale.model.layers import HEAD_WIDTH, is_short
+
 INTERPRETED: bool = triton.knobs.runtime.interpret  # on the CPU, for tests
 LOG2_E = tl.constexpr(1.4426950408889634)
 FORWARD = {"tile": 64, "stay": 128, "num_warps": 4, "num_stages": 3}
@@ -279,19 +279,18 @@ def _backward(  # type: ignore[no-untyped-def]
 
 def constants(heads: int, length: int, settings: dict[str, int]) -> dict[str, Any]:
     """What a kernel is compiled for: shapes, tiles, warps and stages."""
-    beside = length > HEAD_DIM and (length - 1) & (length - 2) == 0
+    beside = length > HEAD_WIDTH and (length - 1) & (length - 2) == 0
     tiled = max(64, triton.next_power_of_2(length - beside))
     sizes = {k: min(tiled, v) for k, v in settings.items() if not k.startswith("num_")}
-    shapes = {"H": heads, "L": length, "D": HEAD_DIM, "N": tiled, "beside": int(beside)}
+    shapes = {"H": heads, "L": length, "D": HEAD_WIDTH, "N": tiled, "beside": int(beside)}
     return {**settings, **sizes, **shapes}
 
 
 def takes(qkv: Tensor, heads: int) -> bool:
     """Whether `short_attention` computes this: half precision on a GPU, short, heads of 64."""
-    device = qkv.is_cuda or INTERPRETED
-    half = qkv.dtype in (torch.float16, torch.bfloat16)
-    fits = qkv.dim() == 3 and 1 <= qkv.shape[1] <= LONGEST
-    return device and half and fits and qkv.shape[-1] == 3 * heads * HEAD_DIM
+    if not (qkv.is_cuda or INTERPRETED) or qkv.dim() != 3 or qkv.shape[-1] % (3 * heads):
+        return False
+    return is_short(qkv.shape[1], qkv.shape[-1] // (3 * heads), qkv.dtype)
 
 
 def short_attention(qkv: Tensor, heads: int) -> Tensor | None:

@@ -28,6 +28,13 @@ from coca_scale.model.recompute import (
 
 # [B, T, 3·D] of so many heads → [B, T, D]; None where it does not take them
 AttentionKernel = Callable[[Tensor, int], Tensor | None]
+HEAD_WIDTH, MOST_TOKENS = 64, 257  # that attention_kernel.py is written for
+
+
+def is_short(tokens: int, head_width: int, dtype: torch.dtype) -> bool:
+    """Whether attention_kernel.py takes such sequences, on a GPU."""
+    half = dtype in (torch.float16, torch.bfloat16)
+    return half and head_width == HEAD_WIDTH and 1 <= tokens <= MOST_TOKENS
 
 
 def normal_parameter(*shape: int, std: float) -> nn.Parameter:

@@ -19,7 +19,6 @@ RESERVED_BYTES = 2.5e9
 # of gradients: one fills while the other travels; under ZeRO-3 two travel, and one is put together
 REDUCE_BUCKETS = {1: 2, 2: 2, 3: 4}
 # measured on one GPU, as `Gpu.utilization` is
-TRAFFIC = 11  # times that what is kept for the backward pass goes through the device's memory
 COMPILED_BLOCK = 0.6  # of the host's time for a block
 BLOCK_BELOW_3 = 1.9  # of DeepSpeed's ZeRO 1 and 2, against 3, whose loops are ours
 FIRST_PASS = 1 / 3  # of forward and backward
@@ -46,7 +45,7 @@ class Costs:
         peak_bytes: most bytes of activations and gradients of activations alive.
         tower_flops: of the forward pass of both towers, per micro-batch.
         step_flops: of forward and backward of everything, per micro-batch.
-        bytes_per_flop: of activations per FLOP where nothing is computed again.
+        bytes_per_flop: that go through the device's memory for each FLOP.
         loss_bytes: most bytes alive in the contrastive loss of the global batch.
     """
 
@@ -187,7 +186,7 @@ def _compute_seconds(
     recipe: Recipe, batch: BatchSplit, costs: Costs, gpu: Gpu, flops: float
 ) -> tuple[float, float]:
     """Of a step on one device: what its kernels take, and what the host takes to issue them."""
-    per_flop = 1 / (gpu.flops * gpu.utilization) + TRAFFIC * costs.bytes_per_flop / gpu.memory_rate
+    per_flop = 1 / (gpu.flops * gpu.utilization) + costs.bytes_per_flop / gpu.memory_rate
     device = flops * per_flop
     passes = batch.accumulation * (1 + FIRST_PASS if batch.accumulation > 1 else 1)
     host = passes * costs.blocks * gpu.block_seconds

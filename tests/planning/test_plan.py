@@ -297,7 +297,7 @@ def rows_of_this_engine():
 
 
 def name_of(row):
-    return f"{row['model']} {row['batch']} {row['engine']['compile']}"
+    return f"{row['model']} {row['batch']} {row['engine']['compile']} {row['commit']}"
 
 
 @pytest.mark.parametrize("row", rows_of_this_engine(), ids=name_of)
@@ -309,6 +309,7 @@ def test_a_gpu_took_what_was_planned(row):
         engine__precision="bf16",
         engine__zero_stage=row["engine"]["zero_stage"],
         engine__compile=row["engine"]["compile"],
+        engine__attention_kernel=row["engine"].get("attention_kernel", "torch"),
         data__mean_tokens=20.0,
     )
     gpu = GPUS["h100-80gb"]
