@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -32,11 +32,16 @@ PRODUCTS = (
 )
 
 
-def compile_layers(layers: Iterable[nn.Module]) -> None:
+def compile_layers(layers: Iterable[nn.Module], of_images: Collection[nn.Module]) -> None:
     """Let every layer's `forward` be compiled when it is first called; layers alike share graphs.
 
     What a layer's parts would compute again for the backward pass, the compiled code does.
     What is outside, such as the hooks of ZeRO-3, sees the same modules as before.
+
+    Args:
+        layers: blocks and poolers.
+        of_images: those that see no captions. The others are compiled for any length at once, and
+            not for the first one that comes and then again.
     """
     torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
     # it warns on every rank that a layer must not change its input in place, and none does
@@ -45,7 +50,8 @@ def compile_layers(layers: Iterable[nn.Module]) -> None:
         parts = [m for m in layer.modules() if isinstance(m, SelectiveRecompute) and m.selective]
         for part in parts:
             part.selective = False
-        layer.forward = torch.compile(MethodType(_keep_products, layer) if parts else layer.forward)
+        forward = MethodType(_keep_products, layer) if parts else layer.forward
+        layer.forward = torch.compile(forward, dynamic=None if layer in of_images else True)
 
 
 def _keep_products(self: nn.Module, x: Tensor, *others: Any) -> Tensor:

@@ -160,7 +160,7 @@ class TrainEngine:
         release_freed()
         cast_statistics(self.module, self.dtype)
         if recipe.engine.compile == "blocks":
-            compile_layers(layers(self.module))
+            compile_layers(layers(self.module), layers(self.module.image))
         decay = recipe.optim.ema_decay
         self._average = None if decay is None else WeightAverage(self._zero, decay)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch._dynamo
@@ -14,6 +16,8 @@ from coca_scale.model.freeze import freeze
 from coca_scale.model.layers import Block, BlockShape, Stack
 from coca_scale.model.recompute import SelectiveRecompute
 from tests.conftest import tiny_recipe
+from tests.engine.batches import batch_of
+from tests.ranks import on_ranks, quiet
 
 
 def require(name="coca_tiny", **changes):
@@ -46,7 +50,7 @@ def kept_and_found(compiled, selective):
             module.selective = selective
     if compiled:
         torch._dynamo.reset()
-        compile_layers(blocks)
+        compile_layers(blocks, blocks)
     weights = {p.untyped_storage().data_ptr() for p in blocks.parameters()}
     kept = {}
 
@@ -73,3 +77,32 @@ def test_compiled_blocks_keep_as_little_and_compute_the_same():
         assert (a - b).norm() < 1e-5 * b.norm()
     assert len(torch._dynamo.utils.counters["graph_break"]) == 0
     assert kept < 11 < 15 < whole, (kept, whole)
+
+
+def graphs_on_rank(_rank, _ranks, micro_batch):
+    """Graphs that there are after the first step, and after some of other lengths."""
+    from coca_scale.engine.launch import start_world
+    from coca_scale.engine.train_engine import TrainEngine
+    from coca_scale.model import LogitScale
+    from coca_scale.recipe import BatchSplit
+
+    torch.compile = partial(torch.compile, backend="eager")  # graphs alone are made, and no code
+    recipe = tiny_recipe(engine__compile="blocks", train__micro_batch=micro_batch)
+    model, split = CoCa(load_model_config("coca_tiny")), BatchSplit.from_recipe(recipe, 1)
+    with quiet():
+        engine = TrainEngine(model, LogitScale(), recipe, split, start_world())
+        counts = []
+        for step in range(4):
+            images, tokens = batch_of(step)
+            tokens[:4] = tokens[4:8]  # a length of 1 is always a graph of its own
+            engine.step(images, tokens, 1e-3)
+            counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        engine.close()
+    return counts
+
+
+@pytest.mark.parametrize(("micro_batch", "graphs"), [(16, 5), (4, 8)])
+def test_captions_of_another_length_need_no_other_graph(micro_batch, graphs):
+    (counts,) = on_ranks(graphs_on_rank, 1, micro_batch)
+    # blocks of images, text, decoder and cross-attention, the pooler; the towers' in a first pass
+    assert counts == [graphs] * 4

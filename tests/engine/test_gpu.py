@@ -112,7 +112,7 @@ def test_a_model_computes_what_it_computes_in_float64(monkeypatch, exact, dtype,
             if isinstance(module, SelfAttention):
                 module.kernel = attention_kernel.short_attention
     if compiled == "blocks":
-        compile_layers(layers(model))
+        compile_layers(layers(model), layers(model.image))
     chosen = BACKENDS[backend]
     with sdpa_kernel(chosen) if chosen else contextlib.nullcontext():
         found = outcome(model, images, tokens)
