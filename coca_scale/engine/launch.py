@@ -82,9 +82,7 @@ def _hosts_own_group(own_host: str, hosts: Sequence[str]) -> dist.ProcessGroup:
     """All ranks over TCP, beside the network of the devices."""
     others = [host for host in hosts if host != own_host]
     if others and "GLOO_SOCKET_IFNAME" not in os.environ:
-        name = os.environ.get("NCCL_SOCKET_IFNAME", "")
-        # NCCL takes patterns and lists as well
-        interface = name if name.isalnum() else _interface_towards(others[0])
+        interface = _interface_towards(others[0])
         if interface is not None:
             os.environ["GLOO_SOCKET_IFNAME"] = interface
     group = dist.new_group(backend="gloo")
@@ -95,8 +93,12 @@ def _hosts_own_group(own_host: str, hosts: Sequence[str]) -> dist.ProcessGroup:
 def _interface_towards(host: str) -> str | None:
     """Name of the network interface that leads to a host; None if that is not to be found.
 
-    Gloo by itself takes that of this host's own name, which is often the loopback's.
+    Gloo by itself takes that of this host's own name, which is often the loopback's. The one that
+    NCCL was given is taken if it is a name, and not a pattern or a list.
     """
+    interfaces = psutil.net_if_addrs()
+    if (given := os.environ.get("NCCL_SOCKET_IFNAME")) in interfaces:
+        return given
     try:
         found = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)
     except OSError:
@@ -105,7 +107,7 @@ def _interface_towards(host: str) -> str | None:
         with suppress(OSError), socket.socket(family, kind, protocol) as probe:
             probe.connect(address)  # nothing is sent
             own = probe.getsockname()[0]
-            for name, addresses in psutil.net_if_addrs().items():
+            for name, addresses in interfaces.items():
                 if any(entry.address == own for entry in addresses):
                     return name
     return None

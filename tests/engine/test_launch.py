@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from coca_scale.engine import launch
 from coca_scale.engine.launch import LaunchError, start_world
 from tests.ranks import on_ranks
 
@@ -77,3 +78,13 @@ def test_too_little_shared_memory_is_told_before_a_loader_dies_of_it(tmp_path):
     assert told[0].startswith("coca-scale: /dev/shm has 0 MB free and the loader processes here")
     assert "--shm-size=16g, or --ipc=host" in told[0]
     assert "Traceback" not in done.stderr
+
+
+def test_hosts_agree_over_the_interface_that_leads_to_the_others(monkeypatch):
+    monkeypatch.delenv("NCCL_SOCKET_IFNAME", raising=False)
+    assert launch._interface_towards("127.0.0.1") == "lo"
+    assert launch._interface_towards("nowhere.invalid") is None
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "^docker")  # NCCL's pattern, and no name
+    assert launch._interface_towards("127.0.0.1") == "lo"
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "lo")
+    assert launch._interface_towards("192.0.2.1") == "lo"
