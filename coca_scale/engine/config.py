@@ -182,8 +182,10 @@ def apply_settings(model: CoCa, recipe: Recipe, recomputed: Collection[str] = ()
 
 
 def _attention_kernel() -> AttentionKernel | None:
-    """Triton's, where there is a GPU for it."""
-    if not torch.cuda.is_available() or find_spec("triton") is None:
+    """Triton's, where a GPU's shared memory holds a head: NVIDIA's, from an A100 on."""
+    if not torch.cuda.is_available() or torch.version.hip or find_spec("triton") is None:
+        return None
+    if torch.cuda.get_device_capability() < (8, 0):
         return None
     from coca_scale.model.attention_kernel import short_attention
 

@@ -206,8 +206,9 @@ class EngineSection(Section):
     )
     attention_kernel: Literal["torch", "triton"] = Field(
         "triton",
-        description="What attends in the image tower: torch, or on GPUs two Triton kernels where "
-        "images have at most 257 tokens and heads of 64, in bf16 or fp16.",
+        description="What attends in the image tower: torch, or on NVIDIA's GPUs from an A100 on "
+        "two Triton kernels, where images have at most 257 tokens and heads of 64, in bf16 or "
+        "fp16.",
     )
     offload: Literal["none", "optimizer", "all"] = Field(
         "none",
