@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import traceback
 
-import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
@@ -29,47 +28,48 @@ class Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def reads_on_rank(rank, ranks, changes):
-    """Where values are read in a step, and when its result is asked for."""
+def reads_on_rank(rank, ranks, cases):
+    """Where values are read in a step of each case, before its result is asked for."""
     from coca_scale.engine.launch import start_world
+
+    with quiet():
+        world = start_world()
+        with Reads() as seen:
+            float(torch.ones(()))
+        assert seen.places  # the check does see them
+        return [_reads(rank, ranks, world, changes) for changes in cases]
+
+
+def _reads(rank, ranks, world, changes):
     from coca_scale.engine.train_engine import TrainEngine
     from coca_scale.model import CoCa, LogitScale, load_model_config
     from coca_scale.recipe import BatchSplit
 
-    with quiet():
-        world = start_world()
-        recipe = tiny_recipe(**changes)
-        model = CoCa(load_model_config("coca_tiny"))
-        split = BatchSplit.from_recipe(recipe, ranks)
-        engine = TrainEngine(model, LogitScale(), recipe, split, world)
-        pack = engine.module.text.pack
+    recipe = tiny_recipe(**changes)
+    model = CoCa(load_model_config("coca_tiny"))
+    engine = TrainEngine(model, LogitScale(), recipe, BatchSplit.from_recipe(recipe, ranks), world)
+    pack = engine.module.text.pack
 
-        def laid_out(tokens):  # on the host, where tokens are, on a GPU too
-            with _disable_current_modes():
-                return pack(tokens)
+    def laid_out(tokens):  # on the host, where tokens are, on a GPU too
+        with _disable_current_modes():
+            return pack(tokens)
 
-        engine.module.text.pack = laid_out
-        rows = slice(rank * BATCH // ranks, (rank + 1) * BATCH // ranks)
-        images, tokens = (whole[rows] for whole in batch_of(0))
-        for _ in range(3):  # in the first ones DeepSpeed compares the order of modules over ranks
-            engine.step(images, tokens, 1e-3)
-        with Reads() as reads:
-            flight = engine.step(images, tokens, 1e-3)
-        assert flight.result().applied
-        with Reads() as seen:
-            float(torch.ones(()))
-        assert seen.places  # the check does see them
-        engine.close()
-    return reads.places
+    engine.module.text.pack = laid_out
+    rows = slice(rank * BATCH // ranks, (rank + 1) * BATCH // ranks)
+    images, tokens = (whole[rows] for whole in batch_of(0))
+    for _ in range(3):  # in the first ones DeepSpeed compares the order of modules over ranks
+        engine.step(images, tokens, 1e-3)
+    with Reads() as reads:
+        flight = engine.step(images, tokens, 1e-3)
+    assert flight.result().applied
+    engine.close()
+    return sorted(set(reads.places))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("micro_batch", [8, 4])
-def test_a_step_asks_the_device_for_nothing(precision, micro_batch):
-    changes = {
-        "engine__precision": precision,
-        "train__micro_batch": micro_batch,
-        "optim__ema_decay": 0.9,
-    }
-    found = on_ranks(reads_on_rank, 2, changes)
-    assert [sorted(set(places)) for places in found] == [[], []]
+def test_a_step_asks_the_device_for_nothing():
+    cases = [
+        {"engine__precision": precision, "train__micro_batch": size, "optim__ema_decay": 0.9}
+        for precision in ("fp32", "bf16")
+        for size in (8, 4)
+    ]
+    assert on_ranks(reads_on_rank, 2, cases) == [[[]] * 4] * 2
