@@ -168,6 +168,8 @@ def test_the_kernels_keep_to_the_registers_of_a_hopper(
     aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(tensors))}
     chosen = dict.fromkeys(constants, "constexpr")
     source = ASTSource(kernel, {**kinds, **chosen}, constants, aligned)
+    if not hasattr(triton.knobs.nvidia, "dump_ptxas_log"):
+        pytest.skip("this Triton does not tell what its assembler says")
     monkeypatch.setattr(triton.knobs.compilation, "always_compile", True)
     monkeypatch.setattr(triton.knobs.nvidia, "dump_ptxas_log", True)
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
