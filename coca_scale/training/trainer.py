@@ -165,21 +165,17 @@ class Trainer:
                 number = self.step + 1
                 with self.watchdog.phase(f"step {number}", limit), profiler.step(number):
                     batch, asked = self._next_batch(batches, meter, saver, requests)
-                    if asked.leave or asked.stop or asked.save:
-                        self._look(meter, log)
                     if asked.leave or asked.stop:
+                        self._look(meter, log)
                         return asked
                     if asked.save:
-                        saver.save()
-                        requests.saved()
+                        self._save(meter, log, saver, requests)
                     self._train_step(batch)
                     self._look(meter, log, self._steps_ahead)
                 limit = self._step_seconds
                 garbage.after_step(self.step)
                 if saver.due(self.step) and self.step < steps:
-                    self._look(meter, log)
-                    saver.save()
-                    requests.saved()
+                    self._save(meter, log, saver, requests)
                 every = recipe.eval.every_steps
                 if (every is not None and self.step % every == 0) or self.step == steps:
                     self._look(meter, log)
@@ -221,6 +217,12 @@ class Trainer:
                 if note is not None:
                     log.say(note)
                 self.skips.flush(step.number)
+
+    def _save(self, meter: Meter, log: RunLog, saver: Saver, requests: Requests) -> None:
+        """Save what all steps so far have come to. A collective."""
+        self._look(meter, log)
+        saver.save()
+        requests.saved()
 
     def _next_batch(
         self, batches: Iterator[StepBatch], meter: Meter, saver: Saver, requests: Requests
