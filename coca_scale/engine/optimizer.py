@@ -97,12 +97,11 @@ def make_scale_optimizer(parameter: nn.Parameter, optim: OptimSection) -> torch.
     return kind_of(optim).make([{"params": [parameter], "weight_decay": 0.0}], optim)
 
 
-def step_where(optimizer: torch.optim.Optimizer, applied: Tensor) -> None:
-    """The optimizer's step, or nothing at all; the host does not ask which.
+def only_where(optimizer: torch.optim.Optimizer, applied: Tensor) -> None:
+    """Let the optimizer's next step change nothing unless `applied`; the host does not ask.
 
     Args:
         optimizer: of an `OptimizerKind`.
         applied: boolean scalar on its device.
     """
-    optimizer.found_inf = (~applied).float()  # type: ignore[attr-defined]
-    optimizer.step()
+    optimizer.found_inf = (~applied).float()  # type: ignore[attr-defined]  # GradScaler's way

@@ -39,8 +39,8 @@ from coca_scale.engine.optimizer import (
     kind_of,
     make_optimizer,
     make_scale_optimizer,
+    only_where,
     own_settings,
-    step_where,
 )
 from coca_scale.engine.weight_average import AVERAGE_FOLDER, WeightAverage
 from coca_scale.engine.world import World
@@ -284,7 +284,8 @@ class TrainEngine:
     def _update_scale(self, grad: Tensor, applied: Tensor) -> None:
         parameter = self._logit_scale.log_scale
         parameter.grad = grad.to(parameter.dtype).reshape_as(parameter)
-        step_where(self._scale_optimizer, applied)
+        only_where(self._scale_optimizer, applied)
+        self._scale_optimizer.step()
         self._logit_scale.clamp_()
 
     def prepare(self, images: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from coca_scale.engine.optimizer import only_where
 from coca_scale.engine.zero3_layers import WholeLayers, let_go
 
 PRIVATE = "_DeepSpeedZeroOptimizer_Stage3"
@@ -151,7 +152,7 @@ class ManyAtOnce:
         clip = 1.0
         if optimizer.clip_grad > 0:
             clip = ((norm + 1e-6) / optimizer.clip_grad).clamp(min=1.0)
-        optimizer.optimizer.found_inf = (~norm.isfinite()).float()
+        only_where(optimizer.optimizer, norm.isfinite())
         gradients = optimizer.grad_partitions_flat_buffer.split(
             optimizer.fp16_partitioned_groups_flat_numel
         )
