@@ -28,7 +28,12 @@ def add_matmul_(into: Tensor, a: Tensor, b: Tensor) -> None:
     """
     if b.dtype == a.dtype or a.device.type == "cpu":
         into.addmm_(a, b.to(a.dtype))
-        return
+    else:
+        add_in_pieces_(into, a, b)
+
+
+def add_in_pieces_(into: Tensor, a: Tensor, b: Tensor) -> None:
+    """`add_matmul_` as a GPU does it, for `b` of half precision."""
     pieces, factor = split(a, b.dtype)
     for piece in pieces:
         into.add_(wide_matmul(piece, b, a.dtype), alpha=1 / factor)
