@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -26,6 +27,7 @@ ENDLESS = [
     *("--recipe", "recipes/tiny.yaml", "data.train=synthetic://shapes?count=512&size=48"),
     *("data.val=null", "data.workers=1", "data.lanes=4", "train.steps=100000"),
     *("train.global_batch=16", "train.micro_batch=8", "log.every_steps=1", "log.tensorboard=false"),
+    "engine.start_timeout_minutes=2",  # one that hangs says where, before it is given up here
 ]
 
 
@@ -72,6 +74,14 @@ class Launch:
         ranks = [p for p in self.processes() if mark in Path(f"/proc/{p}/environ").read_bytes()]
         return min(ranks)
 
+    def kill(self):
+        """All that is left of the run; returns what that was."""
+        left = self.processes()
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        return left
+
     def ended(self):
         """What was said, once nothing of the run is left."""
         self._wait(lambda: self.process.poll() is not None and not self.processes())
@@ -81,11 +91,26 @@ class Launch:
         end = time.monotonic() + seconds
         while not condition():
             if time.monotonic() > end:
-                left = self.processes()
-                for pid in left:
-                    os.kill(pid, signal.SIGKILL)
-                raise TimeoutError(f"{left} after {seconds} s\n{self.log.read_text()[-4000:]}")
+                left = self.kill()
+                stacks = [file.read_text() for file in (self.run / "stacks").glob("*")]
+                said = "\n".join([self.log.read_text()[-4000:], *stacks])
+                load = os.getloadavg()
+                raise TimeoutError(f"{left} after {seconds} s, load {load}\n{said}")
             time.sleep(0.2)
+
+
+@pytest.fixture
+def launched(tmp_path):
+    """Starts runs that do not outlive the test, however it ends."""
+    launches = []
+
+    def start(launcher):
+        launches.append(Launch(launcher, tmp_path))
+        return launches[-1]
+
+    yield start
+    for launch in launches:
+        launch.kill()
 
 
 def kill_the_launcher(launch):
@@ -117,8 +142,8 @@ def stop_a_rank_that_does_not_speak_for_its_node(launch):
         pytest.param("mpirun", kill_the_launcher, marks=pytest.mark.long),
     ],
 )
-def test_a_run_without_its_launcher_saves_and_leaves(launcher, act, tmp_path):
-    launch = Launch(launcher, tmp_path)
+def test_a_run_without_its_launcher_saves_and_leaves(launcher, act, launched):
+    launch = launched(launcher)
     act(launch)
     said = launch.ended()
     checkpoint = find_checkpoint(launch.run / "checkpoints")
@@ -136,8 +161,8 @@ def test_a_run_without_its_launcher_saves_and_leaves(launcher, act, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_death_of_rank_0_is_told_before_the_launcher_ends_the_others(tmp_path):
-    launch = Launch("deepspeed", tmp_path)
+def test_the_death_of_rank_0_is_told_before_the_launcher_ends_the_others(launched):
+    launch = launched("deepspeed")
     os.kill(launch.rank(0), signal.SIGKILL)
     said = launch.ended()
     assert len(re.findall(r"^coca-scale: rank 0 on \S+ is dead: ", said, re.M)) == 1
@@ -146,8 +171,8 @@ def test_the_death_of_rank_0_is_told_before_the_launcher_ends_the_others(tmp_pat
 
 
 @pytest.mark.slow
-def test_the_death_of_a_loader_process_is_told_in_a_line(tmp_path):
-    launch = Launch("deepspeed", tmp_path)
+def test_the_death_of_a_loader_process_is_told_in_a_line(launched):
+    launch = launched("deepspeed")
     rank = launch.rank(1)
     loaders = [p for p in launch.processes() if _parent(p) == rank]
     os.kill(loaders[0], signal.SIGKILL)
