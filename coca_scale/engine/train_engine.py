@@ -12,7 +12,7 @@ contrastive loss sees the global batch, and the second pass runs the line above 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -168,10 +168,20 @@ class TrainEngine:
         """Free what DeepSpeed holds."""
         self._zero.close()
 
+    def lay_out(self, tokens: Tensor) -> list[PackedCaptions]:
+        """Captions of this rank's share as `step` takes them, on the host. Local, in any thread.
+
+        Args:
+            tokens: int64 [n, T], on the host: their lengths are read.
+        """
+        assert tokens.device.type == "cpu", "a GPU would make the host wait at every length"
+        parts = tokens.split(self._batch_split.micro_batch)
+        return [self.module.text.pack(part) for part in parts]
+
     def step(
         self,
         images: Tensor,
-        tokens: Tensor,
+        captions: Sequence[PackedCaptions],
         lr: float,
         samples_seen: int = 0,
         share_indices: Tensor | None = None,
@@ -180,7 +190,7 @@ class TrainEngine:
 
         Args:
             images: uint8 [n, 3, H, W], this rank's share of the global batch.
-            tokens: int64 [n, T], on the host, where captions are laid out.
+            captions: of the same samples, by `lay_out`.
             lr: learning rate of this step.
             samples_seen: by all ranks before this step; which patches are dropped follows from it.
             share_indices: int64 [n], of each sample in this rank's share of the step before it was
@@ -188,7 +198,7 @@ class TrainEngine:
         """
         self._zero.train()
         self._set_learning_rate(lr)
-        batches = self._micro_batches(images, tokens, samples_seen, share_indices)
+        batches = self._micro_batches(images, captions, samples_seen, share_indices)
         counts = self._objective.counts([batch.captions for batch in batches])
         tally = Tally(self.world.device)
         if len(batches) == 1:
@@ -261,17 +271,20 @@ class TrainEngine:
         self._zero.backward(surrogate * self.world.size)
 
     def _micro_batches(
-        self, images: Tensor, tokens: Tensor, samples_seen: int, share_indices: Tensor | None
+        self,
+        images: Tensor,
+        captions: Sequence[PackedCaptions],
+        samples_seen: int,
+        share_indices: Tensor | None,
     ) -> list[_MicroBatch]:
         """This rank's share, cut up, on its device; arguments as of `step`."""
         size, device = self._batch_split.micro_batch, self.world.device
-        assert tokens.device.type == "cpu", "a GPU would make the host wait at every length"
-        images = images.to(device, non_blocking=True)
-        captions = [self.module.text.pack(part).to(device) for part in tokens.split(size)]
-        indices = torch.arange(len(tokens)) if share_indices is None else share_indices
-        ids = samples_seen + self.world.rank * len(tokens) + indices
+        indices = torch.arange(len(images)) if share_indices is None else share_indices
+        ids = samples_seen + self.world.rank * len(images) + indices
         ids += (self._seed % 2**23) << 40  # no run has 2^40 samples
-        parts = zip(images.split(size), captions, sent(ids, device).split(size), strict=True)
+        images, ids = sent(images, device), sent(ids, device)
+        here = [part.to(device) for part in captions]
+        parts = zip(images.split(size), here, ids.split(size), strict=True)
         batches = [_MicroBatch(*part) for part in parts]
         assert len(batches) == self._batch_split.accumulation, "not the batch that was split"
         return batches

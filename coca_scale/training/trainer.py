@@ -10,8 +10,8 @@ from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from coca_scale.data.loader import LaneStates, StepBatch
-from coca_scale.data.prefetch import Prefetcher
+from coca_scale.data.loader import LaneStates
+from coca_scale.data.prefetch import Prefetcher, ReadyBatch
 from coca_scale.engine.checkpoint import find_checkpoint, fitting_state
 from coca_scale.engine.ownership import Owner
 from coca_scale.engine.train_engine import StepInFlight, StepResult
@@ -157,7 +157,7 @@ class Trainer:
         span = recipe.log.profile_steps if self.world.rank == 0 else None
         with (
             closing(samples),
-            closing(Prefetcher(samples, self.world.device)) as batches,
+            closing(Prefetcher(samples, self.engine.lay_out, self.world.device)) as batches,
             GarbageCollection(recipe.engine.gc_every_steps) as garbage,
             StepProfiler(span, self.folder / PROFILE, log.say) as profiler,
         ):
@@ -183,15 +183,16 @@ class Trainer:
                     meter.restart()
         return Asked()
 
-    def _train_step(self, batch: StepBatch) -> None:
+    def _train_step(self, batch: ReadyBatch) -> None:
         lr = learning_rate(
             self.step, self.prepared.steps, self.recipe.optim.lr, self.recipe.schedule
         )
         seen = self.step * self.recipe.train.global_batch
-        flight = self.engine.step(batch.images, batch.tokens, lr, seen, batch.share_indices)
+        share = batch.share
+        flight = self.engine.step(share.images, batch.captions, lr, seen, share.share_indices)
         self.step += 1
-        self.lanes = batch.lanes
-        self._behind.append(_Behind(self.step, flight, lr, batch.keys, batch.lanes))
+        self.lanes = share.lanes
+        self._behind.append(_Behind(self.step, flight, lr, share.keys, share.lanes))
 
     def _look(self, meter: Meter, log: RunLog, ahead: int = 0) -> None:
         """Judge and log all steps but the last `ahead`, waiting for them. A collective.
@@ -225,8 +226,8 @@ class Trainer:
         requests.saved()
 
     def _next_batch(
-        self, batches: Iterator[StepBatch], meter: Meter, saver: Saver, requests: Requests
-    ) -> tuple[StepBatch, Asked]:
+        self, batches: Iterator[ReadyBatch], meter: Meter, saver: Saver, requests: Requests
+    ) -> tuple[ReadyBatch, Asked]:
         """This rank's next batch once every rank has one, and what any rank was asked for.
 
         The one place where ranks agree on what comes next; saves end here.
@@ -242,7 +243,7 @@ class Trainer:
                 self.owner.require()
             except UserError as fault:
                 error = str(fault)
-        here = self.skips.add(batch.skipped) if batch is not None else (0, 0)
+        here = self.skips.add(batch.share.skipped) if batch is not None else (0, 0)
         mine = requests.poll()
         flags = (error is not None, mine.leave, mine.stop, mine.save, saver.written_here)
         with meter.waiting_for_others():

@@ -15,6 +15,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from coca_scale.data.images import TrainCrop, decode_image, train_pixels
 from coca_scale.data.prefetch import Prefetcher
 from coca_scale.data.sample import BadSample, DataError
+from coca_scale.model.packing import pack_captions, real_lengths
 from tests.data.loading import loader
 from tests.data.shards import write_shards
 
@@ -97,19 +98,36 @@ def test_formats_that_start_programs_are_not_opened():
 )
 def test_prefetched_batches_reach_the_device_as_they_are(kind):
     train = "synthetic://shapes?count=144&size=32"
-    with closing(Prefetcher(iter(loader(train, 0, 1, workers=2)), torch.device(kind))) as ahead:
+    batches = iter(loader(train, 0, 1, workers=2))
+    with closing(Prefetcher(batches, _lay_out, torch.device(kind))) as ahead:
         for expected in itertools.islice(loader(train, 0, 1), 15):
             batch = next(ahead)
-            assert batch.images.device.type == kind
-            assert torch.equal(batch.images.cpu(), expected.images)
-            assert torch.equal(batch.tokens.cpu(), expected.tokens)
-            assert (batch.keys, batch.lanes) == (expected.keys, expected.lanes)
+            share, captions = batch.share, batch.captions
+            assert share.images.device.type == captions[0].tokens_N.device.type == kind
+            assert torch.equal(share.images.cpu(), expected.images)
+            assert torch.equal(share.tokens, expected.tokens)
+            assert (share.keys, share.lanes) == (expected.keys, expected.lanes)
+            laid_out = _lay_out(expected.tokens)
+            assert len(captions) == len(laid_out) == 2
+            for found, wanted in zip(captions, laid_out, strict=True):
+                assert torch.equal(found.tokens_N.cpu(), wanted.tokens_N)
+                assert torch.equal(found.labels_K.cpu(), wanted.labels_K)
+                assert found.text.longest == wanted.text.longest
+
+
+def _lay_out(tokens):
+    """In micro-batches of half a share."""
+    lengths = real_lengths(tokens, 0)
+    return [
+        pack_captions(part, rows, rows - 1, None, None, 0)
+        for part, rows in zip(tokens.chunk(2), lengths.chunk(2), strict=True)
+    ]
 
 
 def test_what_a_loader_raises_arrives_behind_the_prefetch(tmp_path):
     train = write_shards(tmp_path, [3])
     (tmp_path / "000.tar").write_bytes(b"")
     batches = iter(loader(train, 0, 1, lanes=1))
-    ahead = Prefetcher(batches, torch.device("cpu"))
+    ahead = Prefetcher(batches, _lay_out, torch.device("cpu"))
     with closing(ahead), pytest.raises(DataError, match="1 × empty_shard"):
         next(ahead)

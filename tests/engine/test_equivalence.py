@@ -45,7 +45,9 @@ def _curves(rank, ranks, layouts):
         fast = recipe.optim.lr == HIGH
         for step in range(STEPS if fast else SHORT):  # where differences grow most, for longest
             images, tokens = batch_of(step)
-            result = engine.step(images[rows], tokens[rows], recipe.optim.lr).result()
+            result = engine.step(
+                images[rows], engine.lay_out(tokens[rows]), recipe.optim.lr
+            ).result()
             curve.append((result.loss, result.grad_norm, result.logit_scale))
         assert any(copied) == recipe.engine.secondary_shard
         deepspeeds = recipe.engine.offload != "none" or recipe.engine.secondary_shard

@@ -264,7 +264,9 @@ def average_on_rank(rank, ranks, layouts, folder):
             curve = []
             for step in range(STEPS):
                 images, tokens = batch_of(step)
-                result = engine.step(images[rows], tokens[rows], 1e-3, step * BATCH).result()
+                result = engine.step(
+                    images[rows], engine.lay_out(tokens[rows]), 1e-3, step * BATCH
+                ).result()
                 curve.append((result.loss, result.grad_norm))
                 if stage:
                     target = folder / f"{ranks}_{number}_{step}"

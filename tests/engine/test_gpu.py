@@ -141,10 +141,10 @@ def _curve(world, changes):
     losses, left_out = [], 0
     for step in range(8):
         images, tokens = batch_of(step)
-        result = engine.step(images, tokens, 1e-4).result()
+        result = engine.step(images, engine.lay_out(tokens), 1e-4).result()
         while recipe.engine.precision == "fp16" and not result.applied and left_out < MOST_LEFT_OUT:
             left_out += 1  # the loss scale falls, and nothing else has changed
-            again = engine.step(images, tokens, 1e-4).result()
+            again = engine.step(images, engine.lay_out(tokens), 1e-4).result()
             assert again.losses == result.losses
             result = again
         assert result.applied
@@ -167,9 +167,9 @@ def waits_on_rank(_rank, _ranks, changes):
         images, tokens = batch_of(0)
         images = images.pin_memory()
         for _ in range(3):
-            engine.step(images, tokens, 1e-4).result()
+            engine.step(images, engine.lay_out(tokens), 1e-4).result()
         torch.cuda.set_sync_debug_mode("error")
-        flights = [engine.step(images, tokens, 1e-4) for _ in range(3)]
+        flights = [engine.step(images, engine.lay_out(tokens), 1e-4) for _ in range(3)]
         torch.cuda.set_sync_debug_mode("default")
         applied = [flight.result().applied for flight in flights]
         engine.close()

@@ -27,7 +27,7 @@ def load_on_rank(rank, ranks, folder):
         images = torch.zeros(8, 3, 48, 48, dtype=torch.uint8)
         tokens = torch.randint(3, 1000, (8, 16))
         for _ in range(3):
-            engine.step(images, tokens, 1e-3)
+            engine.step(images, engine.lay_out(tokens), 1e-3)
         folder.mkdir()
         engine.save_state(folder).result()
     saved = torch.load(folder / SCALE_FILE, weights_only=True)

@@ -39,7 +39,7 @@ def save_both_ways(rank, ranks, folder):
                 here = slice(rank * BATCH // ranks, (rank + 1) * BATCH // ranks)
                 for step in range(2):
                     images, tokens = batch_of(step)
-                    engine.step(images[here], tokens[here], 1e-3)
+                    engine.step(images[here], engine.lay_out(tokens[here]), 1e-3)
                 saving = engine.save_state(folder / f"{stage}_{precision}_{background}")
                 at_once = saving.done()
                 written[stage, precision, background] = at_once, saving.result()

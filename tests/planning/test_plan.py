@@ -118,7 +118,9 @@ def measured_state(_rank, ranks, recipe, folder):
     samples, size = batch.samples_per_rank, config.vision_cfg.image_size
     tokens = caption_quantiles(samples, 8.0, config.context_length, config.pad_id)
     for _ in range(3):  # the first records the order in which parameters are needed
-        engine.step(torch.zeros(samples, 3, size, size, dtype=torch.uint8), tokens, 1e-4)
+        engine.step(
+            torch.zeros(samples, 3, size, size, dtype=torch.uint8), engine.lay_out(tokens), 1e-4
+        )
     weights = sum(p.ds_tensor.nbytes for p in engine.module.parameters())
     gradients = sharded.grad_partitions_flat_buffer.nbytes
     moments = [t for s in sharded.optimizer.state.values() for t in s.values()]
@@ -181,7 +183,7 @@ def measured_traffic(_rank, ranks):
         tokens = caption_quantiles(8, 8.0, config.context_length, config.pad_id)
         for _ in range(3):  # the first records the order in which parameters are needed
             comms_logger.comms_dict.clear()
-            engine.step(torch.zeros(8, 3, 48, 48, dtype=torch.uint8), tokens, 1e-4)
+            engine.step(torch.zeros(8, 3, 48, 48, dtype=torch.uint8), engine.lay_out(tokens), 1e-4)
         logged = comms_logger.comms_dict
         found.append(
             sum(
