@@ -153,14 +153,14 @@ class CrossAttention(nn.Module):
         """Attention of each sequence to its context.
 
         Args:
-            x: queries [B, T, D], or with `rows` [N, D]; with a cache, several sequences in a
-                row may have the same context.
+            x: queries [B, T, D], with `rows` [N, D], or [T, D] that all sequences share; with a
+                cache, several sequences in a row may have the same context.
             context_BSC: what is attended to; None if `cache` has its keys and values.
             rows: where the rows lie if `x` is ragged.
             cache: keeps keys and values of the context.
 
         Returns:
-            As `x`.
+            As `x`, and [B, T, D] of shared queries.
         """
         if context_BSC is None:
             assert cache is not None and cache.pair is not None
@@ -172,6 +172,8 @@ class CrossAttention(nn.Module):
         q = self.q(x)
         if rows is not None:
             q = rows.pad(q)
+        elif q.ndim == 2:
+            q = q.expand(len(k), -1, -1)
         if cache is not None:
             q = q.reshape(len(k), -1, q.shape[-1])  # a context's sequences, one after the other
         y = attend(split_heads(q, self.heads), k, v)
@@ -285,5 +287,4 @@ class AttentionalPooler(nn.Module):
 
     def forward(self, x_BSC: Tensor) -> Tensor:
         """Returns [B, Q, D]."""
-        query = self.norm_q(self.query).expand(x_BSC.shape[0], -1, -1)
-        return self.attn(query, self.norm_kv(x_BSC))
+        return self.attn(self.norm_q(self.query), self.norm_kv(x_BSC))
