@@ -148,7 +148,18 @@ def deepspeed_config(
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
+    if adds_in_fp32(recipe, batch):
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
     return _merge(config, recipe.engine.deepspeed)
+
+
+def adds_in_fp32(recipe: Recipe, batch: BatchSplit) -> bool:
+    """Whether gradients of micro-batches are added up in fp32, and not in the run's bf16.
+
+    Where each rank keeps all gradients (stages 0 and 1) DeepSpeed has no such thing for us.
+    """
+    engine = recipe.engine
+    return batch.accumulation > 1 and engine.precision == "bf16" and engine.zero_stage >= 2
 
 
 def many_at_once(config: Mapping[str, Any]) -> bool:
@@ -166,10 +177,12 @@ def apply_settings(model: CoCa, recipe: Recipe, recomputed: Collection[str] = ()
 
     Args:
         model: of the recipe.
-        recipe: of the run.
+        recipe: of the run, with what `auto` has come to.
         recomputed: names of blocks that are recomputed as a whole.
     """
-    model.set_activation_checkpointing(recipe.engine.activation_checkpointing, recomputed)
+    checkpointing = recipe.engine.activation_checkpointing
+    assert checkpointing != "auto", "planning.fit finds out what it is"
+    model.set_activation_checkpointing(checkpointing, recomputed)
     if model.caption_head is not None:
         model.caption_head.chunk_rows = recipe.loss.caption_chunk_rows
         model.caption_head.label_smoothing = recipe.loss.label_smoothing

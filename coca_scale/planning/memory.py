@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from coca_scale.data.shards import WINDOW_BYTES
+from coca_scale.engine.config import adds_in_fp32
 from coca_scale.engine.optimizer import kind_of
 from coca_scale.recipe import BatchSplit, Recipe
 
@@ -48,28 +49,29 @@ class StateBytes:
 
 
 def state_bytes(
-    recipe: Recipe, parameters: int, trained: int, ranks: int, ranks_per_node: int
+    recipe: Recipe, batch: BatchSplit, parameters: int, trained: int, ranks_per_node: int
 ) -> StateBytes:
     """Bytes per rank, without activations and without what is gathered for a layer at a time.
 
     Args:
         recipe: says how the state is cut, and in which precision it is.
+        batch: its batch over the ranks, which share the state.
         parameters: of the model.
         trained: of them, those that are not locked.
-        ranks: processes that share the state.
-        ranks_per_node: of them on one node.
+        ranks_per_node: ranks of one node.
     """
-    engine = recipe.engine
+    engine, ranks = recipe.engine, batch.ranks
     element = 4 if engine.precision == "fp32" else 2
     moments = MOMENT_BYTES * len(kind_of(recipe.optim).moments)
     moments += 0 if engine.precision == "fp32" else MASTER_BYTES
     moments += 0 if recipe.optim.ema_decay is None else AVERAGE_BYTES
     stage = engine.zero_stage
     weights = parameters * element / (ranks if stage >= 3 else 1)
-    gradients = trained * element / (ranks if stage >= 2 else 1)
+    wide = adds_in_fp32(recipe, batch)
+    gradients = trained * (4 if wide else element) / (ranks if stage >= 2 else 1)
     optimizer = trained * moments / (ranks if stage >= 1 else 1)
     # with two groups, that with weight decay is nearly all
-    copied = stage >= 1 and engine.precision != "fp32"
+    copied = stage >= 1 and engine.precision != "fp32" and not wide
     updating = trained * MASTER_BYTES / ranks if copied else 0.0
     saved = optimizer
     if engine.precision == "fp32":  # weights are their own masters

@@ -121,7 +121,7 @@ def make_plan(
         gpus_per_node: ranks that share a node.
         steps: of the run, None if unknown.
     """
-    state = state_bytes(recipe, costs.parameters, costs.trained, batch.ranks, gpus_per_node)
+    state = state_bytes(recipe, batch, costs.parameters, costs.trained, gpus_per_node)
     element = 4 if recipe.engine.precision == "fp32" else 2
     buffers = _buffer_bytes(costs, recipe, batch, element)
     activations = costs.peak_bytes

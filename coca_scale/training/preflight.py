@@ -74,7 +74,7 @@ def room_in_host(recipe: Recipe, batch: BatchSplit, model: CoCa, world: World) -
     """A warning if the ranks of this node will need more memory than it has."""
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     parameters, trained = (sum(n for n, t in sizes if t or not only) for only in (False, True))
-    state = state_bytes(recipe, parameters, trained, world.size, world.ranks_per_node)
+    state = state_bytes(recipe, batch, parameters, trained, world.ranks_per_node)
     kept = state.offloaded
     kept += state.total + state.updating if world.device.type == "cpu" else 0
     image_size = model.config.vision_cfg.image_size
