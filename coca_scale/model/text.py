@@ -27,7 +27,8 @@ class TextTransformer(nn.Module):
         self.correct_cls_mask = config.correct_cls_mask
         self.token_embedding = nn.Embedding(config.vocab_size, width)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
-        self.class_embedding = normal_parameter(width, std=0.01) if config.embed_cls else None
+        self.has_cls = config.embed_cls
+        self.class_embedding = normal_parameter(width, std=0.01) if self.has_cls else None
         positions = config.context_length + config.embed_cls
         self.position_embedding = normal_parameter(positions, width, std=0.01)
         shape = BlockShape(width, config.heads, config.mlp_ratio, config.layers, quick_gelu)
@@ -44,12 +45,13 @@ class TextTransformer(nn.Module):
         """Lay out token ids [B, T], T up to the context length, for `forward`.
 
         A CLS row has position T. Under OpenCLIP's mask it sees one pad, which is kept with it.
+        Looks at no parameter: under ZeRO-3 that would be a collective, in a thread of one rank.
         """
         context = tokens_BT.shape[1]
         real_B = real_lengths(tokens_BT, self.pad_id)
         reads_B = (real_B - 1).clamp(min=0)
         seen_BS = pooled_B = None
-        if self.class_embedding is not None:
+        if self.has_cls:
             lengths_B = (real_B + (not self.correct_cls_mask)).clamp(max=context)
             seen_BS = visible_keys(tokens_BT, self.pad_id, self.correct_cls_mask)
         else:
@@ -83,7 +85,7 @@ class TextTransformer(nn.Module):
 
     def _cache_mask(self, cache: KVCache) -> Tensor:
         """What the next tokens may see, bool [R, 1, T, L], or [T, L] where all see alike."""
-        if self.class_embedding is None:
+        if not self.has_cls:
             return cache.causal_mask()
         seen_RL = visible_keys(cache.tokens_RL, self.pad_id, self.correct_cls_mask)[:, :-1]
         return cache.causal_mask() & seen_RL[:, None, None, :]

@@ -65,6 +65,24 @@ def test_no_later_token_changes_an_earlier_prediction(kind, tmp_path):
             assert not torch.allclose(logits[0, position:], before[0, position:], atol=1e-3)
 
 
+class Untouched(dict):
+    """Parameters of a module, none of which may be looked at."""
+
+    def __getitem__(self, name):
+        raise AssertionError(f"{name} was looked at")
+
+
+@pytest.mark.parametrize("kind", [*CAPTIONERS, "clip_roberta"])
+def test_captions_are_laid_out_without_a_look_at_parameters(kind, tmp_path):
+    """Under ZeRO-3 a look gathers them from all ranks, whatever these do in their main threads."""
+    config = variant(kind, tmp_path)
+    coca = fresh(config)
+    for module in coca.modules():
+        module._parameters = Untouched(module._parameters)
+    with pytest.raises(AssertionError, match="weight was looked at"):
+        coca.text(coca.text.pack(random_tokens(config, 3)))
+
+
 @torch.no_grad()
 def test_the_leak_test_finds_openclips_own_leak(tmp_path):
     """The text tower of a CLIP is bidirectional, as OpenCLIP builds it under its CoCa too."""
