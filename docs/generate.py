@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from coca_scale.openclip.options import options_table
-from coca_scale.planning.costs import plan_run
+from coca_scale.planning.fit import plan_run
 from coca_scale.planning.gpus import GPUS
 from coca_scale.planning.plan import Costs, Plan
 from coca_scale.recipe import BatchSplit, Recipe, load_recipe

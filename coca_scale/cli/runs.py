@@ -48,7 +48,7 @@ def plan_command(
 
     Example: coca-scale plan recipes/large.yaml --gpus 64 --gpu h100-80gb
     """
-    from coca_scale.planning.costs import plan_run
+    from coca_scale.planning.fit import plan_run
     from coca_scale.planning.gpus import GPUS
     from coca_scale.planning.plan_text import plan_page
     from coca_scale.recipe import load_recipe

@@ -24,7 +24,7 @@ from coca_scale.evaluation.zeroshot import open_labelled
 from coca_scale.inference.load import pretrained_name
 from coca_scale.model import CoCa, ModelConfig
 from coca_scale.model.freeze import freeze
-from coca_scale.planning.costs import plan_run
+from coca_scale.planning.fit import plan_run
 from coca_scale.planning.gpus import GPUS
 from coca_scale.recipe import BatchSplit, Recipe
 from coca_scale.recipe.data import WeightedShards

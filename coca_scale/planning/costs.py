@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.distributed._tools.fake_collectives  # on tensors without data, which torch 2.8 lacks
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
-from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.testing._internal.distributed.fake_pg import FakeProcessGroup
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -23,30 +23,13 @@ from coca_scale.model.config import VisionConfig
 from coca_scale.model.freeze import freeze
 from coca_scale.model.layers import is_short
 from coca_scale.planning.counting import LiveBytes, flops, parts
-from coca_scale.planning.gpus import Gpu
-from coca_scale.planning.plan import Costs, Plan, make_plan
+from coca_scale.planning.plan import Costs
 from coca_scale.recipe import BatchSplit, Recipe
-from coca_scale.recipe.total_steps import total_steps
 
 # times that what is kept for the backward pass goes through the device's memory, as benchmarks show
 # it: the image tower's, by what attends there; captions', whose many small operations take longer
 IMAGE_PASSES = {"torch": 10.3, "triton": 8.2}
 CAPTION_PASSES = 13.0
-
-
-def plan_run(
-    recipe: Recipe, ranks: int, gpu: Gpu, gpus_per_node: int = 8
-) -> tuple[BatchSplit, Costs, Plan]:
-    """What a recipe costs on `ranks` devices: its batch over them, the counts, the plan.
-
-    Raises:
-        UserError: as `count_costs`, or the batch does not divide over the ranks.
-    """
-    batch = BatchSplit.from_recipe(recipe, ranks)
-    known = recipe.train.epochs is None or recipe.data.train_samples is not None
-    steps = total_steps(recipe.train, recipe.data.train_samples) if known else None
-    costs = count_costs(recipe, batch)
-    return batch, costs, make_plan(recipe, batch, costs, gpu, gpus_per_node, steps)
 
 
 def count_costs(recipe: Recipe, batch: BatchSplit) -> Costs:
@@ -84,6 +67,7 @@ def count_costs(recipe: Recipe, batch: BatchSplit) -> Costs:
         ),
         bucket=transfers(model).bucket,
         features_bytes=batch.samples_per_rank * 2 * width * dtype.itemsize,
+        checkpointing=recipe.engine.activation_checkpointing,
         recomputed=len(recomputed),
         blocks=len(model.blocks()),
         kept_bytes=kept,
@@ -262,10 +246,6 @@ def _contrastive_bytes(recipe: Recipe, batch: BatchSplit, width: int, dtype: tor
             contrastive_loss(gather, scale, group, recipe.loss.contrastive_chunk_rows)
         return live.peak
 
-    if batch.ranks == 1:
-        return count(None)
-    dist.init_process_group("fake", rank=0, world_size=batch.ranks, store=FakeStore())
-    try:
-        return count(dist.group.WORLD)
-    finally:
-        dist.destroy_process_group()
+    # of its own, beside that of a job whose rank counts; a constructor until torch 2.8
+    make_group: Any = getattr(FakeProcessGroup, "_create_internal", FakeProcessGroup)
+    return count(None if batch.ranks == 1 else make_group(0, batch.ranks))

@@ -39,6 +39,7 @@ class Costs:
         largest_layer: parameters of the largest module that ZeRO-3 gathers at once.
         bucket: elements that ZeRO moves at a time.
         features_bytes: of this rank's samples in the global batch.
+        checkpointing: what of a block is recomputed, as the recipe says or `auto` has come to.
         blocks: of the model.
         recomputed: of them, those that are recomputed as a whole to keep to a budget.
         kept_bytes: what a forward pass leaves for its backward pass, by part of the model.
@@ -58,6 +59,7 @@ class Costs:
     largest_layer: int
     bucket: int
     features_bytes: int
+    checkpointing: str
     blocks: int
     recomputed: int
     kept_bytes: dict[str, int]

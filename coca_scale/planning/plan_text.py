@@ -15,6 +15,7 @@ def plan_page(
         f"{part} {size / 1e9:.2f}" for part, size in costs.kept_bytes.items() if size > 5e6
     )
     where = "in a node" if plan.link_bytes == gpu.node_bytes else "between nodes"
+    chosen = f"; auto is {costs.checkpointing}" if _is_auto(recipe) else ""
     again = f"; {costs.recomputed} of {costs.blocks} blocks recomputed" if costs.recomputed else ""
     lines = [
         f"{recipe.model.name}, {costs.parameters:,} parameters, on {batch.ranks:,} × {name}",
@@ -24,7 +25,7 @@ def plan_page(
         f"{_gb(plan.parameters_bytes):>18} weights",
         f"{_gb(plan.gradients_bytes):>18} gradients",
         f"{_gb(plan.optimizer_bytes):>18} optimizer",
-        f"{_gb(plan.activations_bytes):>18} activations ({parts}){again}",
+        f"{_gb(plan.activations_bytes):>18} activations ({parts}){chosen}{again}",
         f"{_gb(plan.loss_bytes):>18} contrastive loss, gathered features included",
         f"{_gb(plan.buffers_bytes):>18} gathered layers, buckets, CUDA and NCCL",
         *_host(plan, gpu),
@@ -44,6 +45,10 @@ def plan_page(
             f"{plan.gpu_hours:,.0f} GPU-hours"
         )
     return "\n".join([*lines, *_advice(recipe, batch, plan)])
+
+
+def _is_auto(recipe: Recipe) -> bool:
+    return recipe.engine.activation_checkpointing == "auto"
 
 
 def _host(plan: Plan, gpu: Gpu) -> list[str]:
@@ -82,7 +87,7 @@ def _advice(recipe: Recipe, batch: BatchSplit, plan: Plan) -> list[str]:
     if plan.activations_bytes > states:
         if batch.micro_batch > 1:
             changes.append(f"train.micro_batch={batch.micro_batch // 2}")
-        if recipe.engine.activation_checkpointing != "full":
+        if recipe.engine.activation_checkpointing != "full" and not _is_auto(recipe):
             changes.append("engine.activation_checkpointing=full")
     elif recipe.engine.zero_stage < 3:
         changes.append("engine.zero_stage=3")

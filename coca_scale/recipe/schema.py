@@ -188,11 +188,12 @@ class EngineSection(Section):
     precision: Literal["bf16", "fp16", "fp32"] = Field(
         "bf16", description="Parameters in the forward pass; the optimizer always keeps fp32."
     )
-    activation_checkpointing: Literal["none", "selective", "full"] = Field(
+    activation_checkpointing: Literal["none", "selective", "full", "auto"] = Field(
         "selective",
         description="What the backward pass computes again instead of keeping it: none; "
         "selective: norms and activation functions, cheap and 40 % of what a block keeps; full: "
-        "every transformer block.",
+        "every transformer block; auto: the first of none, selective and selective with some "
+        "blocks whole that fits into the device's memory as planned, which the log says.",
     )
     activation_budget_gb: Annotated[float, Field(gt=0.0, le=1e6)] | None = Field(
         None,

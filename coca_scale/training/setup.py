@@ -26,6 +26,7 @@ from coca_scale.engine.checkpoint import (
     sweep,
     verify_together,
 )
+from coca_scale.engine.host import memory_bytes
 from coca_scale.engine.train_engine import TrainEngine
 from coca_scale.engine.world import World
 from coca_scale.errors import AgreedError, UserError
@@ -33,7 +34,8 @@ from coca_scale.evaluation.zeroshot import open_labelled
 from coca_scale.model import ModelConfig
 from coca_scale.planning.check import tracking_fault
 from coca_scale.planning.costs import blocks_to_recompute, model_flops
-from coca_scale.planning.gpus import peak_flops
+from coca_scale.planning.fit import fitted
+from coca_scale.planning.gpus import GPUS, Gpu, peak_flops
 from coca_scale.recipe import BatchSplit, Recipe, dump_recipe
 from coca_scale.recipe.run_folder import CHECKPOINTS, RECIPE, VERSIONS
 from coca_scale.recipe.total_steps import total_steps
@@ -178,10 +180,13 @@ def set_up(recipe: Recipe, world: World, lanes: LaneStates | None = None) -> Set
     crowded = room_in_host(recipe, split, coca, world)
     notes += [note for note in (room, crowded) if note is not None]
     samples_at_peak = _samples_at_peak(prepared, world)
-    recomputed = world.on_first(lambda: blocks_to_recompute(recipe, split))
+    fitting = world.on_first(lambda: fitted(recipe, split, _device(world), world.ranks_per_node))
+    if recipe.engine.activation_checkpointing == "auto":
+        notes.append(f"activation_checkpointing auto is {fitting.engine.activation_checkpointing}")
+    recomputed = world.on_first(lambda: blocks_to_recompute(fitting, split))
     if recomputed:
         notes.append(f"recomputing {len(recomputed)} blocks to keep to the activation budget")
-    engine = TrainEngine(coca, logit_scale, recipe, split, world, recomputed)
+    engine = TrainEngine(coca, logit_scale, fitting, split, world, recomputed)
     return Setup(
         prepared, resumed, progress, lanes, batches, engine, identity, samples_at_peak, notes
     )
@@ -242,6 +247,14 @@ def _agreed_checkpoint(prepared: Prepared, world: World, notes: list[str]) -> Pa
         return None
     verify_together(Path(resume), world)
     return Path(resume)
+
+
+def _device(world: World) -> Gpu:
+    """This rank's, with the memory that it has."""
+    if world.device.type == "cpu":
+        return replace(GPUS["cpu"], memory_bytes=memory_bytes() / world.ranks_per_node)
+    there = torch.cuda.get_device_properties(world.device).total_memory
+    return replace(GPUS["h100-80gb"], memory_bytes=float(there))
 
 
 def _samples_at_peak(prepared: Prepared, world: World) -> float | None:
