@@ -81,7 +81,7 @@ killed() {
 
 runs() { # two and a half minutes, on drawings; then how good the model is
   local held_out='synthetic://shapes?split=val&count=256&size=48'
-  killed drawings 250 eval.every_steps=1200
+  killed drawings 250 eval.every_steps=1000
   timeout 60 "$PYTHON" -m coca_scale eval captioning "$OUT/drawings" "$held_out"
   timeout 60 "$PYTHON" -m coca_scale eval retrieval "$OUT/drawings" "$held_out" --equal-captions
 }
