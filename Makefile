@@ -4,9 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := runs/demo
+TORCH ?= 2.11.0
+OTHER := $(VENV)-torch-$(TORCH)
+TORCH_TESTS := tests/losses tests/model/test_padding.py tests/engine/test_accumulation.py tests/engine/test_compile.py \
+	tests/engine/test_equivalence.py
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-docs test-cluster test-gpu test-image bench gpu docs lint clean
+.PHONY: demo test test-docs test-cluster test-torch test-gpu test-image bench gpu docs lint clean
 
 $(READY): requirements.lock setup.py
 	@$(PYTHON) -m venv $(VENV) || { echo "cannot make a virtual environment; on Debian: apt-get install python3-venv" >&2; exit 1; }
@@ -29,6 +33,13 @@ test-docs: $(READY)
 # needs root and Debian's slurmctld, slurmd, slurm-client, munge and openmpi-bin; some 13 minutes
 test-cluster: $(READY)
 	@PATH="$(CURDIR)/$(BIN):/usr/sbin:$$PATH" OMP_NUM_THREADS=1 python -m pytest -m cluster tests/cluster tests/distributed $(PYTEST_ARGS)
+
+# what is compiled, losses and curves under another torch, by default that of the GPU machines, and the
+# numpy that its Triton's interpreter takes; 8 minutes with the install
+test-torch:
+	@$(PYTHON) -m venv $(OTHER)
+	@$(OTHER)/bin/python -m pip install --quiet --disable-pip-version-check torch==$(TORCH) 'numpy<2.4' pytest hypothesis -e .
+	@PATH="$(CURDIR)/$(OTHER)/bin:$$PATH" OMP_NUM_THREADS=1 python -m pytest $(TORCH_TESTS) $(PYTEST_ARGS)
 
 # needs a GPU; over five minutes on an H200
 test-gpu: $(READY)
@@ -54,4 +65,4 @@ lint: $(READY)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" && ruff check . && ruff format --check . && mypy && lint-imports && shellcheck slurm/*.sh docker/*.sh docs/*.sh benchmarks/*.sh demo.sh .ci/run && hadolint docker/Dockerfile
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(VENV)-torch-* runs

@@ -3,8 +3,9 @@
     python benchmarks/losses.py [--rounds 5] [--out FILE]
 
 Caption loss over captions of 76 tokens of which 20 are real, as a batch has them; contrastive loss
-on one rank; in bf16 on a GPU, in fp32 elsewhere. Differences are relative, of the gradients, from
-float64.
+on one rank; in bf16 on a GPU, in fp32 elsewhere. Liger and cut cross-entropy stand beside
+them where they are installed (pip install liger-kernel cut-cross-entropy). Differences are relative,
+of the gradients, from float64.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import time
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,26 @@ def deepspeed_tiled(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     shards = max(1, len(hidden) // 2048)
     total: Tensor = TiledFusedLogitsLoss.apply(
         tile, owner, hidden[None], labels[None], None, shards, [owner.weight], "sum"
+    )
+    return total
+
+
+def liger(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Liger's kernels (Hsu et al. 2024)."""
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    loss = LigerFusedLinearCrossEntropyLoss(ignore_index=0, reduction="sum")
+    total: Tensor = loss(weight, hidden, labels)
+    return total
+
+
+def cut(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Cut cross-entropy's kernels (Wijmans et al. 2025); on a CPU what it has torch compile."""
+    from cut_cross_entropy import linear_cross_entropy
+
+    kind = "cce" if ON_GPU else "torch_compile"
+    total: Tensor = linear_cross_entropy(
+        hidden, weight, labels, ignore_index=0, reduction="sum", impl=kind
     )
     return total
 
@@ -151,6 +173,10 @@ def caption_losses(rounds: int) -> list[dict[str, Any]]:
         losses["torch"] = torch_fused
     if ON_GPU:
         losses["coca-scale, Triton"] = ours_in_triton
+    if ON_GPU and find_spec("liger_kernel") is not None:
+        losses["Liger"] = liger
+    if find_spec("cut_cross_entropy") is not None:
+        losses["cut cross-entropy"] = cut
     rows = []
     for captions, vocabulary in ((192, 49408), (512, 49408)) if ON_GPU else SMALL:
         inputs = caption_case(captions, vocabulary)
