@@ -173,7 +173,7 @@ class CrossAttention(nn.Module):
         if rows is not None:
             q = rows.pad(q)
         elif q.ndim == 2:
-            q = q.expand(len(k), -1, -1)
+            q = q.expand(len(k), -1, -1).contiguous()  # not every kernel takes a stride of 0
         if cache is not None:
             q = q.reshape(len(k), -1, q.shape[-1])  # a context's sequences, one after the other
         y = attend(split_heads(q, self.heads), k, v)
