@@ -3,7 +3,7 @@
     python benchmarks/losses.py [--rounds 5] [--out FILE]
 
 Caption loss over captions of 76 tokens of which 20 are real, as a batch has them; contrastive loss
-on one rank; in bf16 on a GPU, in fp32 elsewhere. Liger and cut cross-entropy stand beside them where
+on one rank; in bf16 on a GPU, in fp32 elsewhere. Liger and cut cross-entropy stand beside them if
 they are installed (pip install liger-kernel cut-cross-entropy). Differences are relative, of the
 gradients, from float64.
 """
