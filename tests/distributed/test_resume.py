@@ -34,7 +34,7 @@ def part_of_a_run(rank, ranks, folder, until, changes):
     class Watched(Trainer):
         def _train_step(self, batch):
             super()._train_step(batch)
-            keys[self.step] = batch.keys
+            keys[self.step] = batch.share.keys
 
     world = start_world(60)
     trainer = Watched(recipe, world)
