@@ -207,8 +207,10 @@ def _buffer_bytes(costs: Costs, recipe: Recipe, batch: BatchSplit, element: int)
     reduce = REDUCE_BUCKETS[stage] * min(costs.bucket, costs.trained) * element
     if stage < 3:
         return reduce
-    gathered = live_parameters(costs) + costs.largest_layer + costs.bucket
-    return reduce + min(costs.parameters, gathered) * element
+    # ZeRO-3 lets go of what is more than stays whole, but autograd keeps what linear layers saw of
+    # it until the backward pass, for which it is gathered once more
+    again = costs.largest_layer + costs.bucket if costs.parameters > live_parameters(costs) else 0
+    return reduce + (costs.parameters + again) * element
 
 
 def _gathered(costs: Costs, passes: int, layers: int) -> tuple[int, int]:
