@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from coca_scale.errors import UserError
-from coca_scale.planning.costs import blocks_to_recompute, count_costs
+from coca_scale.planning.costs import count_costs
 from coca_scale.planning.gpus import Gpu
 from coca_scale.planning.plan import Costs, Plan, make_plan
 from coca_scale.recipe import BatchSplit, Recipe
@@ -23,36 +23,39 @@ def plan_run(
     batch = BatchSplit.from_recipe(recipe, ranks)
     known = recipe.train.epochs is None or recipe.data.train_samples is not None
     steps = total_steps(recipe.train, recipe.data.train_samples) if known else None
-    recipe = fitted(recipe, batch, gpu, gpus_per_node)
-    costs = count_costs(recipe, batch)
+    recipe, costs = fitted(recipe, batch, gpu, gpus_per_node)
     return batch, costs, make_plan(recipe, batch, costs, gpu, gpus_per_node, steps)
 
 
-def fitted(recipe: Recipe, batch: BatchSplit, gpu: Gpu, gpus_per_node: int) -> Recipe:
-    """The recipe with as little to recompute as the device has room for, where it says `auto`.
+def fitted(recipe: Recipe, batch: BatchSplit, gpu: Gpu, gpus_per_node: int) -> tuple[Recipe, Costs]:
+    """The recipe with as little to recompute as the device has room for where it says `auto`.
 
     Nothing, or norms and activation functions, or beside these as many blocks as it takes, or all.
+
+    Returns:
+        The recipe, and what was counted for it.
 
     Raises:
         UserError: as `count_costs`.
     """
     if recipe.engine.activation_checkpointing != "auto":
-        return recipe
+        return recipe, count_costs(recipe, batch)
     wanted, room = recipe.engine.activation_budget_gb, 0.0
     for mode in ("none", "selective"):
         tried = _with(recipe, mode, None)
-        plan = make_plan(tried, batch, count_costs(tried, batch), gpu, gpus_per_node, None)
+        costs = count_costs(tried, batch)
+        plan = make_plan(tried, batch, costs, gpu, gpus_per_node, None)
         others = plan.total_bytes - plan.activations_bytes
         room = gpu.memory_bytes * (1 - MARGIN) - others
         room = room if wanted is None else min(room, wanted * 1e9)
         if plan.activations_bytes <= room:
-            return tried
+            return tried, costs
     tried = _with(recipe, "selective", max(room, 1.0) / 1e9)
     try:
-        blocks_to_recompute(tried, batch)
+        return tried, count_costs(tried, batch)
     except UserError:  # more than it has even so: the run may know better than the plan
-        return _with(recipe, "full", None)
-    return tried
+        tried = _with(recipe, "full", None)
+        return tried, count_costs(tried, batch)
 
 
 def _with(recipe: Recipe, mode: str, budget_gb: float | None) -> Recipe:

@@ -180,8 +180,10 @@ def set_up(recipe: Recipe, world: World, lanes: LaneStates | None = None) -> Set
     crowded = room_in_host(recipe, split, coca, world)
     notes += [note for note in (room, crowded) if note is not None]
     samples_at_peak = _samples_at_peak(prepared, world)
-    fitting = world.on_first(lambda: fitted(recipe, split, _device(world), world.ranks_per_node))
+    fitting = recipe
     if recipe.engine.activation_checkpointing == "auto":
+        here = (_device(world), world.ranks_per_node)
+        fitting = world.on_first(lambda: fitted(recipe, split, *here)[0])
         notes.append(f"activation_checkpointing auto is {fitting.engine.activation_checkpointing}")
     recomputed = world.on_first(lambda: blocks_to_recompute(fitting, split))
     if recomputed:
