@@ -39,7 +39,7 @@ class Prefetcher:
     """
 
     def __init__(self, batches: Iterator[StepBatch], lay_out: LayOut, device: torch.device) -> None:
-        """`lay_out`: from token ids int64 [n, T] on the host to the captions of a `ReadyBatch`."""
+        """`lay_out`: from token ids int64 [n, T] on the host to captions on the device."""
         self._batches = batches
         self._lay_out = lay_out
         self._device = device
@@ -74,7 +74,6 @@ class Prefetcher:
 
     def _fetch(self) -> ReadyBatch:
         batch = next(self._batches)
-        captions = self._lay_out(batch.tokens)
         with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
             share = replace(batch, images=sent(batch.images, self._device))
-            return ReadyBatch(share, [part.to(self._device) for part in captions])
+            return ReadyBatch(share, self._lay_out(batch.tokens))

@@ -169,14 +169,14 @@ class TrainEngine:
         self._zero.close()
 
     def lay_out(self, tokens: Tensor) -> list[PackedCaptions]:
-        """Captions of this rank's share as `step` takes them, on the host. Local, in any thread.
+        """Captions of this rank's share as `step` takes them. Local, in any thread.
 
         Args:
             tokens: int64 [n, T], on the host: their lengths are read.
         """
         assert tokens.device.type == "cpu", "a GPU would make the host wait at every length"
         parts = tokens.split(self._batch_split.micro_batch)
-        return [self.module.text.pack(part) for part in parts]
+        return [self.module.text.pack(part).to(self.world.device) for part in parts]
 
     def step(
         self,
@@ -283,8 +283,7 @@ class TrainEngine:
         ids = samples_seen + self.world.rank * len(images) + indices
         ids += (self._seed % 2**23) << 40  # no run has 2^40 samples
         images, ids = sent(images, device), sent(ids, device)
-        here = [part.to(device) for part in captions]
-        parts = zip(images.split(size), here, ids.split(size), strict=True)
+        parts = zip(images.split(size), captions, ids.split(size), strict=True)
         batches = [_MicroBatch(*part) for part in parts]
         assert len(batches) == self._batch_split.accumulation, "not the batch that was split"
         return batches

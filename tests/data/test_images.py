@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 from contextlib import closing
+from functools import partial
 
 import numpy as np
 import pytest
@@ -99,7 +100,8 @@ def test_formats_that_start_programs_are_not_opened():
 def test_prefetched_batches_reach_the_device_as_they_are(kind):
     train = "synthetic://shapes?count=144&size=32"
     batches = iter(loader(train, 0, 1, workers=2))
-    with closing(Prefetcher(batches, _lay_out, torch.device(kind))) as ahead:
+    device = torch.device(kind)
+    with closing(Prefetcher(batches, partial(_lay_out, device=device), device)) as ahead:
         for expected in itertools.islice(loader(train, 0, 1), 15):
             batch = next(ahead)
             share, captions = batch.share, batch.captions
@@ -115,11 +117,11 @@ def test_prefetched_batches_reach_the_device_as_they_are(kind):
                 assert found.text.longest == wanted.text.longest
 
 
-def _lay_out(tokens):
+def _lay_out(tokens, device="cpu"):
     """In micro-batches of half a share."""
     lengths = real_lengths(tokens, 0)
     return [
-        pack_captions(part, rows, rows - 1, None, None, 0)
+        pack_captions(part, rows, rows - 1, None, None, 0).to(torch.device(device))
         for part, rows in zip(tokens.chunk(2), lengths.chunk(2), strict=True)
     ]
 
