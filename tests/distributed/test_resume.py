@@ -103,9 +103,10 @@ def test_the_same_layout_again_is_bit_exact(whole, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_single_rank_goes_on_bit_exact(tmp_path):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_single_rank_goes_on_bit_exact(tmp_path, precision):
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
-    layout = {"engine__zero_stage": 3, "engine__precision": "bf16"}
+    layout = {"engine__zero_stage": 3, "engine__precision": precision}
     for folder, until in ((straight, STEPS), (stopped, 5), (stopped, STEPS)):
         allocate(folder, 1, until, **layout)
     assert curve(stopped, STEPS) == curve(straight, STEPS)

@@ -65,7 +65,7 @@ def train_with_poison(rank, ranks, folder, poisoned, changes, ahead=0):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "ahead"), [(0, 0), (3, 1)])
+@pytest.mark.parametrize(("stage", "ahead"), [(0, 0), (3, 0), (3, 1)])
 def test_a_step_that_is_not_finite_is_skipped_and_listed(stage, ahead, tmp_path):
     changes = {"train__steps": 4, "engine__zero_stage": stage}
     results = on_ranks(train_with_poison, 2, str(tmp_path), [2], changes, ahead)
