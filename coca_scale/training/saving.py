@@ -169,7 +169,8 @@ class Saver:
             files = {name: entry for part in world.gather(mine) for name, entry in part.items()}
             world.on_first(lambda: self._into_place(pending, files))
         except AgreedError as error:
-            if self._owner.holds():
+            world.on_first(self._owner.require)  # a run that was taken over ends: no failed save
+            if world.rank == 0:
                 shutil.rmtree(pending.temporary, ignore_errors=True)
             return 0, str(error)
         return sum(entry["bytes"] for entry in files.values()), None

@@ -17,7 +17,7 @@ TINY = [
 ]
 
 
-def start(folder, *arguments):
+def start(folder, *arguments, prepare=None):
     """A run on two ranks without a launcher; its log is beside the folder."""
     common = ("--recipe", "recipes/tiny.yaml", *TINY, f"run.dir={folder}")
-    return TrainingRanks(folder.with_suffix(".log"), *common, *arguments)
+    return TrainingRanks(folder.with_suffix(".log"), *common, *arguments, prepare=prepare)

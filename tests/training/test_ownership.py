@@ -295,6 +295,33 @@ def test_of_two_jobs_the_second_ends_and_a_requeue_goes_on(tmp_path, monkeypatch
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == kept
 
 
+def lose_the_folder_while_a_save_is_written():
+    """For a rank, before it starts: another job is there when the files are on the disk."""
+    from coca_scale.training import saving
+
+    written = saving._written
+
+    def taken_over(pending, rank):
+        entries = written(pending, rank)
+        if rank == 0:
+            path = owner_file(pending.final.parents[1])
+            path.with_name(f"{int(path.stem) + 1}.json").write_text("{}")
+            time.sleep(1.0)  # an owner looks twice a second
+        return entries
+
+    saving._written = taken_over
+
+
+@pytest.mark.slow
+def test_a_run_that_is_taken_over_while_it_saves_says_so_once(tmp_path):
+    folder = tmp_path / "run"
+    job = start(folder, prepare=lose_the_folder_while_a_save_is_written)
+    assert job.wait() == 1
+    assert job.output.count("was taken over by") == 1
+    assert "could not be saved" not in job.output
+    assert not [p for p in (folder / "checkpoints").iterdir() if p.name.endswith("3")]
+
+
 def test_a_full_disk_leaves_no_lock_that_the_next_start_would_watch(tmp_path, capsys):
     with no_file_over(20), pytest.raises(UserError, match="cannot be written: File too large"):
         Lock.take(run_claim(tmp_path))
