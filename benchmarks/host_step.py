@@ -41,7 +41,7 @@ from coca_scale.engine.world import World
 from coca_scale.losses import FeatureGather, contrastive_loss
 from coca_scale.model import CoCa, LogitScale, load_model_config
 from coca_scale.model.config import ModelConfig
-from coca_scale.model.layers import SelfAttention
+from coca_scale.model.layers import CrossAttention, SelfAttention
 from coca_scale.planning.costs import caption_quantiles
 from coca_scale.recipe import BatchSplit, load_recipe
 
@@ -160,6 +160,8 @@ def device(name: str, samples: int, own_attention: bool) -> dict[str, Any]:
     for module in model.modules():
         if isinstance(module, SelfAttention) and own_attention:
             module.kernel = lambda qkv, heads: torch.ops.coca_scale.short_attention(qkv, heads)[0]
+        if isinstance(module, SelfAttention | CrossAttention):
+            module.varlen = own_attention
     model.set_activation_checkpointing("selective")
     captions = model.text.pack(tokens).map(fake.from_tensor)
     with fake, Operations() as seen:

@@ -19,9 +19,11 @@ from coca_scale.model.layers import (
     AttentionalPooler,
     AttentionKernel,
     Block,
+    CrossAttention,
     CrossBlock,
     SelfAttention,
 )
+from coca_scale.model.varlen import MOST_HEAD_WIDTH
 from coca_scale.recipe import BatchSplit, Recipe
 from coca_scale.recipe.schema import EngineSection
 
@@ -172,13 +174,20 @@ def many_at_once(config: Mapping[str, Any]) -> bool:
     )
 
 
-def apply_settings(model: CoCa, recipe: Recipe, recomputed: Collection[str] = ()) -> None:
+def apply_settings(
+    model: CoCa,
+    recipe: Recipe,
+    recomputed: Collection[str] = (),
+    varlen: bool | None = None,
+) -> None:
     """Put what a recipe says about recomputing, kernels and the caption loss into its model.
 
     Args:
         model: of the recipe.
         recipe: of the run, with what `auto` has come to.
         recomputed: names of blocks that are recomputed as a whole.
+        varlen: whether captions stay packed in attention where the recipe lets them; None if this
+            process has a GPU for it.
     """
     checkpointing = recipe.engine.activation_checkpointing
     assert checkpointing != "auto", "planning.fit finds out what it is"
@@ -188,10 +197,16 @@ def apply_settings(model: CoCa, recipe: Recipe, recomputed: Collection[str] = ()
         model.caption_head.label_smoothing = recipe.loss.label_smoothing
         model.caption_head.z_loss = recipe.loss.z_loss
         model.caption_head.kernel = recipe.loss.caption_kernel
-    kernel = _attention_kernel() if recipe.engine.attention_kernel == "triton" else None
+    wanted = recipe.engine.attention_kernel == "triton"
+    kernel = _attention_kernel() if wanted else None
+    varlen = kernel is not None if varlen is None else varlen and wanted
+    varlen = varlen and recipe.engine.precision != "fp32"
     for module in model.modules():
         if isinstance(module, SelfAttention):
             module.kernel = kernel
+        if isinstance(module, SelfAttention | CrossAttention):
+            width = module.out.in_features // module.heads
+            module.varlen = varlen and width % 8 == 0 and width <= MOST_HEAD_WIDTH
 
 
 def _attention_kernel() -> AttentionKernel | None:

@@ -25,6 +25,7 @@ from coca_scale.model.recompute import (
     NormScale,
     Recomputable,
 )
+from coca_scale.model.varlen import varlen_cross_attention, varlen_self_attention
 
 # [B, T, 3·D] of so many heads → [B, T, D]; None where it does not take them
 AttentionKernel = Callable[[Tensor, int], Tensor | None]
@@ -89,12 +90,18 @@ class MLP(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention with one fused projection."""
+    """Multi-head self-attention with one fused projection.
+
+    Attributes:
+        kernel: for sequences without a mask.
+        varlen: whether captions stay packed in attention.
+    """
 
     def __init__(self, width: int, heads: int, residual_std: float) -> None:
         super().__init__()
         self.heads = heads
         self.kernel: AttentionKernel | None = None
+        self.varlen = False
         self.qkv = linear(width, 3 * width, width**-0.5)
         self.out = linear(width, width, residual_std)
 
@@ -111,7 +118,7 @@ class SelfAttention(nn.Module):
         Args:
             x: [B, T, D], or with `rows` [N, D].
             mask: boolean, True where a key may be seen, broadcastable to [B, H, T, T], with a cache
-                to [B, H, T, L].
+                to [B, H, T, L]; not looked at where captions stay packed.
             causal: no key after the query may be seen; not together with a mask.
             rows: where the rows lie if `x` is ragged.
             cache: of the tokens before; those of `x` are added.
@@ -121,6 +128,9 @@ class SelfAttention(nn.Module):
         """
         qkv = self.qkv(x)
         if rows is not None:
+            if self.varlen and cache is None:
+                return self.out(varlen_self_attention(qkv, rows, self.heads))
+            assert mask is not None or rows.seen_N is None
             qkv = rows.pad(qkv)
         elif self.kernel is not None and mask is None and not causal and cache is None:
             y = self.kernel(qkv, self.heads)
@@ -134,11 +144,16 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention from queries to a context."""
+    """Multi-head attention from queries to a context.
+
+    Attributes:
+        varlen: whether captions stay packed in attention.
+    """
 
     def __init__(self, width: int, context_width: int, heads: int, residual_std: float) -> None:
         super().__init__()
         self.heads = heads
+        self.varlen = False
         self.q = linear(width, width, width**-0.5)
         self.kv = linear(context_width, 2 * width, context_width**-0.5)
         self.out = linear(width, width, residual_std)
@@ -166,7 +181,10 @@ class CrossAttention(nn.Module):
             assert cache is not None and cache.pair is not None
             k, v = cache.pair
         else:
-            k, v = (split_heads(t, self.heads) for t in self.kv(context_BSC).chunk(2, dim=-1))
+            kv = self.kv(context_BSC)
+            if self.varlen and rows is not None and cache is None:
+                return self.out(varlen_cross_attention(self.q(x), kv, rows, self.heads))
+            k, v = (split_heads(t, self.heads) for t in kv.chunk(2, dim=-1))
             if cache is not None:
                 cache.pair = (k, v)
         q = self.q(x)

@@ -1,8 +1,9 @@
 """Captions of several lengths without their padding.
 
-Linear layers, norms and MLPs run over the rows of all captions, one after the other, [N, D]; only
-inside attention are rows laid out as [B, L, D], L the longest caption of the batch. Padding comes
-after all real tokens and every tower is causal, so the outputs of real tokens do not change.
+Linear layers, norms and MLPs run over the rows of all captions, one after the other, [N, D], and
+so does attention on GPUs (varlen.py). Elsewhere rows are laid out for it as [B, L, D], L the
+longest caption of the batch. Padding comes after all real tokens and every tower is causal, so the
+outputs of real tokens do not change.
 """
 
 from __future__ import annotations
@@ -26,11 +27,16 @@ class Packing:
         batch: sequences B.
         longest: rows L of the longest one.
         indices: int64 [N], the index in [B·L] of every row; None where all have L rows.
+        starts: int32 [B + 1], the first row of every sequence, and N; None while captions are
+            being written.
+        seen_N: bool, False for rows that attention must not see; None where it may see all.
     """
 
     batch: int
     longest: int
     indices: Tensor | None
+    starts: Tensor | None = None
+    seen_N: Tensor | None = None
 
     def pad(self, x_ND: Tensor) -> Tensor:
         """[N, D] → [B, L, D], zero where no row belongs."""
@@ -45,8 +51,17 @@ class Packing:
 
     def map(self, function: Move) -> Packing:
         """The same with other tensors."""
-        indices = None if self.indices is None else function(self.indices)
-        return Packing(self.batch, self.longest, indices)
+        tensors = (self.indices, self.starts, self.seen_N)
+        moved = (None if tensor is None else function(tensor) for tensor in tensors)
+        return Packing(self.batch, self.longest, *moved)
+
+    def mask(self) -> Tensor | None:
+        """Causal mask without what must not be seen, bool [B, 1, L, L]; None if all may be."""
+        if self.seen_N is None:
+            return None
+        hidden_BL = self.pad(~self.seen_N[:, None]).squeeze(-1)
+        ones = torch.ones(self.longest, self.longest, dtype=torch.bool, device=hidden_BL.device)
+        return ones.tril() & ~hidden_BL[:, None, None, :]
 
 
 @dataclass(frozen=True)
@@ -57,8 +72,6 @@ class PackedCaptions:
         tokens_N: token id of every row of the text tower; that of a CLS row means nothing.
         positions_N: its row of the position embedding.
         pooled_B: the row of each caption that becomes its embedding.
-        seen_BL: False for keys that the text tower's attention must not see, None if there are
-            none but later ones.
         text: where the rows of the text tower lie.
         read_M: rows of the text tower that the decoder reads.
         decoder: where the decoder's rows lie.
@@ -69,7 +82,6 @@ class PackedCaptions:
     tokens_N: Tensor
     positions_N: Tensor
     pooled_B: Tensor
-    seen_BL: Tensor | None
     text: Packing
     read_M: Tensor
     decoder: Packing
@@ -133,6 +145,9 @@ def pack_captions(
     first_B = rows_B.cumsum(0) - rows_B
     decoder, read_BL = _packing(reads_B)
     column_BR = torch.arange(decoder.longest, device=tokens_BT.device).expand(batch, -1)
+    if seen_BS is not None:
+        seen_N = seen_BS.gather(1, column_BL)[inside_BL]
+        text = replace(text, seen_N=None if bool(seen_N.all()) else seen_N)
     padded_BS = F.pad(tokens_BT, (0, 1), value=pad_id)
     labels = padded_BS[:, 1:][:, : decoder.longest][read_BL]
     counted = labels != pad_id
@@ -141,7 +156,6 @@ def pack_captions(
         tokens_N=padded_BS.gather(1, column_BL)[inside_BL],
         positions_N=column_BL[inside_BL],
         pooled_B=first_B + (pooled_B if pooled_B is not None else lengths_B),
-        seen_BL=None if seen_BS is None else _seen(seen_BS, column_BL, inside_BL),
         text=text,
         read_M=(first_B[:, None] + column_BR)[read_BL],
         decoder=decoder,
@@ -164,7 +178,6 @@ def next_tokens(tokens_RT: Tensor, positions_T: Tensor) -> PackedCaptions:
         tokens_N=tokens_RT.flatten(),
         positions_N=positions_T.repeat(rows),
         pooled_B=nothing,
-        seen_BL=None,
         text=layout,
         read_M=torch.arange(rows * new, device=tokens_RT.device),
         decoder=layout,
@@ -184,13 +197,8 @@ def _packing(lengths_B: Tensor) -> tuple[Packing, Tensor]:
     longest = max(1, int(lengths_B.max()))
     inside_BL = torch.arange(longest, device=lengths_B.device) < lengths_B[:, None]
     indices = None if bool(inside_BL.all()) else inside_BL.flatten().nonzero().squeeze(1)
-    return Packing(len(lengths_B), longest, indices), inside_BL
-
-
-def _seen(seen_BS: Tensor, column_BL: Tensor, inside_BL: Tensor) -> Tensor | None:
-    """Which of the keys that are laid out may be seen, None if all; those without a row may."""
-    seen_BL = seen_BS.gather(1, column_BL) | ~inside_BL
-    return None if bool(seen_BL.all()) else seen_BL
+    starts = F.pad(lengths_B.cumsum(0), (1, 0)).int()
+    return Packing(len(lengths_B), longest, indices, starts), inside_BL
 
 
 class _Scatter(torch.autograd.Function):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from coca_scale.model.config import TextConfig
 from coca_scale.model.kv_cache import KVCache
 from coca_scale.model.layers import Block, BlockShape, Stack, normal_parameter
-from coca_scale.model.packing import PackedCaptions, pack_captions, pick, real_lengths
+from coca_scale.model.packing import PackedCaptions, Packing, pack_captions, pick, real_lengths
 from coca_scale.model.recompute import run_block
 
 
@@ -77,11 +77,15 @@ class TextTransformer(nn.Module):
             is_cls = nowhere.index_fill(0, captions.pooled_B, True)  # an assignment would wait
             x = torch.where(is_cls, self.class_embedding, x)
         x = x + F.embedding(captions.positions_N, self.position_embedding)
-        mask = attention_mask(captions) if cache is None else self._cache_mask(cache)
+        mask = self._mask(captions.text) if cache is None else self._cache_mask(cache)
         for number, block in enumerate(self.blocks):
             kept = None if cache is None else cache.text[number]
             x = run_block(block, x, mask, mask is None, captions.text, kept)
         return self.norm_final(pick(x, captions.pooled_B)) @ self.projection, x
+
+    def _mask(self, rows: Packing) -> Tensor | None:
+        """What captions may see that are laid out with padding, bool [B, 1, L, L]."""
+        return None if any(block.attn.varlen for block in self.blocks) else rows.mask()
 
     def _cache_mask(self, cache: KVCache) -> Tensor:
         """What the next tokens may see, bool [R, 1, T, L], or [T, L] where all see alike."""
@@ -114,12 +118,3 @@ def visible_keys(tokens_BT: Tensor, pad_id: int, correct_cls_mask: bool = False)
     """
     front, back = (0, 1) if correct_cls_mask else (1, 0)
     return F.pad(tokens_BT != pad_id, (front, back), value=True)
-
-
-def attention_mask(captions: PackedCaptions) -> Tensor | None:
-    """Causal mask without hidden keys, boolean [B, 1, L, L]; None if nothing but the future is."""
-    if captions.seen_BL is None:
-        return None
-    length, device = captions.text.longest, captions.seen_BL.device
-    causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    return causal & captions.seen_BL[:, None, None, :]

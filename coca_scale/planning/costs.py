@@ -32,16 +32,21 @@ IMAGE_PASSES = {"torch": 10.3, "triton": 8.2}
 CAPTION_PASSES = 13.0
 
 
-def count_costs(recipe: Recipe, batch: BatchSplit) -> Costs:
+def count_costs(recipe: Recipe, batch: BatchSplit, varlen: bool = False) -> Costs:
     """Run a micro-batch of the recipe's model, and the contrastive loss of its global batch.
+
+    Args:
+        recipe: what is counted.
+        batch: its batch over the ranks.
+        varlen: whether it is for a GPU that attends to captions as they are packed.
 
     Raises:
         UserError: the model cannot be built, or does not keep to its activation budget.
     """
     case = _Case(recipe, batch)
     model = case.model
-    recomputed = blocks_to_recompute(recipe, batch)
-    apply_settings(model, recipe, recomputed)
+    recomputed = blocks_to_recompute(recipe, batch, varlen)
+    apply_settings(model, recipe, recomputed, varlen)
     kept, peak = case.bytes(_named_parts(model))
     with case.fake:
         with torch.no_grad():
@@ -90,10 +95,15 @@ def model_flops(recipe: Recipe, batch: BatchSplit) -> float:
         return flops(lambda: case.forward().backward()) / batch.micro_batch
 
 
-def blocks_to_recompute(recipe: Recipe, batch: BatchSplit) -> list[str]:
+def blocks_to_recompute(recipe: Recipe, batch: BatchSplit, varlen: bool | None = None) -> list[str]:
     """Blocks to recompute as a whole, so that activations keep to the recipe's budget.
 
     Those that give most bytes for the FLOPs of a second forward pass come first.
+
+    Args:
+        recipe: of the run.
+        batch: its batch over the ranks.
+        varlen: as `apply_settings`.
 
     Raises:
         UserError: recomputing all of them is not enough.
@@ -102,7 +112,7 @@ def blocks_to_recompute(recipe: Recipe, batch: BatchSplit) -> list[str]:
     if budget is None or recipe.engine.activation_checkpointing == "full":
         return []
     case = _Case(recipe, batch)
-    apply_settings(case.model, recipe)
+    apply_settings(case.model, recipe, varlen=varlen)
     blocks = case.model.blocks()
     saved, peak = case.savings()
     with case.fake, FlopCounterMode(display=False) as counter:
@@ -121,7 +131,7 @@ def blocks_to_recompute(recipe: Recipe, batch: BatchSplit) -> list[str]:
         while left and over > 0:
             chosen.append(left.pop())
             over -= saved[chosen[-1]]
-        apply_settings(case.model, recipe, chosen)
+        apply_settings(case.model, recipe, chosen, varlen)
         _, peak = case.bytes({})
     return chosen
 

@@ -38,12 +38,13 @@ def fitted(recipe: Recipe, batch: BatchSplit, gpu: Gpu, gpus_per_node: int) -> t
     Raises:
         UserError: as `count_costs`.
     """
+    varlen = not gpu.is_host
     if recipe.engine.activation_checkpointing != "auto":
-        return recipe, count_costs(recipe, batch)
+        return recipe, count_costs(recipe, batch, varlen)
     wanted, room = recipe.engine.activation_budget_gb, 0.0
     for mode in ("none", "selective"):
         tried = _with(recipe, mode, None)
-        costs = count_costs(tried, batch)
+        costs = count_costs(tried, batch, varlen)
         plan = make_plan(tried, batch, costs, gpu, gpus_per_node, None)
         others = plan.total_bytes - plan.activations_bytes
         room = gpu.memory_bytes * (1 - MARGIN) - others
@@ -52,10 +53,10 @@ def fitted(recipe: Recipe, batch: BatchSplit, gpu: Gpu, gpus_per_node: int) -> t
             return tried, costs
     tried = _with(recipe, "selective", max(room, 1.0) / 1e9)
     try:
-        return tried, count_costs(tried, batch)
+        return tried, count_costs(tried, batch, varlen)
     except UserError:  # more than it has even so: the run may know better than the plan
         tried = _with(recipe, "full", None)
-        return tried, count_costs(tried, batch)
+        return tried, count_costs(tried, batch, varlen)
 
 
 def _with(recipe: Recipe, mode: str, budget_gb: float | None) -> Recipe:

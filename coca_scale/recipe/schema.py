@@ -207,9 +207,9 @@ class EngineSection(Section):
     )
     attention_kernel: Literal["torch", "triton"] = Field(
         "triton",
-        description="What attends in the image tower: torch, or on NVIDIA's GPUs from an A100 on "
-        "two Triton kernels, where images have at most 257 tokens and heads of 64, in bf16 or "
-        "fp16.",
+        description="What attends in bf16 and fp16 on NVIDIA's GPUs from an A100 on: torch, or our "
+        "Triton kernels, to images of at most 257 tokens with heads of 64 and to captions without "
+        "their padding. Elsewhere it is torch.",
     )
     offload: Literal["none", "optimizer", "all"] = Field(
         "none",

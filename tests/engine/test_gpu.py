@@ -15,7 +15,7 @@ from coca_scale.losses import FeatureGather, contrastive_loss
 from coca_scale.losses.matmul import wide_matmul
 from coca_scale.model import CoCa, load_model_config
 from coca_scale.model.image import normalize_pixels
-from coca_scale.model.layers import SelfAttention
+from coca_scale.model.layers import CrossAttention, SelfAttention
 from coca_scale.model.preprocess import OPENAI
 from tests.conftest import tiny_recipe
 from tests.engine.batches import BATCH, batch_of
@@ -93,7 +93,8 @@ CASES = [  # cuDNN's attention takes no fp32, and one kind is enough for compile
     *((torch.float32, backend, "none") for backend in ("default", "flash", "math")),
     *((torch.bfloat16, backend, "none") for backend in BACKENDS),
     *((dtype, "default", "blocks") for dtype in (torch.float32, torch.bfloat16)),
-    (torch.bfloat16, "own", "blocks"),
+    *((torch.bfloat16, "own", compiled) for compiled in ("none", "blocks")),
+    (torch.float16, "own", "none"),
 ]
 
 
@@ -108,9 +109,11 @@ def test_a_model_computes_what_it_computes_in_float64(monkeypatch, exact, dtype,
     model = copy.deepcopy(reference).to("cuda", dtype)
     model.set_activation_checkpointing("selective")
     if backend == "own":
-        for module in model.image.modules():
+        for module in model.modules():
             if isinstance(module, SelfAttention):
                 module.kernel = attention_kernel.short_attention
+            if isinstance(module, SelfAttention | CrossAttention):
+                module.varlen = True
     if compiled == "blocks":
         compile_layers(layers(model), layers(model.image))
     chosen = BACKENDS[backend]
