@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from coca_scale.model import CoCa
@@ -105,3 +106,20 @@ def only_where(optimizer: torch.optim.Optimizer, applied: Tensor) -> None:
         applied: boolean scalar on its device.
     """
     optimizer.found_inf = (~applied).float()  # type: ignore[attr-defined]  # GradScaler's way
+
+
+def global_norm(gradients: list[Tensor], group: dist.ProcessGroup | None) -> Tensor:
+    """Of gradients whose parts are on all ranks of a group, fp64; squared in fp32 at least.
+
+    A collective.
+    """
+    wide = torch.promote_types(gradients[0].dtype, torch.float32)
+    norms = torch.stack(list(torch._foreach_norm(gradients, 2, dtype=wide)))
+    total = norms.double().square().sum()
+    dist.all_reduce(total, group=group)
+    return total.sqrt()
+
+
+def shrink(norm: Tensor, most: float) -> Tensor | float:
+    """The factor on gradients of this norm that clips it to `most`; 0 does not clip."""
+    return 1.0 / ((norm + 1e-6) / most).clamp(min=1.0) if most > 0 else 1.0

@@ -40,8 +40,9 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 
 from coca_scale.engine.config import many_at_once
-from coca_scale.engine.optimizer import own_settings
+from coca_scale.engine.optimizer import only_where, own_settings
 from coca_scale.engine.writing import FileWriter
+from coca_scale.engine.zero2 import steps_unasked, take_over_step
 from coca_scale.engine.zero3 import ManyAtOnce
 from coca_scale.engine.zero3_layers import WholeLayers
 from coca_scale.engine.zero_files import HARMLESS, STATE_TAG, atom
@@ -86,6 +87,8 @@ class ZeroEngine:
             zero3 = self._engine.optimizer
             whole = WholeLayers(layers, zero3, config["zero_optimization"])
             self._many = ManyAtOnce(zero3, whole)
+        elif steps_unasked(config):
+            take_over_step(self._engine.optimizer)
         # a file beside the writer: on a full disk rank 0 would fail and the others wait for it
         self._engine._copy_recovery_script = lambda _: None
 
@@ -125,7 +128,8 @@ class ZeroEngine:
 
         Returns:
             Global gradient norm before clipping, and whether the weights were updated: scalars on
-            the device, fp64 and boolean, for which the host does not wait in stage 3.
+            the device, fp64 and boolean, for which the host does not wait, but with offload, in
+            fp16 and where `engine.deepspeed` changes ZeRO-3.
         """
         if self._stage > 0:
             self._engine.step()
@@ -136,13 +140,9 @@ class ZeroEngine:
             return norm, norm.isfinite() & self._engine.was_step_applied()
         grads = [p.grad for _, p in self._trained() if p.grad is not None]
         norm = self._scalar(torch.nn.utils.get_total_norm(grads))
-        applied = norm.isfinite()
-        if applied:
-            self._engine.step()
-        else:  # plain replicas: DeepSpeed does not look
-            self._engine.optimizer.zero_grad(set_to_none=True)
-            self._engine.micro_steps += 1
-        return norm, applied
+        only_where(self._optimizer, norm.isfinite())  # plain replicas: DeepSpeed does not look
+        self._engine.step()
+        return norm, norm.isfinite()
 
     def _scalar(self, value: Tensor | float) -> Tensor:
         return torch.as_tensor(value, dtype=torch.float64, device=self._engine.device)

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from coca_scale.engine.optimizer import only_where
+from coca_scale.engine.optimizer import global_norm, only_where, shrink
 from coca_scale.engine.zero3_layers import WholeLayers, let_go
 
 PRIVATE = "_DeepSpeedZeroOptimizer_Stage3"
@@ -149,16 +149,14 @@ class ManyAtOnce:
         norm = self._norm()
         optimizer._global_grad_norm = norm
         optimizer.overflow = False  # known to the device alone
-        clip = 1.0
-        if optimizer.clip_grad > 0:
-            clip = ((norm + 1e-6) / optimizer.clip_grad).clamp(min=1.0)
+        scale = shrink(norm, optimizer.clip_grad)
         only_where(optimizer.optimizer, norm.isfinite())
         gradients = optimizer.grad_partitions_flat_buffer.split(
             optimizer.fp16_partitioned_groups_flat_numel
         )
         for number, gradient in enumerate(gradients):
             master = optimizer.fp32_partitioned_groups_flat[number]
-            master.grad = gradient.to(master.dtype).mul_(1.0 / clip)
+            master.grad = gradient.to(master.dtype).mul_(scale)
             optimizer._optimizer_step(number)
             master.grad = None
             optimizer.fp16_partitioned_groups_flat[number].copy_(master)
@@ -166,13 +164,9 @@ class ManyAtOnce:
 
     @torch.no_grad()
     def _norm(self) -> Tensor:
-        """Of all gradients on all ranks; every number is squared in fp32 at least."""
+        """Of all gradients on all ranks."""
         gradients = [self._partitions[parameter.ds_id] for parameter in self._parameters]
-        wide = torch.promote_types(gradients[0].dtype, torch.float32)
-        norms = torch.stack(list(torch._foreach_norm(gradients, 2, dtype=wide)))
-        total = norms.double().square().sum()
-        dist.all_reduce(total, group=self._group)
-        return total.sqrt()
+        return global_norm(gradients, self._group)
 
     @torch.no_grad()
     def _release(self) -> None:

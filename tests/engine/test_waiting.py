@@ -61,9 +61,15 @@ def _reads(rank, ranks, world, changes):
 
 
 def test_a_step_asks_the_device_for_nothing():
+    layouts = [(3, "fp32"), (3, "bf16"), (2, "bf16"), (1, "bf16"), (0, "fp32")]
     cases = [
-        {"engine__precision": precision, "train__micro_batch": size, "optim__ema_decay": 0.9}
-        for precision in ("fp32", "bf16")
+        {
+            "engine__zero_stage": stage,
+            "engine__precision": precision,
+            "train__micro_batch": size,
+            "optim__ema_decay": 0.9 if stage else None,
+        }
+        for stage, precision in layouts
         for size in (8, 4)
     ]
-    assert on_ranks(reads_on_rank, 2, cases) == [[[]] * 4] * 2
+    assert on_ranks(reads_on_rank, 2, cases) == [[[]] * len(cases)] * 2
