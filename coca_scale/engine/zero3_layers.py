@@ -39,8 +39,8 @@ class _Layer:
     Attributes:
         tower: to which it belongs; nothing is gathered ahead from one tower into another.
         parameters: all of its parameters.
-        sharded: those that are let go.
-        elements: of these.
+        elements: of them; 0 where they are never let go in a step.
+        memory: of them when they are whole; None on one rank, which has them.
         reduce: DeepSpeed's hook that takes the gradients.
         phase: of its last use.
         in_flight: what makes the weights available, once it has come.
@@ -48,11 +48,49 @@ class _Layer:
 
     tower: str
     parameters: list[Any]
-    sharded: list[Any]
     elements: int
+    memory: _Memory | None
     reduce: Callable[..., None]
     phase: Phase = Phase.INFERENCE
     in_flight: _Gather | None = None
+
+    def let_go(self) -> bool:
+        """Of its weights; whether any was whole."""
+        whole = [parameter for parameter in self.parameters if let_go(parameter)]
+        if self.memory is not None:
+            self.memory.free()
+        return bool(whole)
+
+
+class _Memory:
+    """Of a layer's whole weights: always the same storage, empty while they are let go.
+
+    Autograd keeps views of them for the backward pass, of a linear layer's weight its transpose.
+    These see the memory filled again by then; if it were new each time they would hold on to it.
+
+    Attributes:
+        rows: [ranks, n] of each weight, what every rank has of it.
+        weights: in their shapes.
+    """
+
+    def __init__(self, parameters: list[Any], ranks: int) -> None:
+        sizes = [ranks * p.ds_tensor.numel() for p in parameters]
+        self._all: Tensor = parameters[0].ds_tensor.new_empty(sum(sizes))
+        parts = self._all.split(sizes)
+        self.rows = [part.view(ranks, -1) for part in parts]
+        pairs = zip(parts, parameters, strict=True)
+        self.weights = [part[: p.ds_numel].view(p.ds_shape) for part, p in pairs]
+        self.free()
+
+    def allocate(self) -> None:
+        """On the current stream."""
+        storage = self._all.untyped_storage()
+        if storage.nbytes() == 0:
+            storage.resize_(self._all.nbytes)
+
+    def free(self) -> None:
+        """What is in it; a stream that read it has been recorded."""
+        self._all.untyped_storage().resize_(0)
 
 
 class _Use(NamedTuple):
@@ -61,11 +99,10 @@ class _Use(NamedTuple):
 
 
 class _Gather(NamedTuple):
-    """A collective under way: [ranks, n] elements of the partitions of `missing`."""
+    """A collective under way: [ranks, n] elements of the partitions of a layer."""
 
     work: Any
     gathered: Tensor
-    missing: list[Any]
 
 
 class WholeLayers:
@@ -108,9 +145,9 @@ class WholeLayers:
         for layer in self._layers:
             self._wait(layer)
             layer.phase = Phase.INFERENCE
-        whole = [parameter for parameter in self.parameters() if let_go(parameter)]
+        whole = [layer for layer in self._layers if layer.let_go()]
         self._live = 0
-        if self._ranks > 1 and whole and whole[0].is_cuda:
+        if self._ranks > 1 and whole and whole[0].parameters[0].is_cuda:
             self._all_let_go = torch.cuda.current_stream().record_event()
 
     def _take_over(self, name: str, module: nn.Module) -> _Layer:
@@ -120,9 +157,10 @@ class WholeLayers:
         for hooks in kinds:
             hooks.clear()
         parameters: list[Any] = list(module.parameters())
-        sharded = [p for p in parameters if not p.ds_persist]
-        elements = sum(p.ds_numel for p in sharded)
-        layer = _Layer(name.split(".")[0], parameters, sharded, elements, reduce)
+        stays = all(p.ds_persist for p in parameters)  # small ones come and go with the others
+        elements = 0 if stays else sum(p.ds_numel for p in parameters)
+        memory = _Memory(parameters, self._ranks) if self._ranks > 1 else None
+        layer = _Layer(name.split(".")[0], parameters, elements, memory, reduce)
 
         def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             return self._before(layer, args)
@@ -203,7 +241,7 @@ class WholeLayers:
         missing = [p for p in layer.parameters if p.ds_status != ZeroParamStatus.AVAILABLE]
         if not missing:
             return
-        self._live += sum(p.ds_numel for p in missing)
+        self._live += layer.elements
         if self._ranks == 1:
             for parameter in missing:
                 parameter.data = parameter.ds_tensor.view(parameter.ds_shape)
@@ -211,29 +249,29 @@ class WholeLayers:
             return
         self._hold_back()
         with get_accelerator().stream(self.stream):
-            own = torch.cat([p.ds_tensor for p in missing])
+            own = torch.cat([p.ds_tensor for p in layer.parameters])
             gathered = own.new_empty(self._ranks, len(own))
             work = dist.allgather_fn(gathered.view(-1), own, group=self._group, async_op=True)
-        for parameter in missing:
+        for parameter in layer.parameters:
             parameter.ds_status = ZeroParamStatus.INFLIGHT
-        layer.in_flight = _Gather(work, gathered, missing)
+        layer.in_flight = _Gather(work, gathered)
 
     def _wait(self, layer: _Layer) -> None:
         """What was begun is there for what the device does next."""
         if layer.in_flight is None:
             return
-        work, gathered, missing = layer.in_flight
+        assert layer.memory is not None
+        memory, (work, gathered) = layer.memory, layer.in_flight
         layer.in_flight = None
-        sizes = [p.ds_tensor.numel() for p in missing]
+        sizes = [row.shape[1] for row in memory.rows]
         with get_accelerator().stream(self.stream):
             work.wait()
-            parts = gathered.new_empty(gathered.numel()).split([self._ranks * n for n in sizes])
-            rows = [part.view(self._ranks, -1) for part in parts]
-            torch.split_with_sizes_copy(gathered, sizes, dim=1, out=rows)
+            memory.allocate()
+            torch.split_with_sizes_copy(gathered, sizes, dim=1, out=memory.rows)
         if gathered.is_cuda:
             torch.cuda.current_stream().wait_stream(self.stream)
-        for parameter, part in zip(missing, parts, strict=True):
-            parameter.data = part[: parameter.ds_numel].view(parameter.ds_shape)
+        for parameter, weight in zip(layer.parameters, memory.weights, strict=True):
+            parameter.data = weight
             parameter.ds_status = ZeroParamStatus.AVAILABLE
 
     def _hold_back(self) -> None:
@@ -250,12 +288,15 @@ class WholeLayers:
     @torch.no_grad()
     def _release(self, layer: _Layer) -> None:
         """Let go of the weights, unless they are needed again soon."""
+        if not layer.elements:
+            return
         use = _Use(layer, layer.phase)
         if use not in self._stays:
             self._stays[use] = self._needed_soon(use)
         if self._stays[use] and self._live <= self._most:
             return
-        self._live -= sum(p.ds_numel for p in layer.sharded if let_go(p))
+        if layer.let_go():
+            self._live -= layer.elements
         if self._ranks > 1 and layer.parameters[0].is_cuda:
             self._let_go.append(torch.cuda.current_stream().record_event())
 

@@ -125,7 +125,7 @@ def make_plan(
     """
     state = state_bytes(recipe, batch, costs.parameters, costs.trained, gpus_per_node)
     element = 4 if recipe.engine.precision == "fp32" else 2
-    buffers = _buffer_bytes(costs, recipe, batch, element)
+    buffers = _buffer_bytes(costs, recipe, batch, element, gpus_per_node)
     activations = costs.peak_bytes
     reserved = RESERVED_BYTES if gpu.memory_bytes > 30e9 else 0
     working = activations + costs.loss_bytes + buffers
@@ -199,7 +199,15 @@ def _compute_seconds(
     return device, host
 
 
-def _buffer_bytes(costs: Costs, recipe: Recipe, batch: BatchSplit, element: int) -> float:
+def _own_layers(costs: Costs, recipe: Recipe, batch: BatchSplit, ranks_per_node: int) -> int:
+    """Weights in layers that zero3_layers.py gathers, and not DeepSpeed, at stage 3."""
+    config = deepspeed_config(recipe, batch, Transfers(costs.bucket, 0), ranks_per_node)
+    return costs.layer_parameters if many_at_once(config) else 0
+
+
+def _buffer_bytes(
+    costs: Costs, recipe: Recipe, batch: BatchSplit, element: int, ranks_per_node: int
+) -> float:
     """Parameters gathered for the layers that run and come next, gradients on their way."""
     stage = recipe.engine.zero_stage
     if batch.ranks == 1 or stage == 0:
@@ -207,10 +215,12 @@ def _buffer_bytes(costs: Costs, recipe: Recipe, batch: BatchSplit, element: int)
     reduce = REDUCE_BUCKETS[stage] * min(costs.bucket, costs.trained) * element
     if stage < 3:
         return reduce
-    # ZeRO-3 lets go of what is more than stays whole, but autograd keeps what linear layers saw of
-    # it until the backward pass, for which it is gathered once more
-    again = costs.largest_layer + costs.bucket if costs.parameters > live_parameters(costs) else 0
-    return reduce + (costs.parameters + again) * element
+    layers = _own_layers(costs, recipe, batch, ranks_per_node)
+    others, running = costs.parameters - layers, costs.largest_layer + costs.bucket
+    # of what DeepSpeed lets go of, autograd keeps what linear layers saw until the backward pass,
+    # for which it is gathered once more
+    others += running if others > LIVE // 2 else 0
+    return reduce + (others + min(layers, LIVE // 2 + running)) * element
 
 
 def _gathered(costs: Costs, passes: int, layers: int) -> tuple[int, int]:
@@ -245,8 +255,7 @@ def _traffic_bytes(
     weights, gradients = costs.parameters * element, costs.trained * element
     again, in_node = 0.0, 0.0
     if stage >= 3:
-        config = deepspeed_config(recipe, batch, Transfers(costs.bucket, 0), ranks_per_node)
-        layers = costs.layer_parameters if many_at_once(config) else 0
+        layers = _own_layers(costs, recipe, batch, ranks_per_node)
         whole, again = (n * element for n in _gathered(costs, batch.accumulation, layers))
         sent = whole + batch.accumulation * gradients
         if recipe.engine.secondary_shard and ranks > ranks_per_node:

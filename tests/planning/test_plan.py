@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -214,6 +215,17 @@ def test_offload_empties_the_device_on_paper():
     recipe, batch = settings("coca_tiny", 4, "none", ranks=2, engine__offload="all")
     planned = state_bytes(recipe, batch, 1000, 1000, 2)
     assert (planned.total, planned.offloaded) == (0, 1000 * (4 + 4 + 8) // 2)
+
+
+def test_weights_that_are_let_go_are_not_in_memory():
+    def buffers(**changes):
+        recipe, batch = settings("coca_tiny", 4, "none", ranks=2, **changes)
+        large = {"layer_parameters": 2 * LIVE, "parameters": 2 * LIVE + LIVE // 4}
+        costs = replace(count_costs(recipe, batch), **large)
+        return make_plan(recipe, batch, costs, GPUS["cpu"], 2, None).buffers_bytes
+
+    kept_by_autograd = 2 * LIVE - LIVE // 2  # where DeepSpeed gathers
+    assert buffers(engine__offload="optimizer") - buffers() == 4 * kept_by_autograd
 
 
 def test_a_cpu_has_everything_in_the_host_and_a_gpu_what_is_beside_it():
