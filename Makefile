@@ -7,7 +7,7 @@ DEMO := runs/demo
 TORCH ?= 2.11.0
 OTHER := $(VENV)-torch-$(TORCH)
 TORCH_TESTS := tests/losses tests/model/test_padding.py tests/model/test_varlen.py tests/engine/test_accumulation.py \
-	tests/engine/test_compile.py tests/engine/test_equivalence.py
+	tests/engine/test_compile.py tests/engine/test_equivalence.py tests/engine/test_fp8.py
 export TOKENIZERS_PARALLELISM = false
 
 .PHONY: demo test test-docs test-cluster test-torch test-gpu test-image bench gpu docs lint clean

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What there is to measure on a GPU, in parts of under ten minutes: `make gpu`, or
-#   PYTHON=python3 bash benchmarks/gpu.sh tests|compiled|large|small|runs|pictures|loader [FOLDER]
+#   PYTHON=python3 bash benchmarks/gpu.sh tests|compiled|fp8|large|small|runs|pictures|loader [FOLDER]
 # Rows and logs go to FOLDER (default runs/gpu); each case has a process and a time limit of its own.
 set -uo pipefail
 
@@ -42,6 +42,15 @@ compiled() { # what waits for torch.compile; eight minutes
   chosen blocks and resumed
   chosen blocks and waits
   LIMIT=240 step "$COMPILED" --batch 96 --accumulation 4
+}
+
+fp8() { # engine.fp8: tests, an L/14 beside its step in bf16, and the layers of coca_2b; eight minutes
+  chosen fp8
+  step "$COMPILED" --batch 384
+  step "$COMPILED" --batch 384 engine.fp8=true --profile "$OUT/fp8.txt"
+  step engine.fp8=true
+  LIMIT=200 step "$COMPILED" --model coca_2b --batch 32
+  LIMIT=200 step "$COMPILED" --model coca_2b --batch 32 engine.fp8=true --profile "$OUT/fp8_2b.txt"
 }
 
 large() { # eight minutes on an H100; where memory allows more, larger batches are faster
@@ -100,8 +109,8 @@ loader() { # a minute: images per second of cores, and how long steps of a GPU w
 }
 
 case $PART in
-  tests | compiled | large | small | runs | pictures | loader) "$PART" ;;
+  tests | compiled | fp8 | large | small | runs | pictures | loader) "$PART" ;;
   all)
-    for part in tests compiled large small runs loader ${PICTURES:+pictures}; do bash "$0" "$part" "$OUT"; done ;;
-  *) echo "usage: bash benchmarks/gpu.sh tests|compiled|large|small|runs|pictures|loader [FOLDER]" >&2; exit 2 ;;
+    for part in tests compiled fp8 large small runs loader ${PICTURES:+pictures}; do bash "$0" "$part" "$OUT"; done ;;
+  *) echo "usage: bash benchmarks/gpu.sh tests|compiled|fp8|large|small|runs|pictures|loader [FOLDER]" >&2; exit 2 ;;
 esac

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from coca_scale.model.fp8 import Product
 from coca_scale.model.recompute import SelectiveRecompute
 
 # of one layer's code: training, first pass and evaluation, each with and without a mask, for every
@@ -25,6 +26,7 @@ GRAPHS = 64
 _aten = torch.ops.aten
 PRODUCTS = (
     *(_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default),
+    _aten._scaled_mm.default,
     _aten._scaled_dot_product_cudnn_attention.default,
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_flash_attention.default,
@@ -43,6 +45,7 @@ def compile_layers(layers: Iterable[nn.Module], of_images: Collection[nn.Module]
         of_images: those that see no captions. The others are compiled for any length at once, and
             not for the first one that comes and then again.
     """
+    torch._dynamo.allow_in_graph(Product)  # torch 2.11 fails inside, where lengths vary
     torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
     # it warns on every rank that a layer must not change its input in place, and none does
     logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from coca_scale.errors import UserError
-from coca_scale.model import CoCa
+from coca_scale.model import CoCa, fp8
 from coca_scale.model.layers import (
     AttentionalPooler,
     AttentionKernel,
@@ -23,6 +23,7 @@ from coca_scale.model.layers import (
     CrossBlock,
     SelfAttention,
 )
+from coca_scale.model.recompute import Linear
 from coca_scale.model.varlen import MOST_HEAD_WIDTH
 from coca_scale.recipe import BatchSplit, Recipe
 from coca_scale.recipe.schema import EngineSection
@@ -32,6 +33,7 @@ LARGEST_BUCKET = 100_000_000  # elements
 # elements of weights; what is used again before so many others is not gathered again. DeepSpeed's
 # own value: of a pass forward and back, the last half of it stays
 LIVE = 1_000_000_000
+FP8_CAPABILITY = (8, 9)
 EVERY = 10**12  # elements; more than a weight has
 
 
@@ -96,6 +98,41 @@ def require_compilable(model: nn.Module, engine: EngineSection) -> None:
             "engine.compile blocks at zero_stage 3 needs every weight to train, and this "
             "recipe locks some; use zero_stage 2 or engine.compile none"
         )
+
+
+def require_fp8(model: nn.Module, engine: EngineSection, device: torch.device) -> None:
+    """See that what is to be computed in FP8 can be, here.
+
+    Args:
+        model: of the recipe.
+        engine: of the recipe.
+        device: of this rank. A CPU computes the same, slowly.
+
+    Raises:
+        UserError: the device has no FP8, or no layer of the model can be computed so.
+    """
+    if not engine.fp8:
+        return
+    if not _fp8_layers(model):
+        raise UserError(
+            "engine.fp8: no transformer block of this model has linear layers with multiples of "
+            f"{fp8.MULTIPLE} inputs and outputs; towers from timm and Hugging Face have none that "
+            "are computed in FP8; set engine.fp8=false"
+        )
+    if device.type != "cuda":
+        return
+    capability = torch.cuda.get_device_capability(device)
+    if torch.version.hip or capability < FP8_CAPABILITY:
+        name = torch.cuda.get_device_name(device)
+        raise UserError(
+            f"engine.fp8 needs an NVIDIA GPU of compute capability {_dotted(FP8_CAPABILITY)} "
+            f"(L40S, RTX 40, H100) or later, and {name} has {_dotted(capability)}; set "
+            "engine.fp8=false"
+        )
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
 
 
 def deepspeed_config(
@@ -207,6 +244,15 @@ def apply_settings(
         if isinstance(module, SelfAttention | CrossAttention):
             width = module.out.in_features // module.heads
             module.varlen = varlen and width % 8 == 0 and width <= MOST_HEAD_WIDTH
+    for layer in _fp8_layers(model):
+        layer.fp8 = recipe.engine.fp8
+
+
+def _fp8_layers(model: nn.Module) -> list[Linear]:
+    """Linear layers of transformer blocks whose sizes FP8 takes; poolers have little to gain."""
+    blocks = [m for m in model.modules() if isinstance(m, Block | CrossBlock)]
+    linears = [m for block in blocks for m in block.modules() if isinstance(m, Linear)]
+    return [layer for layer in linears if fp8.takes(layer)]
 
 
 def _attention_kernel() -> AttentionKernel | None:

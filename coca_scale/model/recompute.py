@@ -23,6 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from coca_scale.model.fp8 import scaled_linear
+
 Recompute = Callable[[], Tensor]
 
 
@@ -94,14 +96,25 @@ class ElementWise(SelectiveRecompute):
 
 
 class Linear(nn.Linear):
-    """A linear layer that does not keep what can be computed again."""
+    """A linear layer that does not keep what can be computed again.
+
+    Attributes:
+        fp8: whether it is computed in FP8 while it trains (fp8.py).
+    """
+
+    fp8 = False
 
     def forward(self, x: Tensor | Activation) -> Tensor:
         """[*, inputs] → [*, outputs]."""
         if isinstance(x, Tensor):
-            return super().forward(x)
+            return self._product(x)
         with recompute_instead_of_saving(x):
-            return super().forward(x.value)
+            return self._product(x.value)
+
+    def _product(self, x: Tensor) -> Tensor:
+        if self.fp8 and self.training:
+            return scaled_linear(x, self.weight, self.bias)
+        return super().forward(x)
 
 
 @contextmanager

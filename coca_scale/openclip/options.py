@@ -142,7 +142,7 @@ OPTIONS: dict[str, Option] = {
     "delete_previous_checkpoint": _taken("checkpoint.keep"),
     "distill_model": _refused("there is no distillation"),
     "distill_pretrained": _refused("there is no distillation"),
-    "use_bnb_linear": _refused("linear layers stay what they are"),
+    "use_bnb_linear": _refused("its layers are in int8; engine.fp8 has the like in FP8"),
     "siglip": _refused("the contrastive loss is CLIP's softmax"),
     "loss_dist_impl": _needless("it is SigLIP's"),
 }

@@ -211,6 +211,12 @@ class EngineSection(Section):
         "Triton kernels, to images of at most 257 tokens with heads of 64 and to captions without "
         "their padding. Elsewhere it is torch.",
     )
+    fp8: bool = Field(
+        False,
+        description="Linear layers of the transformer blocks in FP8 while they train, but for the "
+        "gradients of their weights; needs precision bf16 and an NVIDIA GPU from an L40S, RTX 40 "
+        "or H100 on, or computes slowly on a CPU.",
+    )
     offload: Literal["none", "optimizer", "all"] = Field(
         "none",
         description="What waits in the memory of the host: nothing; optimizer: its state, updated "
@@ -249,6 +255,12 @@ class EngineSection(Section):
     def _stage0_is_fp32(self) -> EngineSection:
         if self.zero_stage == 0 and self.precision != "fp32":
             raise ValueError("zero_stage 0 runs in fp32 only; use zero_stage 1 for bf16 or fp16")
+        return self
+
+    @model_validator(mode="after")
+    def _fp8_beside_bf16(self) -> EngineSection:
+        if self.fp8 and self.precision != "bf16":  # fp16 would not hold products without scales
+            raise ValueError("fp8 needs precision bf16")
         return self
 
     @model_validator(mode="after")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from coca_scale.engine.checkpoint import read_config, read_constants
-from coca_scale.engine.config import require_compilable
+from coca_scale.engine.config import require_compilable, require_fp8
 from coca_scale.engine.world import World
 from coca_scale.errors import UserError
 from coca_scale.inference.load import Found, find_model, pretrained_name
@@ -82,7 +82,9 @@ def initial_model(
     Raises:
         AgreedError: the weights do not fit or are damaged, or those of a tower cannot be had.
     """
-    return world.agree(lambda: _build(recipe, start, notes), first_alone=True)
+    coca, logit_scale = world.agree(lambda: _build(recipe, start, notes), first_alone=True)
+    world.agree(lambda: require_fp8(coca, recipe.engine, world.device))
+    return coca, logit_scale
 
 
 def _find(section: ModelSection, config: ModelConfig, checkpoint: Path | None) -> Start:

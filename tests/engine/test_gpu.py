@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from coca_scale.losses import FeatureGather, contrastive_loss
 from coca_scale.losses.matmul import wide_matmul
 from coca_scale.model import CoCa, load_model_config
+from coca_scale.model.fp8 import scaled_linear
 from coca_scale.model.image import normalize_pixels
 from coca_scale.model.layers import CrossAttention, SelfAttention
 from coca_scale.model.preprocess import OPENAI
@@ -185,6 +186,38 @@ def test_the_host_waits_for_nothing_in_a_step(micro_batch, compiled):
     changes = {"train__micro_batch": micro_batch, "engine__compile": compiled}
     found = on_ranks(waits_on_rank, 1, {"engine__precision": "bf16", **changes})
     assert found == [[True] * 3]
+
+
+HAS_FP8 = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
+
+
+@pytest.mark.skipif(not HAS_FP8, reason="this GPU has no FP8")
+def test_fp8_products_are_those_of_float64_but_for_three_bits():
+    x, grad = (torch.randn(1003, width, device="cuda").bfloat16() for width in (1408, 6144))
+    weight = torch.nn.Parameter(torch.randn(6144, 1408, device="cuda").bfloat16() / 40)
+    bias = torch.zeros(6144, device="cuda").bfloat16()
+    x.requires_grad_()
+    y = scaled_linear(x, weight, bias)
+    grad_x, grad_weight = torch.autograd.grad(y, [x, weight], grad)
+    wide = [t.detach().double() for t in (x, grad, weight)]
+    exact = (wide[0] @ wide[2].T, wide[1] @ wide[2], wide[1].T @ wide[0])
+    errors = [relative(*pair) for pair in zip((y, grad_x, grad_weight), exact, strict=True)]
+    print(f"output, gradients of input and weight off by {errors}")
+    assert 0.01 < errors[0] < 0.06
+    assert 0.01 < errors[1] < 0.06
+    assert errors[2] < 1e-2
+
+
+@pytest.mark.skipif(not HAS_FP8, reason="this GPU has no FP8")
+@pytest.mark.parametrize("compiled", ["none", "blocks"])
+def test_fp8_learns_as_bf16_and_the_host_does_not_wait(compiled):
+    bf16 = {"engine__precision": "bf16", "engine__compile": compiled, "train__micro_batch": 16}
+    fp8 = {**bf16, "engine__fp8": True}
+    (((expected, _), (found, _)),) = on_ranks(curve_on_rank, 1, [bf16, fp8])
+    worst = max(abs(a - b) / b for a, b in zip(found, expected, strict=True))
+    print(f"fp8, {compiled}: off by {worst:.1e}")
+    assert 0 < worst < BOUNDS["bf16"]
+    assert on_ranks(waits_on_rank, 1, fp8) == [[True] * 3]
 
 
 PLAIN = {"engine__zero_stage": 0, "train__micro_batch": 16}
