@@ -1,4 +1,4 @@
-"""What touches DeepSpeed's inside, with zero3*.py and zero_files.py: its engine and optimizers.
+"""What touches DeepSpeed's inside, with zero2.py, zero3*.py, zero_files.py: engine, optimizers.
 
 Read against 0.19. A checkpoint of one layout (ranks, ZeRO stage) is brought into a run of another
 by DeepSpeed's own converter, which takes the shards apart into its universal format: one folder per
