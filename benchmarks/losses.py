@@ -3,9 +3,9 @@
     python benchmarks/losses.py [--rounds 5] [--out FILE]
 
 Caption loss over captions of 76 tokens of which 20 are real, as a batch has them; contrastive loss
-on one rank; in bf16 on a GPU, in fp32 elsewhere. Liger and cut cross-entropy stand beside them if
-they are installed (pip install liger-kernel cut-cross-entropy). Differences are relative, of the
-gradients, from float64.
+on one rank; in bf16 on a GPU, in fp32 elsewhere. On a GPU Liger, cut cross-entropy and Inf-CL stand
+beside them if they are installed (pip install liger-kernel cut-cross-entropy inf_cl). Differences
+are relative, of the gradients, from float64.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch import Tensor
 from coca_scale.losses import FeatureGather, chunked_cross_entropy, contrastive_loss
 from coca_scale.planning.counting import LiveBytes
 
-WIDTH = 512
+WIDTH, SCALE = 512, 100.0
 ON_GPU = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if ON_GPU else ("cpu", torch.float32)
 SMALL = ((32, 8192), (32, 49408))  # captions, vocabulary
@@ -74,13 +74,10 @@ def liger(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 
 def cut(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Cut cross-entropy's kernels (Wijmans et al. 2025); on a CPU what it has torch compile."""
+    """Cut cross-entropy's kernels (Wijmans et al. 2025)."""
     from cut_cross_entropy import linear_cross_entropy
 
-    kind = "cce" if ON_GPU else "torch_compile"
-    total: Tensor = linear_cross_entropy(
-        hidden, weight, labels, ignore_index=0, reduction="sum", impl=kind
-    )
+    total: Tensor = linear_cross_entropy(hidden, weight, labels, ignore_index=0, reduction="sum")
     return total
 
 
@@ -119,15 +116,30 @@ def run_caption(loss: Loss, inputs: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     return hidden.grad
 
 
-def run_contrastive(who: str, features: Tensor) -> Tensor:
+def our_contrastive(features: Tensor) -> Tensor:
     """One forward and backward; the gradient of the features."""
+    gather = FeatureGather(features.detach(), None)
+    return contrastive_loss(gather, torch.tensor(SCALE, device=DEVICE).log(), None).grad_features
+
+
+def open_clip(images: Tensor, texts: Tensor) -> Tensor:
+    """All similarities at once."""
+    loss: Tensor = ClipLoss()(images, texts, torch.tensor(SCALE, device=DEVICE))
+    return loss
+
+
+def inf_cl(images: Tensor, texts: Tensor) -> Tensor:
+    """Inf-CL's kernels on one device (Cheng et al. 2024), in fp32 whatever comes."""
+    from inf_cl import cal_flash_loss
+
+    sides = [cal_flash_loss(*pair, scale=SCALE) for pair in ((images, texts), (texts, images))]
+    return torch.stack(sides).mean()
+
+
+def run_contrastive(loss: Loss, features: Tensor) -> Tensor:
+    """As `our_contrastive`."""
     features.grad = None
-    if who == "coca-scale":
-        gather = FeatureGather(features.detach(), None)
-        scale = torch.tensor(100.0, device=DEVICE)
-        return contrastive_loss(gather, scale.log(), None).grad_features
-    loss = ClipLoss()(features[:, 0], features[:, 1], torch.tensor(100.0, device=DEVICE))
-    loss.backward()
+    loss(features[:, 0], features[:, 1]).backward()
     assert features.grad is not None
     return features.grad
 
@@ -175,7 +187,7 @@ def caption_losses(rounds: int) -> list[dict[str, Any]]:
         losses["coca-scale, Triton"] = ours_in_triton
     if ON_GPU and find_spec("liger_kernel") is not None:
         losses["Liger"] = liger
-    if find_spec("cut_cross_entropy") is not None:
+    if ON_GPU and find_spec("cut_cross_entropy") is not None:
         losses["cut cross-entropy"] = cut
     rows = []
     for captions, vocabulary in ((192, 49408), (512, 49408)) if ON_GPU else SMALL:
@@ -189,15 +201,17 @@ def caption_losses(rounds: int) -> list[dict[str, Any]]:
 
 
 def contrastive_losses(rounds: int) -> list[dict[str, Any]]:
-    """Ours and open_clip's on every size."""
+    """Every loss on every size."""
+    losses: dict[str, Loss] = {"open_clip": open_clip}
+    if ON_GPU and find_spec("inf_cl") is not None:
+        losses["Inf-CL"] = inf_cl
     rows = []
     for batch in (4096, 16384) if ON_GPU else (1024, 4096):
         features = F.normalize(torch.randn(batch, 2, WIDTH, device=DEVICE), dim=-1)
         features = features.to(DTYPE).requires_grad_()
-        exact = run_contrastive("coca-scale", features.detach().double())
-        steps = {
-            name: partial(run_contrastive, name, features) for name in ("coca-scale", "open_clip")
-        }
+        exact = our_contrastive(features.detach().double())
+        steps = {name: partial(run_contrastive, loss, features) for name, loss in losses.items()}
+        steps = {"coca-scale": partial(our_contrastive, features), **steps}
         title = {"loss": "contrastive", "size": f"batch {batch}"}
         rows += measured(title, steps, [features], exact, rounds)
     return rows
