@@ -22,6 +22,7 @@ from coca_scale.model.layers import (
     CrossAttention,
     CrossBlock,
     SelfAttention,
+    is_short,
 )
 from coca_scale.model.recompute import Linear
 from coca_scale.model.varlen import MOST_HEAD_WIDTH
@@ -246,6 +247,17 @@ def apply_settings(
             module.varlen = varlen and width % 8 == 0 and width <= MOST_HEAD_WIDTH
     for layer in _fp8_layers(model):
         layer.fp8 = recipe.engine.fp8
+
+
+def own_attention(model: CoCa, precision: str) -> str | None:
+    """What our own kernels attend to after `apply_settings`, for the log; None if to nothing."""
+    vision = model.config.vision_cfg
+    kernels = any(isinstance(m, SelfAttention) and m.kernel is not None for m in model.modules())
+    tower = vision.timm_model_name is None
+    short = tower and is_short(vision.grid**2 + 1, vision.head_width, DTYPES[precision])
+    packed = any(m.varlen for m in model.modules() if isinstance(m, SelfAttention | CrossAttention))
+    parts = ["images"] * (kernels and short) + ["packed captions"] * packed
+    return f"attention by our Triton kernels to {' and '.join(parts)}" if parts else None
 
 
 def _fp8_layers(model: nn.Module) -> list[Linear]:

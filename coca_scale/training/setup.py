@@ -26,6 +26,7 @@ from coca_scale.engine.checkpoint import (
     sweep,
     verify_together,
 )
+from coca_scale.engine.config import own_attention
 from coca_scale.engine.host import memory_bytes
 from coca_scale.engine.train_engine import TrainEngine
 from coca_scale.engine.world import World
@@ -189,6 +190,8 @@ def set_up(recipe: Recipe, world: World, lanes: LaneStates | None = None) -> Set
     if recomputed:
         notes.append(f"recomputing {len(recomputed)} blocks to keep to the activation budget")
     engine = TrainEngine(coca, logit_scale, fitting, split, world, recomputed)
+    attention = own_attention(coca, recipe.engine.precision)
+    notes += [] if attention is None else [attention]
     return Setup(
         prepared, resumed, progress, lanes, batches, engine, identity, samples_at_peak, notes
     )

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from coca_scale.engine.config import apply_settings
+from coca_scale.engine.config import apply_settings, own_attention
 from coca_scale.model import CoCa, load_model_config
 from coca_scale.model.layers import CrossAttention, SelfAttention
 from coca_scale.planning.costs import count_costs
@@ -211,6 +211,8 @@ def test_the_kernels_keep_to_the_registers_of_gpus(
 def varlen_modules(recipe, varlen):
     model = CoCa(load_model_config(recipe.model.name))
     apply_settings(model, recipe, varlen=varlen)
+    said = own_attention(model, recipe.engine.precision) or ""
+    assert ("packed captions" in said) == any(getattr(m, "varlen", False) for m in model.modules())
     kinds = SelfAttention | CrossAttention
     return {n for n, m in model.named_modules() if isinstance(m, kinds) and m.varlen}
 
@@ -226,6 +228,20 @@ def test_a_recipe_decides_whether_captions_stay_packed():
         )
         if not torch.cuda.is_available():
             assert not varlen_modules(recipe, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [("coca_ViT-L-14", "images and packed captions"), ("coca_2b", "packed captions")],
+)
+def test_the_log_says_what_our_kernels_attend_to(name, parts):
+    with FakeTensorMode():
+        model = CoCa(load_model_config(name))
+        apply_settings(model, tiny_recipe(engine__precision="bf16"), varlen=True)
+    for module in model.modules():
+        if isinstance(module, SelfAttention):
+            module.kernel = lambda *_: None
+    assert own_attention(model, "bf16") == f"attention by our Triton kernels to {parts}"
 
 
 def test_a_plan_counts_less_for_packed_captions():
