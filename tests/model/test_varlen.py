@@ -13,6 +13,7 @@ from coca_scale.planning.costs import count_costs
 from coca_scale.recipe import BatchSplit
 from tests.conftest import tiny_recipe
 from tests.model.triton_kernels import assembled, run
+from tests.variants import config_file
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -132,10 +133,9 @@ opcheck(
 """
 
 MODELS = """
-from coca_scale.model import CoCa
+from coca_scale.model import CoCa, load_model_config
 from coca_scale.model.layers import CrossAttention, SelfAttention
 from tests.model.test_padding import uneven_captions
-from tests.variants import variant
 
 def gradients(model, images, tokens, weights, varlen):
     for module in model.modules():
@@ -147,8 +147,8 @@ def gradients(model, images, tokens, weights, varlen):
     found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     return {"features": features.detach(), **sums, **found}
 
-for kind in KINDS:
-    config = variant(kind, FOLDER)
+for kind, file in FILES.items():
+    config = load_model_config(file)
     torch.manual_seed(0)
     model = CoCa(config).to(device, torch.float16)
     model.set_activation_checkpointing("full" if kind == "coca" else "selective")
@@ -176,8 +176,8 @@ def test_packed_captions_attend_as_padded_ones(script):
 
 def test_models_compute_the_same_without_padding(tmp_path):
     kinds = ("coca", "correct_mask", "clip", "roberta")
-    given = f"\nfrom pathlib import Path\nKINDS = {kinds}\nFOLDER = Path({str(tmp_path)!r})\n"
-    run(given + MODELS)
+    files = {kind: str(config_file(kind, tmp_path)) for kind in kinds}
+    run(f"\nFILES = {files}\n" + MODELS)
 
 
 SHAPES = [
