@@ -15,6 +15,7 @@ from torch import nn
 
 from coca_scale.errors import UserError
 from coca_scale.model import CoCa, fp8
+from coca_scale.model.config import VisionConfig
 from coca_scale.model.layers import (
     AttentionalPooler,
     AttentionKernel,
@@ -251,13 +252,17 @@ def apply_settings(
 
 def own_attention(model: CoCa, precision: str) -> str | None:
     """What our own kernels attend to after `apply_settings`, for the log; None if to nothing."""
-    vision = model.config.vision_cfg
     kernels = any(isinstance(m, SelfAttention) and m.kernel is not None for m in model.modules())
-    tower = vision.timm_model_name is None
-    short = tower and is_short(vision.grid**2 + 1, vision.head_width, DTYPES[precision])
+    short = takes_images(model.config.vision_cfg, precision)
     packed = any(m.varlen for m in model.modules() if isinstance(m, SelfAttention | CrossAttention))
     parts = ["images"] * (kernels and short) + ["packed captions"] * packed
     return f"attention by our Triton kernels to {' and '.join(parts)}" if parts else None
+
+
+def takes_images(vision: VisionConfig, precision: str) -> bool:
+    """Whether an image tower's sequences are what `attention_kernel: triton` takes, on a GPU."""
+    own_tower = vision.timm_model_name is None
+    return own_tower and is_short(vision.grid**2 + 1, vision.head_width, DTYPES[precision])
 
 
 def _fp8_layers(model: nn.Module) -> list[Linear]:

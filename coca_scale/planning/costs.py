@@ -15,13 +15,18 @@ from torch.testing._internal.distributed.fake_pg import FakeProcessGroup
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from coca_scale.engine.config import DTYPES, apply_settings, gathered_whole, transfers
+from coca_scale.engine.config import (
+    DTYPES,
+    apply_settings,
+    gathered_whole,
+    takes_images,
+    transfers,
+)
 from coca_scale.errors import UserError
 from coca_scale.losses import FeatureGather, contrastive_loss
 from coca_scale.model import CoCa, ModelConfig
 from coca_scale.model.config import VisionConfig
 from coca_scale.model.freeze import freeze
-from coca_scale.model.layers import is_short
 from coca_scale.planning.counting import LiveBytes, flops, parts
 from coca_scale.planning.plan import Costs
 from coca_scale.recipe import BatchSplit, Recipe
@@ -220,10 +225,9 @@ def _numel(parameters: Iterable[Tensor]) -> int:
 
 
 def _image_passes(recipe: Recipe, vision: VisionConfig) -> float:
-    engine, tokens = recipe.engine, vision.grid**2 + 1
-    own = vision.timm_model_name is None and engine.attention_kernel == "triton"
-    short = is_short(tokens, vision.head_width, DTYPES[engine.precision])
-    return IMAGE_PASSES["triton" if own and short else "torch"]
+    wanted = recipe.engine.attention_kernel == "triton"
+    own = wanted and takes_images(vision, recipe.engine.precision)
+    return IMAGE_PASSES["triton" if own else "torch"]
 
 
 def _named_parts(model: CoCa) -> dict[str, nn.Module]:
