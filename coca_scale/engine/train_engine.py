@@ -32,6 +32,7 @@ from coca_scale.engine.config import (
     layers,
     transfers,
 )
+from coca_scale.engine.constants import CONSTANTS_FILE, constants_of
 from coca_scale.engine.host import available_bytes, memory_bytes, regrowth_bytes, release_freed
 from coca_scale.engine.objective import Counts, FeatureTerms, Objective, Tally
 from coca_scale.engine.optimizer import (
@@ -42,6 +43,7 @@ from coca_scale.engine.optimizer import (
     only_where,
     own_settings,
 )
+from coca_scale.engine.refit import refitted
 from coca_scale.engine.weight_average import AVERAGE_FOLDER, WeightAverage
 from coca_scale.engine.world import World
 from coca_scale.engine.writing import Entries, FileWriter
@@ -58,7 +60,6 @@ from coca_scale.model.weights import require_finite
 from coca_scale.recipe import BatchSplit, Recipe
 
 SCALE_FILE = "logit_scale.pt"
-CONSTANTS_FILE = "constants.safetensors"
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ class TrainEngine:
         have here. Blocks named in `recomputed` keep no activations.
         """
         assert world.size == batch_split.ranks, "the batch is split for another number of ranks"
-        self._constants = _constants(model) if world.rank == 0 else {}
+        self._constants = constants_of(model) if world.rank == 0 else {}
         self.world = world
         self.dtype = DTYPES[recipe.engine.precision]
         self.layout = Layout(world.size, recipe.engine.zero_stage)
@@ -159,14 +160,17 @@ class TrainEngine:
         self.module: CoCa = self._zero.module
         release_freed()
         cast_statistics(self.module, self.dtype)
-        if recipe.engine.compile == "blocks":
+        self._compiled = recipe.engine.compile == "blocks"
+        if self._compiled:
             compile_layers(layers(self.module), layers(self.module.image))
         decay = recipe.optim.ema_decay
         self._average = None if decay is None else WeightAverage(self._zero, decay)
 
     def close(self) -> None:
-        """Free what DeepSpeed holds."""
+        """Free what DeepSpeed holds, and what was compiled for this model."""
         self._zero.close()
+        if self._compiled:
+            torch._dynamo.reset()  # another stage's pictures are compiled as if they were the first
 
     def lay_out(self, tokens: Tensor) -> list[PackedCaptions]:
         """Captions of this rank's share as `step` takes them. Local, in any thread.
@@ -338,12 +342,14 @@ class TrainEngine:
             self._writer.save(state, folder / SCALE_FILE)
         return self._writer.start(folder, average_folder)
 
-    def load_state(self, folder: Path, universal: Path | None) -> None:
+    def load_state(self, folder: Path, universal: Path | None, remade: bool = False) -> None:
         """Read what `save_state` wrote. A collective.
 
         Args:
             folder: of the checkpoint.
             universal: its state in DeepSpeed's universal format, where it has another layout.
+            remade: whether its model had other sizes or trained other weights. What is resized, or
+                begins to train, begins with moments of zero.
 
         Raises:
             UserError: the checkpoint lacks something that this run needs, is of another optimizer,
@@ -363,17 +369,23 @@ class TrainEngine:
         if universal is None:
             self._zero.load(folder)
         else:
-            self._zero.load_universal(universal, steps)
+            self._zero.load_universal(universal, steps, self._refitted(folder, folder, remade))
         if self._average is not None:
             if universal is None:
                 self._average.load(folder, world.rank)
             else:
-                self._average.load_resharded(folder)
+                others = self._refitted(folder, folder / AVERAGE_FOLDER, remade)
+                self._average.load_resharded(folder, others)
         scale = {"logit_scale": self._logit_scale.log_scale}
         try:
             world.agree(lambda: require_finite({**self._zero.own_weights(), **scale}))
         except AgreedError as error:
             raise AgreedError(f"{folder}: {error}") from error
+
+    def _refitted(self, checkpoint: Path, weights: Path, remade: bool) -> dict[str, Tensor]:
+        if not remade:
+            return {}
+        return refitted(checkpoint, weights, self._zero.trained_shapes(), self.module.config)
 
 
 def _room_for_copies(ranks_here: int, in_background: bool) -> int:
@@ -391,16 +403,3 @@ def _room_for_copies(ranks_here: int, in_background: bool) -> int:
 def _adam_steps(state: dict[str, Any]) -> int:
     """Updates of a parameter's AdamW, as checkpoints without a count of their own have them."""
     return max((int(entry["step"]) for entry in state["state"].values()), default=0)
-
-
-def _constants(model: CoCa) -> dict[str, Tensor]:
-    """What training does not change: frozen parameters and buffers, as they are before DeepSpeed.
-
-    Its own copies are rounded to the precision of the run.
-    """
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    return {
-        name: tensor.detach().contiguous()
-        for name, tensor in model.state_dict().items()
-        if name not in trained
-    }

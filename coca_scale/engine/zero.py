@@ -10,7 +10,7 @@ first, and let all groups share one step counter.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -176,13 +176,30 @@ class ZeroEngine:
         if clip_norm is not None:
             optimizer.clip_grad = clip_norm
 
-    def load_universal(self, folder: Path, optimizer_steps: int) -> None:
-        """Fill weights and optimizer state of a new engine from the universal format."""
+    def load_universal(
+        self, folder: Path, optimizer_steps: int, others: Mapping[str, Tensor]
+    ) -> None:
+        """Fill weights and optimizer state of a new engine from the universal format.
+
+        Args:
+            folder: with that.
+            optimizer_steps: updates of the optimizer so far.
+            others: fp32 weights that are not in it as they are here, by name; they have no moments.
+        """
         self._prepare_moments(optimizer_steps)
-        zero = folder / "zero"
+
+        def full(key: str | None, name: str) -> Tensor:
+            if name not in others:
+                return atom(folder / "zero", key or "fp32", name)
+            return others[name] if key is None else torch.zeros_like(others[name])
+
         for key in (None, *self._moments):
-            self.set_state(partial(atom, zero, key or "fp32"), key)
+            self.set_state(partial(full, key), key)
         self._round_masters()
+
+    def trained_shapes(self) -> dict[str, torch.Size]:
+        """Of the weights that train, whole, by name. Local."""
+        return {name: getattr(p, "ds_shape", p.shape) for name, p in self._trained()}
 
     def set_state(self, full: Callable[[str], Tensor], key: str | None = None) -> None:
         """Fill this rank's part of the fp32 masters, or of the optimizer state `key`.

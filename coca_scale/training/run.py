@@ -30,6 +30,7 @@ from coca_scale.recipe.exits import CRASHED
 from coca_scale.recipe.lock import run_claim
 from coca_scale.recipe.text import tell
 from coca_scale.training.bad_steps import Rollback
+from coca_scale.training.positions import Skip
 from coca_scale.training.requests import Signals
 from coca_scale.training.trainer import Trainer
 
@@ -56,7 +57,7 @@ def train(recipe: Recipe, signals: Signals) -> int:
         return CRASHED
     watchdog = Watchdog(world, recipe.run.folder, recipe.engine.silence_timeout_minutes * 60)
     try:
-        code = _with_rollbacks(recipe, world, watchdog, signals)
+        code = _train_stages(recipe, world, watchdog, signals)
     except AgreedError as error:
         if world.rank == 0:
             tell(f"coca-scale: {error}")
@@ -69,27 +70,34 @@ def train(recipe: Recipe, signals: Signals) -> int:
     return code
 
 
-def _with_rollbacks(
+def _train_stages(
     recipe: Recipe,
     world: World,
     watchdog: Watchdog | NoWatchdog,
     signals: Signals | None = None,
 ) -> int:
-    """Train, and after a bad stretch again from the last checkpoint, with the data behind it."""
-    left, lanes = recipe.health.rollbacks, None
+    """Train stage after stage, and after a bad stretch again from the last checkpoint.
+
+    A stage begins from the checkpoint that the one before has left, as if the job were started
+    again there. After a bad stretch the run goes on with the data behind it.
+    """
+    left, skip = recipe.health.rollbacks, None
     with owned(run_claim(recipe.run.folder), world) as owner:
         while True:
-            trainer = Trainer(recipe, world, watchdog, left, lanes, owner, signals)
+            trainer = Trainer(recipe, world, watchdog, left, skip, owner, signals)
             try:
-                return trainer.run()
+                code = trainer.run()
+                if code is not None:
+                    return code
+                skip = None
             except Rollback as bad:
                 left -= 1
-                lanes = trainer.lanes
+                skip = Skip(trainer.stage.number, trainer.lanes)
                 if world.rank == 0:
                     tell(f"going back to the last checkpoint: {bad}")
-                trainer.close()
-                again = recipe.checkpoint.model_copy(update={"resume": "auto"})
-                recipe = recipe.model_copy(update={"checkpoint": again})
+            trainer.close()
+            again = recipe.checkpoint.model_copy(update={"resume": "auto"})
+            recipe = recipe.model_copy(update={"checkpoint": again})
 
 
 def train_recipe(recipe: Recipe | str | Path, *overrides: str) -> Path:
@@ -113,7 +121,7 @@ def train_recipe(recipe: Recipe | str | Path, *overrides: str) -> Path:
         raise UserError("overrides are for the path of a recipe; change a loaded one itself")
     world = start_world(recipe.engine.start_timeout_minutes * 60)
     with Signals(whole_process=False) as signals:
-        _with_rollbacks(recipe, world, NoWatchdog(), signals)
+        _train_stages(recipe, world, NoWatchdog(), signals)
     return recipe.run.folder
 
 
