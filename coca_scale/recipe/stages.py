@@ -41,26 +41,31 @@ class Stage:
 
     @property
     def name(self) -> str:
-        """For messages."""
-        return f"stage {self.number} of {self.of}"
-
-    @contextmanager
-    def faults(self) -> Iterator[None]:
-        """What is wrong inside names the stage, where there are several.
-
-        Raises:
-            UserError: as was raised inside.
-        """
-        try:
-            yield
-        except UserError as error:
-            if self.of == 1:
-                raise
-            raise UserError(f"{self.name}: {error}") from error
+        """For messages, empty where it is the only one."""
+        return _name(self.number, self.of)
 
     def samples_seen(self, step: int) -> int:
         """Samples of the run after `step` of its steps, the last of them in this stage."""
         return self.samples_before + (step - self.first) * self.recipe.train.global_batch
+
+
+def recipes_of(recipe: Recipe) -> dict[str, Recipe]:
+    """The recipe of every stage, by its name; that of a run without stages has an empty one."""
+    count = len(recipe.schedule.stages)
+    return {_name(n + 1, count): recipe.of_stage(n) for n in range(count)} or {"": recipe}
+
+
+@contextmanager
+def faults_of(name: str) -> Iterator[None]:
+    """What is wrong inside names the stage.
+
+    Raises:
+        UserError: as was raised inside.
+    """
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{name}: {error}" if name else str(error)) from error
 
 
 def stages_of(recipe: Recipe, samples_per_epoch: Callable[[], int | None]) -> list[Stage]:
@@ -79,8 +84,7 @@ def stages_of(recipe: Recipe, samples_per_epoch: Callable[[], int | None]) -> li
         return [Stage(1, 1, recipe, 0, total_steps(recipe.train, known), 0)]
     found: list[Stage] = []
     steps = samples = 0
-    for index, section in enumerate(named):
-        own = recipe.of_stage(index)
+    for index, (section, own) in enumerate(zip(named, recipes_of(recipe).values(), strict=True)):
         begins = index == 0 or section.lr is not None
         last = steps + total_steps(own.train, None)
         about = (begins, section.lr_factor)
@@ -103,3 +107,7 @@ def schedule_at(stages: Sequence[Stage], step: int) -> tuple[Stage, int]:
     first = max((s for s in begins if s.number <= here.number), key=lambda s: s.number)
     ends = [stage.first for stage in begins if stage.number > here.number]
     return first, min(ends, default=stages[-1].last) - first.first
+
+
+def _name(number: int, of: int) -> str:
+    return f"stage {number} of {of}" if of > 1 else ""

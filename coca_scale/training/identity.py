@@ -212,7 +212,7 @@ def _other_past(saved: Mapping[str, Any], stage: Stage) -> Iterator[str]:
 def _other_stages(old: list[Any], new: list[Any], finished: int) -> Iterator[str]:
     """What was changed in the first `finished` stages; how they were cut over ranks is free."""
     for number, (before, after) in enumerate(zip(old[:finished], new, strict=False)):
-        for key in sorted(before.keys() | after.keys() - {"micro_batch"}):
+        for key in sorted((before.keys() | after.keys()) - {"micro_batch"}):
             if before.get(key) != after.get(key):
                 shown = f"{_shown(before.get(key))} → {_shown(after.get(key))}"
                 yield f"{STAGES}.{number}.{key} {shown}, of a stage that is finished"

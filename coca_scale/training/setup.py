@@ -41,7 +41,7 @@ from coca_scale.recipe import BatchSplit, Recipe, dump_recipe
 from coca_scale.recipe.data import WeightedShards
 from coca_scale.recipe.run_folder import CHECKPOINTS, RECIPE, VERSIONS
 from coca_scale.recipe.stage_section import STAGE_KEYS
-from coca_scale.recipe.stages import Stage, stage_at, stages_of
+from coca_scale.recipe.stages import Stage, faults_of, stage_at, stages_of
 from coca_scale.recipe.whole_files import write_whole
 from coca_scale.training.identity import Identity, compare, identify
 from coca_scale.training.initial import find_start, initial_model, trained_sizes
@@ -124,7 +124,7 @@ class Preparation:
         self._prepared: dict[int, Prepared] = {}
         self.stages = stages_of(recipe, self._samples_per_epoch)
         for stage in self.stages:
-            with stage.faults():
+            with faults_of(stage.name):
                 BatchSplit.from_recipe(stage.recipe, world.size)
                 ModelConfig.from_recipe(stage.recipe.model)
 
@@ -135,7 +135,7 @@ class Preparation:
             UserError: a fault of the recipe or the data.
         """
         if stage.number not in self._prepared:
-            with stage.faults():
+            with faults_of(stage.name):
                 self._prepared[stage.number] = self._prepare(stage)
         return self._prepared[stage.number]
 

@@ -6,7 +6,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from coca_scale.model import load_model_config
 from tests.conftest import tiny_recipe
 from tests.json_lines import curve, lines_of
 from tests.ranks import TrainingRanks, on_ranks, quiet
@@ -33,6 +35,7 @@ def staged(folder, **changes):
             "train__steps": None,
             "train__micro_batch": 4,
             "data__lanes": 4,
+            "checkpoint__keep": None,
             **changes,
         }
     )
@@ -119,6 +122,45 @@ def test_the_learning_rate_follows_the_stages(whole):
     assert rates[4:7] == pytest.approx([1e-3 * 0.853553, 1e-3 * 0.5, 1e-3 * 0.146447], rel=1e-4)
     assert rates[7] == 5e-4  # of a schedule of its own, which the last stage goes on with
     assert rates[10] == pytest.approx(5e-4 * 0.345492, rel=1e-4)
+
+
+def state(checkpoint, scratch):
+    """Weights, their average and moments of a checkpoint, all whole."""
+    from coca_scale.engine.checkpoint import read_weights
+    from coca_scale.engine.zero_files import STATE_TAG, atom, to_universal
+
+    to_universal(checkpoint / STATE_TAG, scratch)
+    names = [path.name for path in (scratch / "zero").iterdir() if path.is_dir()]
+    moments = {
+        name: [atom(scratch / "zero", key, name).flatten() for key in ("exp_avg", "exp_avg_sq")]
+        for name in names
+    }
+    return read_weights(checkpoint, raw=True), read_weights(checkpoint), moments
+
+
+def test_a_stage_begins_with_what_the_one_before_has_left(whole, tmp_path):
+    from coca_scale.model.weights import fit_weights
+
+    allocate(tmp_path / "run", 2, BOUNDARIES[0])  # the second stage begins, and leaves
+    name = f"checkpoints/step_{BOUNDARIES[0]:08d}"
+    before = state(whole[0] / name, tmp_path / "before")
+    after = state(tmp_path / "run" / name, tmp_path / "after")
+    config = load_model_config("coca_tiny").resized(image_size=36)
+    for old, new in zip(before[:2], after[:2], strict=True):
+        expected, notes = fit_weights(old, config)
+        assert len(notes) == 2, "positions of images and of captions"
+        for key, value in new.items():
+            assert value.equal(expected[key]), key
+    assert not any(key.startswith("text.") for key in before[2]), "locked"
+    begins_anew = {key for key in after[2] if key.startswith("text.")} | {
+        "image.position_embedding"
+    }
+    for key, moments in after[2].items():
+        if key in begins_anew:
+            assert not any(moment.any() for moment in moments), key
+        else:
+            assert all(map(torch.equal, moments, before[2][key])), key
+            assert all(moment.any() for moment in moments), key
 
 
 def test_the_export_is_of_the_last_stage(whole):
