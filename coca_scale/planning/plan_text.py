@@ -33,7 +33,8 @@ def plan_page(
         f"{plan.compute_seconds:,.2f} s per step, {plan.utilization:.0%} of "
         f"{_number(gpu.flops / 1e12)} TFLOP/s",
         f"traffic   {_gb(plan.communication_bytes_per_step)} per GPU and step; "
-        f"{plan.communication_seconds:,.2f} s at {plan.link_bytes / 1e9:,.0f} GB/s {where}",
+        f"{plan.communication_seconds:,.2f} s at {_number(plan.link_bytes / 1e9)} GB/s {where}, "
+        f"{plan.exposed_seconds:,.2f} s of them not behind the computation",
         f"step      {plan.step_seconds:,.2f} s; {plan.samples_per_second:,.0f} samples/s; "
         f"limited by {plan.limited_by}",
     ]
