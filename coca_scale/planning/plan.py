@@ -114,6 +114,10 @@ class Plan:
         """Whether the device has the memory."""
         return self.total_bytes <= self.device_bytes
 
+    def cost(self, price: float | None) -> float | None:
+        """Of the run, where a GPU-hour costs `price`; None if one of both is unknown."""
+        return None if price is None or self.gpu_hours is None else price * self.gpu_hours
+
     def json(self) -> dict[str, object]:
         """All numbers."""
         return {**asdict(self), "host_bytes": self.host.total, "fits": self.fits}
