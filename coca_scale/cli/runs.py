@@ -42,25 +42,38 @@ def plan_command(
     gpu: Annotated[str, typer.Option(help="Their kind, such as h100-80gb or a100-40gb.")],
     overrides: Overrides = None,
     gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of a node.")] = 8,
+    price: Annotated[
+        float | None, typer.Option(min=0.0, help="Of a GPU for an hour, in euros.")
+    ] = None,
+    suggested: Annotated[
+        bool, typer.Option("--suggest", help="Look for settings that make a step shorter.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="All numbers as JSON.")] = False,
 ) -> None:
     """Memory, FLOPs, traffic, time and cost of a run; exits 1 if it does not fit.
 
-    Example: coca-scale plan recipes/large.yaml --gpus 64 --gpu h100-80gb
+    Example: coca-scale plan recipes/large.yaml --gpus 64 --gpu h100-80gb --price 2.50
     """
     from coca_scale.planning.fit import plan_run
     from coca_scale.planning.gpus import GPUS
-    from coca_scale.planning.plan_text import plan_page
+    from coca_scale.planning.plan_text import plan_page, suggestion_page
+    from coca_scale.planning.suggest import suggest
     from coca_scale.recipe import load_recipe
 
     if gpu not in GPUS:
         raise UserError(f"--gpu {gpu} is not known; use one of {', '.join(GPUS)}")
     loaded = load_recipe(recipe, overrides or ())
     batch, costs, plan = plan_run(loaded, gpus, GPUS[gpu], gpus_per_node)
+    found = suggest(loaded, gpus, GPUS[gpu], gpus_per_node) if suggested else None
     if as_json:
-        say(json.dumps(plan.json(), indent=1))
+        numbers = plan.json() | {"cost_eur": plan.cost(price)}
+        if found is not None:
+            numbers["suggestion"] = found.json(plan)
+        say(json.dumps(numbers, indent=1))
     else:
-        say(plan_page(loaded, batch, costs, plan, GPUS[gpu], gpu))
+        say(plan_page(loaded, batch, costs, plan, GPUS[gpu], gpu, price))
+        if found is not None:
+            say(suggestion_page(plan, found))
     if not plan.fits:
         raise UserError(f"{recipe}: {gpus} × {gpu} do not have the memory")
 

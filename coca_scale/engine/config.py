@@ -35,6 +35,8 @@ LARGEST_BUCKET = 100_000_000  # elements
 # elements of weights; what is used again before so many others is not gathered again. DeepSpeed's
 # own value: of a pass forward and back, the last half of it stays
 LIVE = 1_000_000_000
+LET_GO_IN_FLIGHT = 4  # layers whose memory the device still uses when the host gathers another
+BUCKETS_IN_FLIGHT = 2  # whose gradients stay in memory when the host is ahead
 FP8_CAPABILITY = (8, 9)
 EVERY = 10**12  # elements; more than a weight has
 

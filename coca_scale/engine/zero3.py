@@ -20,13 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from coca_scale.engine.config import BUCKETS_IN_FLIGHT
 from coca_scale.engine.optimizer import global_norm, only_where, shrink
 from coca_scale.engine.zero3_layers import WholeLayers, let_go
 
 PRIVATE = "_DeepSpeedZeroOptimizer_Stage3"
 COORDINATOR = "_PartitionedParameterCoordinator"
 FETCHES_IN_FLIGHT = 64
-BUCKETS_IN_FLIGHT = 2  # whose gradients stay in memory when the host is ahead
 
 
 class ManyAtOnce:

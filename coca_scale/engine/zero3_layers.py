@@ -21,7 +21,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 
-LET_GO_IN_FLIGHT = 4  # layers whose memory the device still uses when the host gathers another
+from coca_scale.engine.config import LET_GO_IN_FLIGHT
 
 
 class Phase(Enum):

@@ -29,6 +29,7 @@ from coca_scale.model.config import VisionConfig
 from coca_scale.model.freeze import freeze
 from coca_scale.planning.counting import LiveBytes, flops, parts
 from coca_scale.planning.plan import Costs
+from coca_scale.planning.units import model_units
 from coca_scale.recipe import BatchSplit, Recipe
 
 # times that what is kept for the backward pass goes through the device's memory, as benchmarks show
@@ -57,20 +58,18 @@ def count_costs(recipe: Recipe, batch: BatchSplit, varlen: bool = False) -> Cost
         with torch.no_grad():
             tower_flops = flops(lambda: model(*case.inputs, features_only=True))
         step_flops = flops(lambda: case.forward().backward())
+    units = model_units(model, case.forward_flops(), step_flops)
     bytes_per_flop = case.bytes_per_flop(_image_passes(recipe, model.config.vision_cfg))
     parameters = list(model.parameters())
-    towers = [*model.image.parameters(), *model.text.parameters()]
     width, dtype = model.config.embed_dim, DTYPES[recipe.engine.precision]
     whole = gathered_whole(model)
     in_layers = [p for module in whole for p in module.parameters()]
-    in_towers = {id(p) for p in towers}
     return Costs(
         parameters=_numel(parameters),
         image_size=model.config.vision_cfg.image_size,
-        tower_parameters=_numel(towers),
         trained=_numel(p for p in parameters if p.requires_grad),
         layer_parameters=_numel(in_layers),
-        tower_layer_parameters=_numel(p for p in in_layers if id(p) in in_towers),
+        units=units,
         largest_layer=max(
             *(_numel(module.parameters(recurse=False)) for module in model.modules()),
             *(_numel(module.parameters()) for module in whole),
@@ -120,10 +119,7 @@ def blocks_to_recompute(recipe: Recipe, batch: BatchSplit, varlen: bool | None =
     apply_settings(case.model, recipe, varlen=varlen)
     blocks = case.model.blocks()
     saved, peak = case.savings()
-    with case.fake, FlopCounterMode(display=False) as counter:
-        case.forward()
-    counts = counter.get_flop_counts()
-    cost = {name: sum(counts[f"CoCa.{name}"].values()) for name in blocks}
+    cost = case.forward_flops()
     left = sorted(blocks, key=lambda name: saved[name] / max(1, cost[name]))
     chosen: list[str] = []
     while peak > budget * 1e9:
@@ -188,6 +184,13 @@ class _Case:
         moved = image_passes * image + CAPTION_PASSES * sum(kept.values())
         with self.fake:
             return moved / flops(lambda: self.forward().backward())
+
+    def forward_flops(self) -> dict[str, int]:
+        """Of a forward pass, by the names of modules in the order in which they run."""
+        with self.fake, FlopCounterMode(display=False) as counter:
+            self.forward()
+        counts = counter.get_flop_counts()
+        return {name.partition(".")[2]: sum(c.values()) for name, c in counts.items()}
 
     def savings(self) -> tuple[dict[str, int], int]:
         """What every block keeps beside its output, and most alive."""

@@ -2,16 +2,26 @@
 
 Memory is counted, not estimated: a forward and a backward pass of the real model on tensors without
 data say what is alive (`planning/costs.py`). Time is an estimate: what the device needs to compute
-and the host to issue it, each mostly behind the other, and what of the traffic they do not cover.
+and the host to issue it, each mostly behind the other, and what of the traffic a simulated step
+(`planning/simulate.py`) has to wait for.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from coca_scale.engine.config import LIVE, Transfers, deepspeed_config, many_at_once
+from coca_scale.engine.config import (
+    BUCKETS_IN_FLIGHT,
+    LET_GO_IN_FLIGHT,
+    LIVE,
+    Transfers,
+    deepspeed_config,
+    many_at_once,
+)
 from coca_scale.planning.gpus import Gpu
 from coca_scale.planning.memory import HostBytes, host_bytes, state_bytes
+from coca_scale.planning.simulate import Network, overlapped, simulate
+from coca_scale.planning.units import Unit
 from coca_scale.recipe import BatchSplit, Recipe
 
 # what a process takes beside tensors: CUDA context, NCCL's buffers, fragmentation
@@ -22,7 +32,6 @@ REDUCE_BUCKETS = {1: 2, 2: 2, 3: 4}
 COMPILED_BLOCK = 0.6  # of the host's time for a block
 BLOCK_BELOW_3 = 1.9  # of DeepSpeed's ZeRO 1 and 2, against 3, whose loops are ours
 FIRST_PASS = 1 / 3  # of forward and backward
-OVERLAP = 3  # device and host hide behind each other: (a³ + b³)^⅓
 
 
 @dataclass(frozen=True)
@@ -31,10 +40,9 @@ class Costs:
 
     Attributes:
         parameters: of the model.
-        tower_parameters: of them, those of the towers.
         trained: of all, those that are not locked.
         layer_parameters: of those in layers that ZeRO-3 gathers whole.
-        tower_layer_parameters: of them, those of the towers.
+        units: of the model, in the order of the forward pass.
         image_size: pixels per side.
         largest_layer: parameters of the largest module that ZeRO-3 gathers at once.
         bucket: elements that ZeRO moves at a time.
@@ -51,10 +59,9 @@ class Costs:
     """
 
     parameters: int
-    tower_parameters: int
     trained: int
     layer_parameters: int
-    tower_layer_parameters: int
+    units: tuple[Unit, ...]
     image_size: int
     largest_layer: int
     bucket: int
@@ -75,7 +82,8 @@ class Plan:
     """A run on N devices; bytes are of one of them, `flops_per_sample` of the whole step.
 
     `host` is beside the device, except on CPUs, where it is all there is and the total.
-    `utilization` is the share of the device's FLOPs that is used while it need not wait for others.
+    `utilization` is the share of the device's FLOPs that is used while it need not wait for others,
+    `exposed_seconds` what of the communication it waits for.
     """
 
     parameters_bytes: int
@@ -93,6 +101,7 @@ class Plan:
     compute_seconds: float
     utilization: float
     communication_seconds: float
+    exposed_seconds: float
     step_seconds: float
     samples_per_second: float
     steps: int | None
@@ -104,6 +113,10 @@ class Plan:
     def fits(self) -> bool:
         """Whether the device has the memory."""
         return self.total_bytes <= self.device_bytes
+
+    def cost(self, price: float | None) -> float | None:
+        """Of the run, where a GPU-hour costs `price`; None if one of both is unknown."""
+        return None if price is None or self.gpu_hours is None else price * self.gpu_hours
 
     def json(self) -> dict[str, object]:
         """All numbers."""
@@ -124,8 +137,7 @@ def make_plan(
         steps: of the run, None if unknown.
     """
     state = state_bytes(recipe, batch, costs.parameters, costs.trained, gpus_per_node)
-    element = 4 if recipe.engine.precision == "fp32" else 2
-    buffers = _buffer_bytes(costs, recipe, batch, element, gpus_per_node)
+    buffers = _buffer_bytes(costs, recipe, batch, gpus_per_node)
     activations = costs.peak_bytes
     reserved = RESERVED_BYTES if gpu.memory_bytes > 30e9 else 0
     working = activations + costs.loss_bytes + buffers
@@ -136,20 +148,17 @@ def make_plan(
     total = round(state.total + max(working, state.updating) + reserved)
     total = in_host.total if gpu.is_host else total
 
-    flops = costs.step_flops * batch.accumulation
-    if batch.accumulation > 1:
-        flops += costs.tower_flops * batch.accumulation
-    device, host = _compute_seconds(recipe, batch, costs, gpu, flops)
-    compute = (device**OVERLAP + host**OVERLAP) ** (1 / OVERLAP)
-    traffic, in_node = _traffic_bytes(costs, recipe, batch, element, gpus_per_node)
-    per_second = gpu.node_bytes if batch.ranks <= gpus_per_node else gpu.network_bytes
-    communication = (traffic - in_node) / per_second + in_node / gpu.node_bytes
-    step = max(compute, communication)
+    flops = step_flops(batch, costs)
+    device, host = compute_seconds(recipe, batch, costs, gpu)
+    compute = overlapped(device, host)
+    network = network_of(recipe, batch, costs, gpu, gpus_per_node)
+    line = simulate(costs.units, batch.accumulation, device, host, network)
     limit = "memory" if total > gpu.memory_bytes else "compute"
-    if limit == "compute" and communication > compute:
+    if limit == "compute" and _waits_for_links(costs, batch, device, host, network):
         limit = "communication"
     elif limit == "compute" and host > device:
         limit = "host"
+    step = line.seconds
     seconds = None if steps is None else steps * step
     return Plan(
         parameters_bytes=state.parameters,
@@ -162,11 +171,12 @@ def make_plan(
         host=in_host,
         device_bytes=round(gpu.memory_bytes),
         flops_per_sample=flops / batch.samples_per_rank,
-        communication_bytes_per_step=traffic,
-        link_bytes=per_second,
+        communication_bytes_per_step=line.sent_bytes,
+        link_bytes=network.bytes_per_second,
         compute_seconds=compute,
         utilization=flops / (gpu.flops * compute),
-        communication_seconds=communication,
+        communication_seconds=line.sending_seconds,
+        exposed_seconds=step - compute,
         step_seconds=step,
         samples_per_second=batch.global_batch / step,
         steps=steps,
@@ -176,20 +186,18 @@ def make_plan(
     )
 
 
-def live_parameters(costs: Costs) -> int:
-    """Weights that ZeRO-3 has whole at the end of a forward pass, as the backward pass wants them.
-
-    With accumulation, where another pass comes between, it keeps fewer; they are counted all.
-    """
-    return min(costs.parameters, LIVE // 2)
+def step_flops(batch: BatchSplit, costs: Costs) -> int:
+    """Of a rank in a step; with accumulation the towers run a first time without gradients."""
+    first_pass = costs.tower_flops if batch.accumulation > 1 else 0
+    return (costs.step_flops + first_pass) * batch.accumulation
 
 
-def _compute_seconds(
-    recipe: Recipe, batch: BatchSplit, costs: Costs, gpu: Gpu, flops: float
+def compute_seconds(
+    recipe: Recipe, batch: BatchSplit, costs: Costs, gpu: Gpu
 ) -> tuple[float, float]:
     """Of a step on one device: what its kernels take, and what the host takes to issue them."""
     per_flop = 1 / (gpu.flops * gpu.utilization) + costs.bytes_per_flop / gpu.memory_rate
-    device = flops * per_flop
+    device = step_flops(batch, costs) * per_flop
     passes = batch.accumulation * (1 + FIRST_PASS if batch.accumulation > 1 else 1)
     host = passes * costs.blocks * gpu.block_seconds
     if recipe.engine.compile == "blocks":
@@ -199,17 +207,57 @@ def _compute_seconds(
     return device, host
 
 
+def network_of(
+    recipe: Recipe, batch: BatchSplit, costs: Costs, gpu: Gpu, ranks_per_node: int
+) -> Network:
+    """How the run's weights and gradients travel.
+
+    Ring collectives send (W−1)/W of what they make whole. DeepSpeed's ZeRO 0 to 2 reduce with an
+    all-reduce, which sends it twice; so does gloo, whatever it is asked for.
+    """
+    stage, several = recipe.engine.zero_stage, batch.ranks > ranks_per_node
+    return Network(
+        stage=stage,
+        ranks=batch.ranks,
+        ranks_per_node=min(batch.ranks, ranks_per_node),
+        element_bytes=_element(recipe),
+        bytes_per_second=gpu.network_bytes if several else gpu.node_bytes,
+        node_bytes_per_second=gpu.node_bytes,
+        bucket=costs.bucket,
+        reduced=1 if stage == 3 and not gpu.is_host else 2,
+        # on CPUs the host computes, and waits for what it reduces
+        host_ahead=0 if gpu.is_host else LET_GO_IN_FLIGHT,
+        buckets_ahead=0 if gpu.is_host else BUCKETS_IN_FLIGHT if stage == 3 else 1,
+        own_layers=_own_layers(costs, recipe, batch, ranks_per_node) > 0,
+        secondary=recipe.engine.secondary_shard and several,
+        features_bytes=costs.features_bytes,
+        features_twice=batch.global_batch > recipe.loss.contrastive_resident,
+    )
+
+
+def _waits_for_links(
+    costs: Costs, batch: BatchSplit, device: float, host: float, network: Network
+) -> bool:
+    """Whether links of twice the speed would make a step shorter than twice the computation."""
+    passes = batch.accumulation
+    links = simulate(costs.units, passes, device, host, network.faster(2))
+    computing = simulate(costs.units, passes, device / 2, host / 2, network)
+    return links.seconds < computing.seconds
+
+
+def _element(recipe: Recipe) -> int:
+    return 4 if recipe.engine.precision == "fp32" else 2
+
+
 def _own_layers(costs: Costs, recipe: Recipe, batch: BatchSplit, ranks_per_node: int) -> int:
     """Weights in layers that zero3_layers.py gathers, and not DeepSpeed, at stage 3."""
     config = deepspeed_config(recipe, batch, Transfers(costs.bucket, 0), ranks_per_node)
     return costs.layer_parameters if many_at_once(config) else 0
 
 
-def _buffer_bytes(
-    costs: Costs, recipe: Recipe, batch: BatchSplit, element: int, ranks_per_node: int
-) -> float:
+def _buffer_bytes(costs: Costs, recipe: Recipe, batch: BatchSplit, ranks_per_node: int) -> float:
     """Parameters gathered for the layers that run and come next, gradients on their way."""
-    stage = recipe.engine.zero_stage
+    stage, element = recipe.engine.zero_stage, _element(recipe)
     if batch.ranks == 1 or stage == 0:
         return 0.0
     reduce = REDUCE_BUCKETS[stage] * min(costs.bucket, costs.trained) * element
@@ -221,49 +269,3 @@ def _buffer_bytes(
     # for which it is gathered once more
     others += running if others > LIVE // 2 else 0
     return reduce + (others + min(layers, LIVE // 2 + running)) * element
-
-
-def _gathered(costs: Costs, passes: int, layers: int) -> tuple[int, int]:
-    """Elements that are made whole in a step, and those that are once more for a backward pass.
-
-    `layers` of them are zero3_layers.py's, which keeps them over passes.
-    """
-    towers = costs.tower_layer_parameters if layers else 0
-    others, tower_others = costs.parameters - layers, costs.tower_parameters - towers
-    if layers == 0:
-        # and a block that DeepSpeed fetches for the backward pass that does not come
-        first_pass = tower_others + costs.largest_layer if passes > 1 else 0
-        kept = live_parameters(costs) if passes == 1 else 0
-        return passes * (first_pass + others), passes * (others - kept)
-    dropped = layers - min(layers, LIVE // 2)  # where the passes turn
-    if passes == 1:
-        return others + layers, dropped
-    first_pass = passes * towers if towers > LIVE else 0
-    turns = 2 * passes - 1
-    return passes * (2 * others + tower_others) + layers + first_pass, turns * dropped
-
-
-def _traffic_bytes(
-    costs: Costs, recipe: Recipe, batch: BatchSplit, element: int, ranks_per_node: int
-) -> tuple[float, float]:
-    """Bytes that a rank sends in a step, and those of them that stay within its node anyway.
-
-    Ring collectives send (W−1)/W of what they make whole.
-    """
-    stage, ranks = recipe.engine.zero_stage, batch.ranks
-    share = (ranks - 1) / ranks
-    weights, gradients = costs.parameters * element, costs.trained * element
-    again, in_node = 0.0, 0.0
-    if stage >= 3:
-        layers = _own_layers(costs, recipe, batch, ranks_per_node)
-        whole, again = (n * element for n in _gathered(costs, batch.accumulation, layers))
-        sent = whole + batch.accumulation * gradients
-        if recipe.engine.secondary_shard and ranks > ranks_per_node:
-            in_node = again * (ranks_per_node - 1) / ranks_per_node
-            again = 0.0
-    else:  # DeepSpeed reduces with an all-reduce there, which sends twice what it reduces
-        reductions = batch.accumulation if stage == 2 else 1
-        sent = 2 * reductions * gradients + (weights if stage > 0 else 0)
-    twice = batch.global_batch > recipe.loss.contrastive_resident
-    features = (ranks - 1) * costs.features_bytes * (2 if twice else 1)
-    return share * (sent + again) + features + in_node, in_node

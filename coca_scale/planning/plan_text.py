@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from coca_scale.planning.gpus import Gpu
 from coca_scale.planning.plan import Costs, Plan
+from coca_scale.planning.suggest import Suggestion
 from coca_scale.recipe import BatchSplit, Recipe
 
 
 def plan_page(
-    recipe: Recipe, batch: BatchSplit, costs: Costs, plan: Plan, gpu: Gpu, name: str
+    recipe: Recipe,
+    batch: BatchSplit,
+    costs: Costs,
+    plan: Plan,
+    gpu: Gpu,
+    name: str,
+    price: float | None = None,
 ) -> str:
-    """Memory, compute, traffic and time, and what to change where something is short."""
+    """Memory, compute, traffic and time, and what to change where something is short.
+
+    With `price`, of a GPU-hour in euros, what the run costs.
+    """
     parts = ", ".join(
         f"{part} {size / 1e9:.2f}" for part, size in costs.kept_bytes.items() if size > 5e6
     )
@@ -33,18 +43,38 @@ def plan_page(
         f"{plan.compute_seconds:,.2f} s per step, {plan.utilization:.0%} of "
         f"{_number(gpu.flops / 1e12)} TFLOP/s",
         f"traffic   {_gb(plan.communication_bytes_per_step)} per GPU and step; "
-        f"{plan.communication_seconds:,.2f} s at {plan.link_bytes / 1e9:,.0f} GB/s {where}",
+        f"{plan.communication_seconds:,.2f} s at {_number(plan.link_bytes / 1e9)} GB/s {where}, "
+        f"{plan.exposed_seconds:,.2f} s of them not behind the computation",
         f"step      {plan.step_seconds:,.2f} s; {plan.samples_per_second:,.0f} samples/s; "
         f"limited by {plan.limited_by}",
     ]
-    if plan.days is None:
-        lines.append("run       of unknown length: set data.train_samples")
-    else:
-        lines.append(
-            f"run       {plan.steps:,} steps; {plan.days:,.1f} days; "
-            f"{plan.gpu_hours:,.0f} GPU-hours"
-        )
+    lines.append(_run(plan, price))
     return "\n".join([*lines, *_advice(recipe, batch, plan)])
+
+
+def suggestion_page(before: Plan, found: Suggestion) -> str:
+    """What to set, and what that comes to."""
+    if not found.is_better(before):
+        return "suggest   nothing: no micro-batch, recomputation or ZeRO stage makes a step shorter"
+    costs, plan = found.costs, found.plan
+    again = f"; {costs.recomputed} of {costs.blocks} blocks recomputed" if costs.recomputed else ""
+    return (
+        f"suggest   {' '.join(found.overrides)}\n"
+        f"          step {before.step_seconds:,.2f} → {plan.step_seconds:,.2f} s; memory "
+        f"{_gb(before.total_bytes)} → {_gb(plan.total_bytes)} of {_gb(plan.device_bytes)}{again}"
+    )
+
+
+def _run(plan: Plan, price: float | None) -> str:
+    """How long all steps take, and what they cost."""
+    if plan.days is None:
+        return "run       of unknown length: set data.train_samples"
+    euros = plan.cost(price)
+    cost = "" if euros is None else f"; {euros:,.0f} EUR at {price:,.2f} per GPU-hour"
+    return (
+        f"run       {plan.steps:,} steps; {plan.days:,.1f} days; "
+        f"{plan.gpu_hours:,.0f} GPU-hours{cost}"
+    )
 
 
 def _is_auto(recipe: Recipe) -> bool:

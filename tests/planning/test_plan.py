@@ -166,7 +166,7 @@ def traffic_settings(stage, micro):
 
 
 def measured_traffic(_rank, ranks):
-    """Bytes that a rank sends in a step, as DeepSpeed logs its collectives, on a ring."""
+    """Bytes that a rank sends in a step, as DeepSpeed logs its collectives, on gloo's rings."""
     from deepspeed.comm.comm import comms_logger
 
     from coca_scale.engine.launch import start_world
@@ -175,7 +175,7 @@ def measured_traffic(_rank, ranks):
 
     sends = {
         "all_gather_into_tensor": ranks - 1,  # of what it is given
-        "reduce_scatter_tensor": (ranks - 1) / ranks,
+        "reduce_scatter_tensor": 2 * (ranks - 1) / ranks,  # an all-reduce, whose rest is dropped
         "all_reduce": 2 * (ranks - 1) / ranks,
     }
     world = start_world(60)
