@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from coca_scale.planning.gpus import Gpu
 from coca_scale.planning.plan import Costs, Plan
+from coca_scale.planning.staged import PlannedStage, total_of
 from coca_scale.planning.suggest import Suggestion
 from coca_scale.recipe import BatchSplit, Recipe
 
@@ -50,6 +53,65 @@ def plan_page(
     ]
     lines.append(_run(plan, price))
     return "\n".join([*lines, *_advice(recipe, batch, plan)])
+
+
+def run_page(
+    stages: Sequence[PlannedStage],
+    suggestions: Sequence[Suggestion | None],
+    gpu: Gpu,
+    name: str,
+    price: float | None = None,
+) -> str:
+    """A page for each stage, and a table of all where there are several."""
+    pages = []
+    for stage, found in zip(stages, suggestions, strict=True):
+        about = (stage.recipe, stage.batch, stage.costs, stage.plan, gpu, name, price)
+        lines = [stage.name] if stage.name else []
+        lines.append(plan_page(*about))
+        if found is not None:
+            lines.append(suggestion_page(stage.plan, found))
+        pages.append("\n".join(lines))
+    if len(stages) > 1:
+        pages.append(stages_table(stages, price))
+    return "\n\n".join(pages)
+
+
+def stages_table(stages: Sequence[PlannedStage], price: float | None = None) -> str:
+    """A row for each stage of a run, and their sum."""
+    head = ("", "px", "batch", "GFLOP", "memory", "samples/s", "steps", "hours", "GPU-hours", "EUR")
+    rows = [head, *(_stage_row(stage, price) for stage in stages)]
+    total = total_of(stages, price)
+    if total.hours is not None and total.gpu_hours is not None:
+        memory = max(stage.plan.total_bytes for stage in stages)
+        steps = sum(stage.plan.steps or 0 for stage in stages)
+        sums = (f"{steps:,}", f"{total.hours:,.1f}", f"{total.gpu_hours:,.0f}")
+        gflop = _number((total.flops or 0) / (total.samples or 1) / 1e9)
+        euros = "" if total.cost_eur is None else f"{total.cost_eur:,.0f}"
+        rows.append(("run", "", "", gflop, _gb(memory), "", *sums, euros))
+    rows = [row if price is not None else row[:-1] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        f"{row[0]:<{widths[0]}}"
+        + "".join(f"  {cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))
+        for row in rows
+    )
+
+
+def _stage_row(stage: PlannedStage, price: float | None) -> tuple[str, ...]:
+    batch, plan = stage.batch, stage.plan
+    euros = plan.cost(price)
+    return (
+        stage.name,
+        str(stage.costs.image_size),
+        f"{batch.global_batch:,} = {batch.ranks} × {batch.accumulation} × {batch.micro_batch}",
+        _number(plan.flops_per_sample / 1e9),
+        _gb(plan.total_bytes),
+        f"{plan.samples_per_second:,.0f}",
+        f"{plan.steps or 0:,}",
+        f"{24 * (plan.days or 0):,.1f}",
+        f"{plan.gpu_hours or 0:,.0f}",
+        "" if euros is None else f"{euros:,.0f}",
+    )
 
 
 def suggestion_page(before: Plan, found: Suggestion) -> str:
