@@ -43,7 +43,9 @@ class Costs:
         blocks: of the model.
         recomputed: of them, those that are recomputed as a whole to keep to a budget.
         kept_bytes: what a forward pass leaves for its backward pass, by part of the model.
-        peak_bytes: most bytes of activations and gradients of activations alive.
+        peak_bytes: most bytes of a micro-batch's activations and their gradients alive.
+        graph_bytes: what its towers leave, images included.
+        kept_graphs: micro-batches of a step whose towers run once.
         tower_flops: of the forward pass of both towers, per micro-batch.
         step_flops: of forward and backward of everything, per micro-batch.
         bytes_per_flop: that go through the device's memory for each FLOP.
@@ -64,10 +66,22 @@ class Costs:
     recomputed: int
     kept_bytes: dict[str, int]
     peak_bytes: int
+    graph_bytes: int
+    kept_graphs: int
     tower_flops: int
     step_flops: int
     bytes_per_flop: float
     loss_bytes: int
+
+    @property
+    def activations_bytes(self) -> int:
+        """Most alive in a step: beside the graphs that wait, a micro-batch with one of its own."""
+        return self.peak_bytes + self.waiting_graphs * self.graph_bytes
+
+    @property
+    def waiting_graphs(self) -> int:
+        """Most that are kept while another one is used."""
+        return max(0, self.kept_graphs - 1)
 
 
 @dataclass(frozen=True)
@@ -126,7 +140,7 @@ def make_plan(
     state = state_bytes(recipe, batch, costs.parameters, costs.trained, gpus_per_node)
     element = 4 if recipe.engine.precision == "fp32" else 2
     buffers = _buffer_bytes(costs, recipe, batch, element, gpus_per_node)
-    activations = costs.peak_bytes
+    activations = costs.activations_bytes
     reserved = RESERVED_BYTES if gpu.memory_bytes > 30e9 else 0
     working = activations + costs.loss_bytes + buffers
     here = round(state.total + working + state.updating) if gpu.is_host else 0
@@ -136,9 +150,8 @@ def make_plan(
     total = round(state.total + max(working, state.updating) + reserved)
     total = in_host.total if gpu.is_host else total
 
-    flops = costs.step_flops * batch.accumulation
-    if batch.accumulation > 1:
-        flops += costs.tower_flops * batch.accumulation
+    first_passes = _first_passes(batch, costs)
+    flops = costs.step_flops * batch.accumulation + costs.tower_flops * first_passes
     device, host = _compute_seconds(recipe, batch, costs, gpu, flops)
     compute = (device**OVERLAP + host**OVERLAP) ** (1 / OVERLAP)
     traffic, in_node = _traffic_bytes(costs, recipe, batch, element, gpus_per_node)
@@ -184,13 +197,18 @@ def live_parameters(costs: Costs) -> int:
     return min(costs.parameters, LIVE // 2)
 
 
+def _first_passes(batch: BatchSplit, costs: Costs) -> int:
+    """Micro-batches of a step whose towers run twice."""
+    return batch.accumulation - costs.kept_graphs if batch.accumulation > 1 else 0
+
+
 def _compute_seconds(
     recipe: Recipe, batch: BatchSplit, costs: Costs, gpu: Gpu, flops: float
 ) -> tuple[float, float]:
     """Of a step on one device: what its kernels take, and what the host takes to issue them."""
     per_flop = 1 / (gpu.flops * gpu.utilization) + costs.bytes_per_flop / gpu.memory_rate
     device = flops * per_flop
-    passes = batch.accumulation * (1 + FIRST_PASS if batch.accumulation > 1 else 1)
+    passes = batch.accumulation + FIRST_PASS * _first_passes(batch, costs)
     host = passes * costs.blocks * gpu.block_seconds
     if recipe.engine.compile == "blocks":
         host *= COMPILED_BLOCK
@@ -220,14 +238,23 @@ def _buffer_bytes(
     # of what DeepSpeed lets go of, autograd keeps what linear layers saw until the backward pass,
     # for which it is gathered once more
     others += running if others > LIVE // 2 else 0
+    if layers == 0:  # and each graph its own
+        others += costs.waiting_graphs * costs.tower_parameters
     return reduce + (others + min(layers, LIVE // 2 + running)) * element
 
 
 def _gathered(costs: Costs, passes: int, layers: int) -> tuple[int, int]:
     """Elements that are made whole in a step, and those that are once more for a backward pass.
 
-    `layers` of them are zero3_layers.py's, which keeps them over passes.
+    `layers` of them are zero3_layers.py's, which keeps them over passes, as DeepSpeed does with all
+    where graphs are kept (zero3_trace.py).
     """
+    if costs.kept_graphs > 0:
+        dropped = costs.parameters - min(costs.parameters, LIVE // 2)
+        # embeddings and projections, whose inputs have no gradients, go after every backward pass
+        again = (passes - 1) * (costs.tower_parameters - costs.tower_layer_parameters)
+        again += passes * costs.tower_parameters if costs.tower_parameters > LIVE else 0
+        return costs.parameters + again, (2 * passes - 1) * dropped
     towers = costs.tower_layer_parameters if layers else 0
     others, tower_others = costs.parameters - layers, costs.tower_parameters - towers
     if layers == 0:

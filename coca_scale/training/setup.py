@@ -182,10 +182,10 @@ def set_up(recipe: Recipe, world: World, lanes: LaneStates | None = None) -> Set
     notes += [note for note in (room, crowded) if note is not None]
     samples_at_peak = _samples_at_peak(prepared, world)
     fitting = recipe
-    if recipe.engine.activation_checkpointing == "auto":
+    if "auto" in (recipe.engine.activation_checkpointing, recipe.engine.kept_graphs):
         here = (_device(world), world.ranks_per_node)
         fitting = world.on_first(lambda: fitted(recipe, split, *here)[0])
-        notes.append(f"activation_checkpointing auto is {fitting.engine.activation_checkpointing}")
+        notes += _chosen(recipe, fitting, split)
     recomputed = world.on_first(lambda: blocks_to_recompute(fitting, split))
     if recomputed:
         notes.append(f"recomputing {len(recomputed)} blocks to keep to the activation budget")
@@ -195,6 +195,17 @@ def set_up(recipe: Recipe, world: World, lanes: LaneStates | None = None) -> Set
     return Setup(
         prepared, resumed, progress, lanes, batches, engine, identity, samples_at_peak, notes
     )
+
+
+def _chosen(recipe: Recipe, fitting: Recipe, split: BatchSplit) -> list[str]:
+    """What `auto` has come to."""
+    asked, found, notes = recipe.engine, fitting.engine, list[str]()
+    if asked.activation_checkpointing == "auto":
+        notes.append(f"activation_checkpointing auto is {found.activation_checkpointing}")
+    if asked.kept_graphs == "auto" and split.accumulation > 1:
+        kept = f"{found.kept_graphs} of {split.accumulation} micro-batches"
+        notes.append(f"kept_graphs auto is {kept}")
+    return notes
 
 
 def prepare(recipe: Recipe, world: World) -> Prepared:
