@@ -8,10 +8,14 @@ decoder and the caption loss run → losses of the features with their gradients
 With more, a first pass without gradients collects the features of all micro-batches, so that the
 contrastive loss sees the global batch, and the second pass runs the line above per micro-batch
 (GradCache, Gao et al. 2021). The first pass is a prefix of the second: ZeRO-3's trace stays valid.
+Where memory is left some towers keep their graphs in the first pass (`engine.kept_graphs`), and the
+second one goes on from there: those run last in the first and first in the second, so that no more
+graphs are alive than it takes, and gradients are added in the same order whatever is kept.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -29,6 +33,7 @@ from coca_scale.engine.config import (
     apply_settings,
     deepspeed_config,
     gathered_whole,
+    kept_graphs,
     layers,
     transfers,
 )
@@ -52,6 +57,7 @@ from coca_scale.engine.zero_files import STATE_TAG, Layout, look_through
 from coca_scale.errors import AgreedError, UserError
 from coca_scale.losses import LABELS, FeatureGather
 from coca_scale.model import CoCa, LogitScale
+from coca_scale.model.coca import Encoded
 from coca_scale.model.image import normalize_pixels
 from coca_scale.model.packing import PackedCaptions, sent
 from coca_scale.model.pickles import read_pickle
@@ -142,6 +148,7 @@ class TrainEngine:
         self.dtype = DTYPES[recipe.engine.precision]
         self.layout = Layout(world.size, recipe.engine.zero_stage)
         self._batch_split = batch_split
+        self._kept_graphs = kept_graphs(recipe, batch_split)
         self._seed = recipe.run.seed
         self._objective = Objective(recipe.loss, world)
         apply_settings(model, recipe, recomputed)
@@ -155,7 +162,13 @@ class TrainEngine:
         self._writer = FileWriter(partial(_room_for_copies, world.ranks_per_node, in_background))
         whole = gathered_whole(model) if recipe.engine.zero_stage == 3 else []
         self._zero = ZeroEngine(
-            model, optimizer, self._optimizer_kind.moments, config, self._writer, whole
+            model,
+            optimizer,
+            self._optimizer_kind.moments,
+            config,
+            self._writer,
+            whole,
+            self._kept_graphs > 0,
         )
         self.module: CoCa = self._zero.module
         release_freed()
@@ -201,6 +214,7 @@ class TrainEngine:
                 arranged; None if none was moved.
         """
         self._zero.train()
+        self._zero.begin_step()
         self._set_learning_rate(lr)
         batches = self._micro_batches(images, captions, samples_seen, share_indices)
         counts = self._objective.counts([batch.captions for batch in batches])
@@ -239,11 +253,17 @@ class TrainEngine:
 
     def _pass_twice(self, batches: list[_MicroBatch], counts: Counts, tally: Tally) -> FeatureTerms:
         """The features of all micro-batches first, then forward and backward of each."""
-        terms = self._feature_terms(self._objective.gather(self._all_features(batches)))
+        found = self._features(batches[self._kept_graphs :])
+        kept = deque(self._encode(batch) for batch in batches[: self._kept_graphs])
+        found = [encoded.features.detach() for encoded in kept] + found
+        terms = self._feature_terms(self._objective.gather(torch.cat(found)))
         for number, batch in enumerate(batches):
-            features, sums = self._zero(
-                self.prepare(batch.images), batch.captions, sample_ids=batch.sample_ids
-            )
+            if kept:
+                features, sums = self._zero.finish(kept.popleft(), batch.captions)
+            else:
+                features, sums = self._zero(
+                    self.prepare(batch.images), batch.captions, sample_ids=batch.sample_ids
+                )
             tally.add(features, sums)
             grads = terms.grad_features
             if grads is not None:
@@ -254,9 +274,9 @@ class TrainEngine:
         return terms
 
     @torch.no_grad()
-    def _all_features(self, batches: list[_MicroBatch]) -> Tensor:
-        """[n, 2, d]."""
-        found = [
+    def _features(self, batches: list[_MicroBatch]) -> list[Tensor]:
+        """[b, 2, d] of each."""
+        return [
             self._zero(
                 self.prepare(batch.images),
                 batch.captions,
@@ -265,7 +285,12 @@ class TrainEngine:
             )[0]
             for batch in batches
         ]
-        return torch.cat(found)
+
+    def _encode(self, batch: _MicroBatch) -> Encoded:
+        """The towers, with the graph that their backward pass needs."""
+        images = self.prepare(batch.images)
+        encoded: Encoded = self._zero.encode(images, batch.captions, batch.sample_ids)
+        return encoded
 
     def _feature_terms(self, gather: FeatureGather) -> FeatureTerms:
         return self._objective.of_features(gather, self._logit_scale.log_scale.detach())

@@ -27,9 +27,14 @@ def plan_page(
     parts = ", ".join(
         f"{part} {size / 1e9:.2f}" for part, size in costs.kept_bytes.items() if size > 5e6
     )
+    more = costs.activations_bytes - costs.peak_bytes
+    waiting = f", kept graphs {more / 1e9:.2f}" if more else ""
     where = "in a node" if plan.link_bytes == gpu.node_bytes else "between nodes"
     chosen = f"; auto is {costs.checkpointing}" if _is_auto(recipe) else ""
     again = f"; {costs.recomputed} of {costs.blocks} blocks recomputed" if costs.recomputed else ""
+    graphs = ""
+    if costs.kept_graphs:
+        graphs = f"; towers of {costs.kept_graphs} of {batch.accumulation} micro-batches run once"
     lines = [
         f"{recipe.model.name}, {costs.parameters:,} parameters, on {batch.ranks:,} × {name}",
         f"batch     {batch.global_batch:,} = {batch.ranks:,} ranks × {batch.accumulation} "
@@ -38,11 +43,11 @@ def plan_page(
         f"{_gb(plan.parameters_bytes):>18} weights",
         f"{_gb(plan.gradients_bytes):>18} gradients",
         f"{_gb(plan.optimizer_bytes):>18} optimizer",
-        f"{_gb(plan.activations_bytes):>18} activations ({parts}){chosen}{again}",
+        f"{_gb(plan.activations_bytes):>18} activations ({parts}{waiting}){chosen}{again}",
         f"{_gb(plan.loss_bytes):>18} contrastive loss, gathered features included",
         f"{_gb(plan.buffers_bytes):>18} gathered layers, buckets, CUDA and NCCL",
         *_host(plan, gpu),
-        f"compute   {_number(plan.flops_per_sample / 1e9)} GFLOP per sample; "
+        f"compute   {_number(plan.flops_per_sample / 1e9)} GFLOP per sample{graphs}; "
         f"{plan.compute_seconds:,.2f} s per step, {plan.utilization:.0%} of "
         f"{_number(gpu.flops / 1e12)} TFLOP/s",
         f"traffic   {_gb(plan.communication_bytes_per_step)} per GPU and step; "

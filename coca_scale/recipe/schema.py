@@ -199,6 +199,12 @@ class EngineSection(Section):
         description="Most memory for activations on a rank, in GB: as few blocks as that takes are "
         "recomputed as a whole. Counts captions of data.mean_tokens.",
     )
+    kept_graphs: NonNegativeInt | Literal["auto"] = Field(
+        0,
+        description="Of a step's micro-batches, those whose towers run once, with all that their "
+        "backward pass needs in memory, and not once more after the pass that collects features; "
+        "auto: as many as there is planned to be room for beside everything else.",
+    )
     compile: Literal["none", "blocks"] = Field(
         "none",
         description="torch.compile: nothing, or every transformer block by itself, which fuses its "

@@ -72,7 +72,7 @@ KEYS: dict[str, Key] = {
     **_keys("engine", Key.FREE, "zero_stage activation_checkpointing compile offload"),
     **_keys("engine", Key.FREE, "activation_budget_gb secondary_shard gc_every_steps deepspeed"),
     **_keys("engine", Key.FREE, "start_timeout_minutes step_timeout_minutes save_timeout_minutes"),
-    **_keys("engine", Key.FREE, "silence_timeout_minutes attention_kernel fp8"),
+    **_keys("engine", Key.FREE, "silence_timeout_minutes attention_kernel fp8 kept_graphs"),
     **_keys("checkpoint", Key.FREE, "every_steps every_minutes keep keep_every_steps background"),
     **_keys("checkpoint", Key.START, "resume"),
     **_keys("health", Key.FREE, "max_bad_steps rollbacks spike_deviations straggler_factor"),

@@ -310,10 +310,10 @@ def _engine(
 ) -> TrainEngine:
     """The model sharded, with as much recomputed as the stage's recipe says. A collective."""
     fitting, split = prepared.recipe, prepared.batch_split
-    if fitting.engine.activation_checkpointing == "auto":
+    if "auto" in (fitting.engine.activation_checkpointing, fitting.engine.kept_graphs):
         here = (_device(world), world.ranks_per_node)
         fitting = world.on_first(lambda: fitted(prepared.recipe, split, *here)[0])
-        notes.append(f"activation_checkpointing auto is {fitting.engine.activation_checkpointing}")
+        notes += _chosen(prepared.recipe, fitting, split)
     recomputed = world.on_first(lambda: blocks_to_recompute(fitting, split))
     if recomputed:
         notes.append(f"recomputing {len(recomputed)} blocks to keep to the activation budget")
@@ -321,6 +321,17 @@ def _engine(
     attention = own_attention(coca, fitting.engine.precision)
     notes += [] if attention is None else [attention]
     return engine
+
+
+def _chosen(recipe: Recipe, fitting: Recipe, split: BatchSplit) -> list[str]:
+    """What `auto` has come to."""
+    asked, found, notes = recipe.engine, fitting.engine, list[str]()
+    if asked.activation_checkpointing == "auto":
+        notes.append(f"activation_checkpointing auto is {found.activation_checkpointing}")
+    if asked.kept_graphs == "auto" and split.accumulation > 1:
+        kept = f"{found.kept_graphs} of {split.accumulation} micro-batches"
+        notes.append(f"kept_graphs auto is {kept}")
+    return notes
 
 
 def _identity(recipe: Recipe, prepared: Prepared, world: World) -> Identity:
