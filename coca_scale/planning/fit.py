@@ -48,14 +48,23 @@ def fitted(recipe: Recipe, batch: BatchSplit, gpu: Gpu, gpus_per_node: int) -> t
     tried, costs = _recomputing(tried, batch, gpu, gpus_per_node)
     if graphs != "auto" or batch.accumulation == 1:
         return tried, costs
+    number = most_graphs(recipe, batch, costs, gpu, gpus_per_node)
+    return _with(tried, kept_graphs=number), replace(costs, kept_graphs=number)
+
+
+def most_graphs(
+    recipe: Recipe, batch: BatchSplit, costs: Costs, gpu: Gpu, gpus_per_node: int
+) -> int:
+    """Kept graphs that the device has room for; `costs` were counted without any."""
+    if batch.accumulation == 1:
+        return 0
 
     def too_many(number: int) -> bool:
         more = replace(costs, kept_graphs=number)
         return more.activations_bytes > _room(recipe, batch, more, gpu, gpus_per_node)
 
     most = 1 if costs.recomputed else batch.accumulation  # those are what there was no room for
-    number = max(1, bisect_left(range(1, most + 1), True, key=too_many))
-    return _with(tried, kept_graphs=number), replace(costs, kept_graphs=number)
+    return max(1, bisect_left(range(1, most + 1), True, key=too_many))
 
 
 def _recomputing(

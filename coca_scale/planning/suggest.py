@@ -1,10 +1,10 @@
 """What to set so that a step of the same global batch is shortest, within the devices' memory.
 
-Tried are micro-batches (and with them accumulation), what is recomputed and the ZeRO stage. For
-each kind of recomputation the model is counted at two small micro-batches; FLOPs of the others lie
-on the line through them, bytes on it or, where something else is alive at the peak, above it. The
-candidate that comes first by these estimates is counted itself, and the next until a counted one
-is still the first.
+Tried are micro-batches (and with them accumulation), what is recomputed and the ZeRO stage, each
+with as many kept graphs as there is room for. For each kind of recomputation the model is counted
+at two small micro-batches; FLOPs of the others lie on the line through them, bytes on it or, where
+something else is alive at the peak, above it. The candidate that comes first by these estimates is
+counted itself, and the next until a counted one is still the first.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from math import log
 
 from coca_scale.errors import UserError
 from coca_scale.planning.costs import count_costs
-from coca_scale.planning.fit import MARGIN
+from coca_scale.planning.fit import MARGIN, most_graphs
 from coca_scale.planning.gpus import Gpu
 from coca_scale.planning.plan import Costs, Plan, make_plan
 from coca_scale.recipe import BatchSplit, Recipe, recipe_from_dict
@@ -138,7 +138,7 @@ class _Search:
             found = self.recipe(choice)
             if found is None:
                 return
-            costs = self._estimated(micro, mode)
+            costs = self._with_graphs(found, micro, self._estimated(micro, mode))
             if stage == 3 and found.engine.compile == "blocks" and not costs.layer_parameters:
                 return  # as `require_compilable`
             plan = self._plan(found, micro, costs)
@@ -163,6 +163,7 @@ class _Search:
             "zero_stage": choice.zero_stage,
             "activation_checkpointing": choice.mode,
             "activation_budget_gb": budget_gb,
+            "kept_graphs": 0,
         }
         try:
             return recipe_from_dict(raw)
@@ -186,11 +187,20 @@ class _Search:
             costs = count_costs(recipe, self._batch(micro), not self._gpu.is_host)
         else:
             costs = self._count(micro, choice.mode)
+        costs = self._with_graphs(recipe, micro, costs)
         return costs, self._plan(recipe, micro, costs)
+
+    def _with_graphs(self, recipe: Recipe, micro: int, costs: Costs) -> Costs:
+        """With as many graphs kept as there is room for: they cost nothing else."""
+        about = (recipe, self._batch(micro), costs, self._gpu, self._gpus_per_node)
+        return replace(costs, kept_graphs=most_graphs(*about))
 
     def suggestion(self, choice: Choice, costs: Costs, plan: Plan) -> Suggestion:
         """What a choice means for the recipe that was asked for."""
-        return Suggestion(self._overrides(choice), self._batch(choice.micro_batch), costs, plan)
+        overrides, batch = self._overrides(choice), self._batch(choice.micro_batch)
+        if costs.kept_graphs and self._recipe.engine.kept_graphs != "auto":
+            overrides.append("engine.kept_graphs=auto")
+        return Suggestion(overrides, batch, costs, plan)
 
     def _overrides(self, choice: Choice) -> list[str]:
         train, engine = self._recipe.train, self._recipe.engine
@@ -238,6 +248,7 @@ class _Search:
         return replace(
             large,
             peak_bytes=line(lambda costs: costs.peak_bytes),
+            graph_bytes=line(lambda costs: costs.graph_bytes),
             tower_flops=line(lambda costs: costs.tower_flops),
             step_flops=line(lambda costs: costs.step_flops),
         )
