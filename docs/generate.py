@@ -23,6 +23,7 @@ from coca_scale.planning.plan import Costs, Plan
 from coca_scale.recipe import BatchSplit, Recipe, load_recipe
 from coca_scale.recipe.load import schema_json
 from coca_scale.recipe.section import Section
+from coca_scale.recipe.stage_section import StageSection
 
 ROOT = Path(__file__).resolve().parents[1]
 MARKS = "<!-- {}: made by docs/generate.py -->", "<!-- end -->"
@@ -140,17 +141,21 @@ def keys_page() -> str:
     for name, field in Recipe.model_fields.items():
         section = field.annotation
         assert isinstance(section, type) and issubclass(section, Section)
-        lines += [f"## {name}", "", (section.__doc__ or "").strip(), ""]
-        lines += ["| key | default | meaning |", "|---|---|---|"]
-        for key, entry in section.model_fields.items():
-            if entry.is_required():
-                default = "required"
-            else:
-                value = entry.get_default(call_default_factory=True)
-                default = f"`{'null' if value is None else value}`"
-            lines.append(f"| `{key}` | {default} | {entry.description or ''} |")
-        lines.append("")
-    return "\n".join(lines)
+        lines += _keys_table(name, section)
+    return "\n".join([*lines, *_keys_table("schedule.stages, each", StageSection)])
+
+
+def _keys_table(name: str, section: type[Section]) -> list[str]:
+    lines = [f"## {name}", "", (section.__doc__ or "").strip(), ""]
+    lines += ["| key | default | meaning |", "|---|---|---|"]
+    for key, entry in section.model_fields.items():
+        if entry.is_required():
+            default = "required"
+        else:
+            value = entry.get_default(call_default_factory=True)
+            default = f"`{'null' if value is None else value}`"
+        lines.append(f"| `{key}` | {default} | {entry.description or ''} |")
+    return [*lines, ""]
 
 
 def recipe_table(rows: list[Planned]) -> str:

@@ -30,7 +30,7 @@ PLACES = (
     *("run.name", "run.dir", "model.name", "model.pretrained", "data.train", "data.val"),
     *("data.cache_dir", "data.image_column", "data.caption_column", "data.captions"),
     *("data.filters.fields", "engine.deepspeed", "checkpoint.resume", "eval.zeroshot"),
-    *("eval.classnames", "eval.templates", "log.wandb"),
+    *("eval.classnames", "eval.templates", "log.wandb", "schedule.stages"),
 )
 
 
@@ -49,5 +49,7 @@ def recipe_with(text: str) -> Recipe:
         "captions": {text: 0.5, "txt": 0.5},
     }
     raw["data"]["filters"]["fields"] = {text: {"one_of": [text, 1, True]}}
+    raw["schedule"]["stages"] = [{"steps": 3, "train": text}]
+    raw["train"]["steps"] = None
     raw["engine"]["deepspeed"] = {text: text, "zero_optimization": {"stage": [text, 1]}}
     return recipe_from_dict(raw)

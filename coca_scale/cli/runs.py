@@ -54,28 +54,28 @@ def plan_command(
 
     Example: coca-scale plan recipes/large.yaml --gpus 64 --gpu h100-80gb --price 2.50
     """
-    from coca_scale.planning.fit import plan_run
     from coca_scale.planning.gpus import GPUS
-    from coca_scale.planning.plan_text import plan_page, suggestion_page
+    from coca_scale.planning.plan_text import run_page
+    from coca_scale.planning.staged import plan_stages, run_json
     from coca_scale.planning.suggest import suggest
     from coca_scale.recipe import load_recipe
 
     if gpu not in GPUS:
         raise UserError(f"--gpu {gpu} is not known; use one of {', '.join(GPUS)}")
     loaded = load_recipe(recipe, overrides or ())
-    batch, costs, plan = plan_run(loaded, gpus, GPUS[gpu], gpus_per_node)
-    found = suggest(loaded, gpus, GPUS[gpu], gpus_per_node) if suggested else None
+    about = (gpus, GPUS[gpu], gpus_per_node)
+    stages = plan_stages(loaded, *about)
+    found = [
+        suggest(stage.recipe, *about, stage=stage.index) if suggested else None for stage in stages
+    ]
     if as_json:
-        numbers = plan.json() | {"cost_eur": plan.cost(price)}
-        if found is not None:
-            numbers["suggestion"] = found.json(plan)
-        say(json.dumps(numbers, indent=1))
+        say(json.dumps(run_json(stages, found, price), indent=1))
     else:
-        say(plan_page(loaded, batch, costs, plan, GPUS[gpu], gpu, price))
-        if found is not None:
-            say(suggestion_page(plan, found))
-    if not plan.fits:
-        raise UserError(f"{recipe}: {gpus} × {gpu} do not have the memory")
+        say(run_page(stages, found, GPUS[gpu], gpu, price))
+    for stage in stages:
+        if not stage.plan.fits:
+            of = f", {stage.name}" if stage.name else ""
+            raise UserError(f"{recipe}{of}: {gpus} × {gpu} do not have the memory")
 
 
 def doctor_command(

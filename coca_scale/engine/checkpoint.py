@@ -19,11 +19,10 @@ from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, FiniteFloat, InstanceOf, field_validator
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from coca_scale.engine.train_engine import CONSTANTS_FILE, SCALE_FILE
+from coca_scale.engine.constants import read_constants
+from coca_scale.engine.train_engine import SCALE_FILE
 from coca_scale.engine.weight_average import AVERAGE_FOLDER
 from coca_scale.engine.world import World
 from coca_scale.engine.writing import Entries, sync_folder, write_hashed
@@ -93,13 +92,15 @@ class _Identity(BaseModel):
 
 
 class _Progress(BaseModel):
-    """State of the training loop; `identity` came later than the rest."""
+    """State of the training loop; what has a default came later than the rest."""
 
     step: Annotated[int, Field(ge=0, lt=10**8)]
     samples_seen: _Count
     bad_steps: _BadSteps
     skips: _Skips
+    stage: Annotated[int, Field(ge=1, lt=10**6)] = 1
     lanes: Annotated[list[list[_Count]], Field(min_length=1)]
+    left: dict[Annotated[str, Field(pattern="^[1-9][0-9]{0,5}$")], list[list[_Count]]] = {}
     model_cfg: dict[str, Any]
     identity: _Identity | None = None
 
@@ -237,17 +238,20 @@ def _manifest(folder: Path) -> _Manifest:
 
 @contextlib.contextmanager
 def fitting_state(
-    checkpoint: Path, layout: Layout, scratch: Path, world: World
+    checkpoint: Path, layout: Layout, scratch: Path, world: World, remade: bool = False
 ) -> Iterator[Path | None]:
     """The state of a checkpoint in DeepSpeed's universal format, where its layout is not `layout`.
 
-    A collective. The copy lies in folder `scratch` and is removed at the end of the block.
+    Or where the run's model is `remade`: has other sizes, or trains other weights. A collective.
+    The copy lies in folder `scratch` and is removed at the end of the block.
 
     Raises:
         UserError: it cannot be converted; on every rank.
     """
     saved = saved_layout(checkpoint)
-    if saved == layout or (saved.zero_stage == layout.zero_stage == 0):  # plain replicas fit all
+    if (not remade and saved == layout) or (
+        saved.zero_stage == layout.zero_stage == 0
+    ):  # plain replicas fit all
         yield None
         return
     if 0 in (saved.zero_stage, layout.zero_stage):
@@ -333,19 +337,6 @@ def read_weights(folder: Path, raw: bool = False) -> dict[str, Tensor]:
     else:
         weights = full_weights(folder / AVERAGE_FOLDER if averaged else folder)
     return {**weights, **read_constants(folder), LOGIT_SCALE: state.model["log_scale"]}
-
-
-def read_constants(folder: Path) -> dict[str, Tensor]:
-    """Weights and buffers that training did not change, as they were when it began.
-
-    Raises:
-        UserError: damaged.
-    """
-    file = folder / CONSTANTS_FILE
-    try:
-        return load_file(file) if file.is_file() else {}
-    except SafetensorError as error:
-        raise UserError(f"{file}: damaged or cut short ({error})") from error
 
 
 @dataclass(frozen=True)

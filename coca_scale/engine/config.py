@@ -205,6 +205,18 @@ def adds_in_fp32(recipe: Recipe, batch: BatchSplit) -> bool:
     return batch.accumulation > 1 and engine.precision == "bf16" and engine.zero_stage >= 2
 
 
+def kept_graphs(recipe: Recipe, batch: BatchSplit) -> int:
+    """Micro-batches of a step whose towers run once.
+
+    Args:
+        recipe: of the run, with what `auto` has come to.
+        batch: its batch over the ranks.
+    """
+    wanted = recipe.engine.kept_graphs
+    assert wanted != "auto", "planning.fit finds out what it is"
+    return min(wanted, batch.accumulation) if batch.accumulation > 1 else 0
+
+
 def many_at_once(config: Mapping[str, Any]) -> bool:
     """Whether DeepSpeed's configuration asks for nothing that `ManyAtOnce` does not do."""
     zero = config["zero_optimization"]

@@ -8,10 +8,14 @@ decoder and the caption loss run → losses of the features with their gradients
 With more, a first pass without gradients collects the features of all micro-batches, so that the
 contrastive loss sees the global batch, and the second pass runs the line above per micro-batch
 (GradCache, Gao et al. 2021). The first pass is a prefix of the second: ZeRO-3's trace stays valid.
+Where memory is left some towers keep their graphs in the first pass (`engine.kept_graphs`), and the
+second one goes on from there: those run last in the first and first in the second, so that no more
+graphs are alive than it takes, and gradients are added in the same order whatever is kept.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -29,9 +33,11 @@ from coca_scale.engine.config import (
     apply_settings,
     deepspeed_config,
     gathered_whole,
+    kept_graphs,
     layers,
     transfers,
 )
+from coca_scale.engine.constants import CONSTANTS_FILE, constants_of
 from coca_scale.engine.host import available_bytes, memory_bytes, regrowth_bytes, release_freed
 from coca_scale.engine.objective import Counts, FeatureTerms, Objective, Tally
 from coca_scale.engine.optimizer import (
@@ -42,6 +48,7 @@ from coca_scale.engine.optimizer import (
     only_where,
     own_settings,
 )
+from coca_scale.engine.refit import refitted
 from coca_scale.engine.weight_average import AVERAGE_FOLDER, WeightAverage
 from coca_scale.engine.world import World
 from coca_scale.engine.writing import Entries, FileWriter
@@ -50,6 +57,7 @@ from coca_scale.engine.zero_files import STATE_TAG, Layout, look_through
 from coca_scale.errors import AgreedError, UserError
 from coca_scale.losses import LABELS, FeatureGather
 from coca_scale.model import CoCa, LogitScale
+from coca_scale.model.coca import Encoded
 from coca_scale.model.image import normalize_pixels
 from coca_scale.model.packing import PackedCaptions, sent
 from coca_scale.model.pickles import read_pickle
@@ -58,7 +66,6 @@ from coca_scale.model.weights import require_finite
 from coca_scale.recipe import BatchSplit, Recipe
 
 SCALE_FILE = "logit_scale.pt"
-CONSTANTS_FILE = "constants.safetensors"
 
 
 @dataclass(frozen=True)
@@ -136,11 +143,12 @@ class TrainEngine:
         have here. Blocks named in `recomputed` keep no activations.
         """
         assert world.size == batch_split.ranks, "the batch is split for another number of ranks"
-        self._constants = _constants(model) if world.rank == 0 else {}
+        self._constants = constants_of(model) if world.rank == 0 else {}
         self.world = world
         self.dtype = DTYPES[recipe.engine.precision]
         self.layout = Layout(world.size, recipe.engine.zero_stage)
         self._batch_split = batch_split
+        self._kept_graphs = kept_graphs(recipe, batch_split)
         self._seed = recipe.run.seed
         self._objective = Objective(recipe.loss, world)
         apply_settings(model, recipe, recomputed)
@@ -154,19 +162,28 @@ class TrainEngine:
         self._writer = FileWriter(partial(_room_for_copies, world.ranks_per_node, in_background))
         whole = gathered_whole(model) if recipe.engine.zero_stage == 3 else []
         self._zero = ZeroEngine(
-            model, optimizer, self._optimizer_kind.moments, config, self._writer, whole
+            model,
+            optimizer,
+            self._optimizer_kind.moments,
+            config,
+            self._writer,
+            whole,
+            self._kept_graphs > 0,
         )
         self.module: CoCa = self._zero.module
         release_freed()
         cast_statistics(self.module, self.dtype)
-        if recipe.engine.compile == "blocks":
+        self._compiled = recipe.engine.compile == "blocks"
+        if self._compiled:
             compile_layers(layers(self.module), layers(self.module.image))
         decay = recipe.optim.ema_decay
         self._average = None if decay is None else WeightAverage(self._zero, decay)
 
     def close(self) -> None:
-        """Free what DeepSpeed holds."""
+        """Free what DeepSpeed holds, and what was compiled for this model."""
         self._zero.close()
+        if self._compiled:
+            torch._dynamo.reset()  # another stage's pictures are compiled as if they were the first
 
     def lay_out(self, tokens: Tensor) -> list[PackedCaptions]:
         """Captions of this rank's share as `step` takes them. Local, in any thread.
@@ -197,6 +214,7 @@ class TrainEngine:
                 arranged; None if none was moved.
         """
         self._zero.train()
+        self._zero.begin_step()
         self._set_learning_rate(lr)
         batches = self._micro_batches(images, captions, samples_seen, share_indices)
         counts = self._objective.counts([batch.captions for batch in batches])
@@ -235,11 +253,17 @@ class TrainEngine:
 
     def _pass_twice(self, batches: list[_MicroBatch], counts: Counts, tally: Tally) -> FeatureTerms:
         """The features of all micro-batches first, then forward and backward of each."""
-        terms = self._feature_terms(self._objective.gather(self._all_features(batches)))
+        found = self._features(batches[self._kept_graphs :])
+        kept = deque(self._encode(batch) for batch in batches[: self._kept_graphs])
+        found = [encoded.features.detach() for encoded in kept] + found
+        terms = self._feature_terms(self._objective.gather(torch.cat(found)))
         for number, batch in enumerate(batches):
-            features, sums = self._zero(
-                self.prepare(batch.images), batch.captions, sample_ids=batch.sample_ids
-            )
+            if kept:
+                features, sums = self._zero.finish(kept.popleft(), batch.captions)
+            else:
+                features, sums = self._zero(
+                    self.prepare(batch.images), batch.captions, sample_ids=batch.sample_ids
+                )
             tally.add(features, sums)
             grads = terms.grad_features
             if grads is not None:
@@ -250,9 +274,9 @@ class TrainEngine:
         return terms
 
     @torch.no_grad()
-    def _all_features(self, batches: list[_MicroBatch]) -> Tensor:
-        """[n, 2, d]."""
-        found = [
+    def _features(self, batches: list[_MicroBatch]) -> list[Tensor]:
+        """[b, 2, d] of each."""
+        return [
             self._zero(
                 self.prepare(batch.images),
                 batch.captions,
@@ -261,7 +285,12 @@ class TrainEngine:
             )[0]
             for batch in batches
         ]
-        return torch.cat(found)
+
+    def _encode(self, batch: _MicroBatch) -> Encoded:
+        """The towers, with the graph that their backward pass needs."""
+        images = self.prepare(batch.images)
+        encoded: Encoded = self._zero.encode(images, batch.captions, batch.sample_ids)
+        return encoded
 
     def _feature_terms(self, gather: FeatureGather) -> FeatureTerms:
         return self._objective.of_features(gather, self._logit_scale.log_scale.detach())
@@ -338,12 +367,14 @@ class TrainEngine:
             self._writer.save(state, folder / SCALE_FILE)
         return self._writer.start(folder, average_folder)
 
-    def load_state(self, folder: Path, universal: Path | None) -> None:
+    def load_state(self, folder: Path, universal: Path | None, remade: bool = False) -> None:
         """Read what `save_state` wrote. A collective.
 
         Args:
             folder: of the checkpoint.
             universal: its state in DeepSpeed's universal format, where it has another layout.
+            remade: whether its model had other sizes or trained other weights. What is resized, or
+                begins to train, begins with moments of zero.
 
         Raises:
             UserError: the checkpoint lacks something that this run needs, is of another optimizer,
@@ -363,17 +394,23 @@ class TrainEngine:
         if universal is None:
             self._zero.load(folder)
         else:
-            self._zero.load_universal(universal, steps)
+            self._zero.load_universal(universal, steps, self._refitted(folder, folder, remade))
         if self._average is not None:
             if universal is None:
                 self._average.load(folder, world.rank)
             else:
-                self._average.load_resharded(folder)
+                others = self._refitted(folder, folder / AVERAGE_FOLDER, remade)
+                self._average.load_resharded(folder, others)
         scale = {"logit_scale": self._logit_scale.log_scale}
         try:
             world.agree(lambda: require_finite({**self._zero.own_weights(), **scale}))
         except AgreedError as error:
             raise AgreedError(f"{folder}: {error}") from error
+
+    def _refitted(self, checkpoint: Path, weights: Path, remade: bool) -> dict[str, Tensor]:
+        if not remade:
+            return {}
+        return refitted(checkpoint, weights, self._zero.trained_shapes(), self.module.config)
 
 
 def _room_for_copies(ranks_here: int, in_background: bool) -> int:
@@ -391,16 +428,3 @@ def _room_for_copies(ranks_here: int, in_background: bool) -> int:
 def _adam_steps(state: dict[str, Any]) -> int:
     """Updates of a parameter's AdamW, as checkpoints without a count of their own have them."""
     return max((int(entry["step"]) for entry in state["state"].values()), default=0)
-
-
-def _constants(model: CoCa) -> dict[str, Tensor]:
-    """What training does not change: frozen parameters and buffers, as they are before DeepSpeed.
-
-    Its own copies are rounded to the precision of the run.
-    """
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    return {
-        name: tensor.detach().contiguous()
-        for name, tensor in model.state_dict().items()
-        if name not in trained
-    }

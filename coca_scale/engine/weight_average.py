@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,12 @@ class WeightAverage:
         for mine, saved in zip(self._average, averages, strict=True):
             mine.copy_(saved)
 
-    def load_resharded(self, folder: Path) -> None:
+    def load_resharded(self, folder: Path, others: Mapping[str, Tensor]) -> None:
         """Read what a run of another layout saved.
+
+        Args:
+            folder: of the checkpoint.
+            others: averages that are not in it as they are here, by name.
 
         Raises:
             UserError: the checkpoint has no average.
@@ -63,7 +68,9 @@ class WeightAverage:
         self._updates.fill_(updates)
         full = full_weights(folder / AVERAGE_FOLDER, lazy=True)
         kept = [master.detach().clone() for master in self._masters]
-        self._engine.set_state(lambda name: full[name].contiguous())
+        self._engine.set_state(
+            lambda name: others[name] if name in others else full[name].contiguous()
+        )
         for mine, master, before in zip(self._average, self._masters, kept, strict=True):
             mine.copy_(master.detach())
             master.data.copy_(before)

@@ -10,7 +10,7 @@ first, and let all groups share one step counter.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from deepspeed.checkpoint.constants import (
     ZERO_STAGE,
 )
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
+from deepspeed.runtime.torch_autocast import autocast_if_enabled
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import (
@@ -45,6 +46,7 @@ from coca_scale.engine.writing import FileWriter
 from coca_scale.engine.zero2 import steps_unasked, take_over_step
 from coca_scale.engine.zero3 import ManyAtOnce
 from coca_scale.engine.zero3_layers import WholeLayers
+from coca_scale.engine.zero3_trace import StepTrace
 from coca_scale.engine.zero_files import HARMLESS, STATE_TAG, atom
 from coca_scale.model.pickles import read_pickle, tensors_alone
 
@@ -60,6 +62,7 @@ class ZeroEngine:
         config: dict[str, Any],
         writer: FileWriter,
         gathered_whole: Sequence[nn.Module] = (),
+        keeps_graphs: bool = False,
     ) -> None:
         """Shard `model`, which must hold the same weights on every rank.
 
@@ -70,6 +73,7 @@ class ZeroEngine:
             config: of DeepSpeed.
             writer: gets the files of `save`.
             gathered_whole: modules that stage 3 gathers with everything inside, at once.
+            keeps_graphs: whether `encode` and `finish` are used, and `begin_step` before a step.
         """
         for module in gathered_whole:
             set_z3_leaf_module(module, True)
@@ -89,6 +93,9 @@ class ZeroEngine:
             self._many = ManyAtOnce(zero3, whole)
         elif steps_unasked(config):
             take_over_step(self._engine.optimizer)
+        self._trace = None
+        if keeps_graphs and self._stage == 3:
+            self._trace = StepTrace(self._engine.optimizer.parameter_offload, self.module)
         # a file beside the writer: on a full disk rank 0 would fail and the others wait for it
         self._engine._copy_recovery_script = lambda _: None
 
@@ -109,6 +116,25 @@ class ZeroEngine:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The forward pass."""
         return self._engine(*args, **kwargs)
+
+    def begin_step(self) -> None:
+        """A step's first forward pass is next."""
+        if self._trace is not None:
+            self._trace.begin_step()
+
+    def encode(self, *args: Any) -> Any:
+        """The model's `encode`, in whose graph `finish` goes on."""
+        with autocast_if_enabled(self._engine):
+            encoded = self.module.encode(*args)
+        if self._trace is not None:
+            self._trace.left()
+        return encoded
+
+    def finish(self, encoded: Any, *args: Any) -> Any:
+        """The rest of the forward pass; its backward pass comes before the next one is finished."""
+        if self._trace is not None:
+            self._trace.come_back()
+        return self._engine(encoded, *args)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of `loss` on each rank, averaged over ranks and not divided further."""
@@ -176,13 +202,30 @@ class ZeroEngine:
         if clip_norm is not None:
             optimizer.clip_grad = clip_norm
 
-    def load_universal(self, folder: Path, optimizer_steps: int) -> None:
-        """Fill weights and optimizer state of a new engine from the universal format."""
+    def load_universal(
+        self, folder: Path, optimizer_steps: int, others: Mapping[str, Tensor]
+    ) -> None:
+        """Fill weights and optimizer state of a new engine from the universal format.
+
+        Args:
+            folder: with that.
+            optimizer_steps: updates of the optimizer so far.
+            others: fp32 weights that are not in it as they are here, by name; they have no moments.
+        """
         self._prepare_moments(optimizer_steps)
-        zero = folder / "zero"
+
+        def full(key: str | None, name: str) -> Tensor:
+            if name not in others:
+                return atom(folder / "zero", key or "fp32", name)
+            return others[name] if key is None else torch.zeros_like(others[name])
+
         for key in (None, *self._moments):
-            self.set_state(partial(atom, zero, key or "fp32"), key)
+            self.set_state(partial(full, key), key)
         self._round_masters()
+
+    def trained_shapes(self) -> dict[str, torch.Size]:
+        """Of the weights that train, whole, by name. Local."""
+        return {name: getattr(p, "ds_shape", p.shape) for name, p in self._trained()}
 
     def set_state(self, full: Callable[[str], Tensor], key: str | None = None) -> None:
         """Fill this rank's part of the fp32 masters, or of the optimizer state `key`.

@@ -304,12 +304,14 @@ class WholeLayers:
         """Whether few enough elements are used before it is used again."""
         elements = 0
         following = self._next.get(use)
-        while following is not None and following.layer is not use.layer:
+        for _ in self._next:  # an order that has just changed may lead in a circle beside it
+            if following is None or following.layer is use.layer:
+                return following is not None
             elements += following.layer.elements
             if elements > self._distance:
                 return False
             following = self._next.get(following)
-        return following is not None
+        return False
 
 
 def let_go(parameter: Any) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,20 @@ from coca_scale.model.towers import Decoder, ImageTower, TextTower
 
 FeaturesReady = Callable[[Tensor], None]
 Checkpointing = Literal["none", "selective", "full"]
+
+
+class Encoded(NamedTuple):
+    """What the towers make of a micro-batch, for the losses and the decoder.
+
+    Attributes:
+        features: packed unit features [B, 2, embed_dim] (image, text).
+        text_ND: of every token.
+        image_tokens: [B, S, D]; None in a CLIP.
+    """
+
+    features: Tensor
+    text_ND: Tensor
+    image_tokens: Tensor | None
 
 
 class CoCa(nn.Module):
@@ -125,9 +139,20 @@ class CoCa(nn.Module):
         cache.end()
         return self.caption_head(hidden_ND.unflatten(0, tokens_RT.shape)[:, -1])
 
+    def encode(
+        self, images: Tensor, captions: PackedCaptions, sample_ids: Tensor | None = None
+    ) -> Encoded:
+        """Both towers; arguments as of `forward`."""
+        # the large tower last: the host is ahead of a GPU when it comes to the decoder, and after
+        # the decoder's backward pass it has the image's to get ahead again
+        text_embedding, text_ND = self.text(captions)
+        image_embedding, image_tokens = self.image(images, sample_ids)
+        features = torch.stack([unit(image_embedding), unit(text_embedding)], dim=1)
+        return Encoded(features, text_ND, image_tokens)
+
     def forward(
         self,
-        images: Tensor,
+        images: Tensor | Encoded,
         captions: PackedCaptions,
         on_features: FeaturesReady | None = None,
         features_only: bool = False,
@@ -136,7 +161,8 @@ class CoCa(nn.Module):
         """One training forward pass.
 
         Args:
-            images: normalised images [B, 3, H, W] in the model's dtype.
+            images: normalised images [B, 3, H, W] in the model's dtype, or what `encode` has made
+                of them and the captions.
             captions: B captions, laid out by `text.pack`.
             on_features: called with the packed features as soon as both towers are through, so that
                 their all-gather runs while the decoder does.
@@ -147,11 +173,10 @@ class CoCa(nn.Module):
             Packed unit features [B, 2, embed_dim] (image, text), and summed losses by name:
             `caption`, over the tokens that count, unless there is no decoder or `features_only`.
         """
-        # the large tower last: the host is ahead of a GPU when it comes to the decoder, and after
-        # the decoder's backward pass it has the image's to get ahead again
-        text_embedding, text_ND = self.text(captions)
-        image_embedding, image_tokens = self.image(images, sample_ids)
-        features = torch.stack([unit(image_embedding), unit(text_embedding)], dim=1)
+        if isinstance(images, Encoded):
+            features, text_ND, image_tokens = images
+        else:
+            features, text_ND, image_tokens = self.encode(images, captions, sample_ids)
         if features_only:
             return features, {}
         if on_features is not None:

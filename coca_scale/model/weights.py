@@ -154,21 +154,29 @@ def fit_weights(
         shapes = {name: tensor.shape for name, tensor in CoCa(config).state_dict().items()}
     for name, new_shape in shapes.items():
         old = weights.get(name)
-        if old is None or old.shape == new_shape or old.shape[-1:] != new_shape[-1:]:
+        if old is None or old.shape == new_shape:
             continue
-        if name == _IMAGE_POSITIONS:
-            fitted[name] = resize_grid(old, new_shape[0])
-        elif name == _TIMM_POSITIONS:
-            fitted[name] = resize_grid(old[0], new_shape[1])[None]
-        elif name == _TEXT_POSITIONS:
-            fitted[name] = resize_caption(old, new_shape[0], config.text_cfg.embed_cls)
-        elif name in _VOCABULARY and old.shape[0] < new_shape[0]:
-            grown = old.mean(0, keepdim=True).expand(new_shape[0] - old.shape[0], -1)
-            fitted[name] = torch.cat([old, grown])
-        else:
-            continue
-        notes.append(f"{name}: {tuple(old.shape)} made {tuple(new_shape)}")
+        made = fit_weight(name, old, new_shape, config)
+        if made is not None:
+            fitted[name] = made
+            notes.append(f"{name}: {tuple(old.shape)} made {tuple(new_shape)}")
     return fitted, notes
+
+
+def fit_weight(name: str, old: Tensor, shape: torch.Size, config: ModelConfig) -> Tensor | None:
+    """One of the weights as of `fit_weights`; None where nothing can make it have this shape."""
+    if old.shape[-1:] != shape[-1:]:
+        return None
+    if name == _IMAGE_POSITIONS:
+        return resize_grid(old, shape[0])
+    if name == _TIMM_POSITIONS:
+        return resize_grid(old[0], shape[1])[None]
+    if name == _TEXT_POSITIONS:
+        return resize_caption(old, shape[0], config.text_cfg.embed_cls)
+    if name in _VOCABULARY and old.shape[0] < shape[0]:
+        grown = old.mean(0, keepdim=True).expand(shape[0] - old.shape[0], -1)
+        return torch.cat([old, grown])
+    return None
 
 
 def resize_grid(positions: Tensor, length: int) -> Tensor:

@@ -19,8 +19,9 @@ from coca_scale.errors import UserError
 from coca_scale.model.config import load_model_config
 from coca_scale.openclip.options import OPTIONS, Fate
 from coca_scale.recipe import recipe_from_dict
-from coca_scale.recipe.batch import MAX_DEFAULT_LANES, default_lanes, divisors
+from coca_scale.recipe.batch import default_lanes
 from coca_scale.recipe.files import read_text
+from coca_scale.recipe.lanes import MAX_USUAL_LANES, divisors
 from coca_scale.recipe.text import shell_word
 from coca_scale.recipe.yaml_text import dump_yaml
 
@@ -326,7 +327,7 @@ def _lanes(batch: int, gpus: int, workers: int) -> dict[str, int]:
     try:
         default_lanes(batch, gpus)
     except ValueError:
-        most = max(MAX_DEFAULT_LANES, gpus * workers)
+        most = max(MAX_USUAL_LANES, gpus * workers)
         return {"lanes": max(d for d in divisors(batch) if d % gpus == 0 and d <= most)}
     return {}
 

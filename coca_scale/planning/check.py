@@ -28,6 +28,7 @@ from coca_scale.planning.fit import plan_run
 from coca_scale.planning.gpus import GPUS
 from coca_scale.recipe import BatchSplit, Recipe
 from coca_scale.recipe.data import WeightedShards
+from coca_scale.recipe.stages import recipes_of
 
 TRIED_SAMPLES = 64
 
@@ -39,6 +40,12 @@ class Report:
     fine: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
+
+    def add(self, other: Report, prefix: str) -> None:
+        """Take in what another one has, behind a prefix."""
+        self.fine += [prefix + line for line in other.fine]
+        self.notes += [prefix + line for line in other.notes]
+        self.faults += [prefix + line for line in other.faults]
 
     def text(self) -> str:
         """A line per finding, faults last."""
@@ -57,17 +64,26 @@ def check(recipe: Recipe, ranks: int, device_bytes: int | None = None) -> Report
     report = Report()
     if (fault := tracking_fault(recipe)) is not None:
         report.faults.append(fault)
+    stages = recipes_of(recipe)
+    for name, stage in stages.items():
+        found = _stage(stage, ranks, device_bytes, with_validation=name == [*stages][-1])
+        report.add(found, f"{name}: " if name else "")
+    _zeroshot(recipe, report)
+    _folder(recipe.run.folder, report)
+    return report
+
+
+def _stage(recipe: Recipe, ranks: int, device_bytes: int | None, with_validation: bool) -> Report:
+    """What is found of a run that has this recipe from its beginning to its end."""
+    report = Report()
     batch = _batch(recipe, ranks, report)
     config = _model(recipe, report)
     if config is not None and batch is not None:
         _memory(recipe, ranks, device_bytes, report)
     tokenizer = _tokenizer(config, recipe, report) if config is not None else None
-    for name in ("train", "val"):
-        spec = getattr(recipe.data, name)
-        if spec is not None:
-            _data(name, spec, recipe, batch, config, tokenizer, report)
-    _zeroshot(recipe, report)
-    _folder(recipe.run.folder, report)
+    _data("train", recipe.data.train, recipe, batch, config, tokenizer, report)
+    if with_validation and recipe.data.val is not None:
+        _data("val", recipe.data.val, recipe, batch, config, tokenizer, report)
     return report
 
 

@@ -19,12 +19,14 @@ from coca_scale.engine.config import (
     DTYPES,
     apply_settings,
     gathered_whole,
+    kept_graphs,
     takes_images,
     transfers,
 )
 from coca_scale.errors import UserError
 from coca_scale.losses import FeatureGather, contrastive_loss
 from coca_scale.model import CoCa, ModelConfig
+from coca_scale.model.coca import Encoded
 from coca_scale.model.config import VisionConfig
 from coca_scale.model.freeze import freeze
 from coca_scale.planning.counting import LiveBytes, flops, parts
@@ -53,7 +55,7 @@ def count_costs(recipe: Recipe, batch: BatchSplit, varlen: bool = False) -> Cost
     model = case.model
     recomputed = blocks_to_recompute(recipe, batch, varlen)
     apply_settings(model, recipe, recomputed, varlen)
-    kept, peak = case.bytes(_named_parts(model))
+    kept, graph, peak = case.bytes(_named_parts(model))
     with case.fake:
         with torch.no_grad():
             tower_flops = flops(lambda: model(*case.inputs, features_only=True))
@@ -81,6 +83,8 @@ def count_costs(recipe: Recipe, batch: BatchSplit, varlen: bool = False) -> Cost
         blocks=len(model.blocks()),
         kept_bytes=kept,
         peak_bytes=peak,
+        graph_bytes=graph,
+        kept_graphs=kept_graphs(recipe, batch),
         tower_flops=tower_flops,
         step_flops=step_flops,
         bytes_per_flop=bytes_per_flop,
@@ -117,23 +121,26 @@ def blocks_to_recompute(recipe: Recipe, batch: BatchSplit, varlen: bool | None =
         return []
     case = _Case(recipe, batch)
     apply_settings(case.model, recipe, varlen=varlen)
+    waiting = max(0, kept_graphs(recipe, batch) - 1)
     blocks = case.model.blocks()
-    saved, peak = case.savings()
+    saved, taken = case.savings(waiting)
     cost = case.forward_flops()
     left = sorted(blocks, key=lambda name: saved[name] / max(1, cost[name]))
     chosen: list[str] = []
-    while peak > budget * 1e9:
-        over = peak - budget * 1e9
+    while taken > budget * 1e9:
+        over = taken - budget * 1e9
         if not left:
             raise UserError(
                 f"engine.activation_budget_gb={budget:g}: with every block recomputed activations "
-                f"still take {peak / 1e9:.2f} GB; use a smaller train.micro_batch"
+                f"still take {taken / 1e9:.2f} GB; use a smaller train.micro_batch"
+                f"{' or engine.kept_graphs=1' if waiting else ''}"
             )
         while left and over > 0:
             chosen.append(left.pop())
             over -= saved[chosen[-1]]
         apply_settings(case.model, recipe, chosen, varlen)
-        _, peak = case.bytes({})
+        _, graph, peak = case.bytes({})
+        taken = peak + waiting * graph
     return chosen
 
 
@@ -155,21 +162,29 @@ class _Case:
                 parameter.register_post_accumulate_grad_hook(_drop)
         self.inputs = images, self.model.text.pack(tokens).map(self.fake.from_tensor)
 
-    def forward(self) -> Tensor:
+    def forward(self, encoded: Encoded | None = None) -> Tensor:
         """What the engine calls backward on, without its factors."""
-        features, sums = self.model(*self.inputs)
+        images, captions = self.inputs
+        features, sums = self.model(images if encoded is None else encoded, captions)
         surrogate = (features.float() * features.detach().float()).sum()
         return sum(sums.values(), start=surrogate)
 
-    def bytes(self, named: Mapping[str, nn.Module]) -> tuple[dict[str, int], int]:
-        """What the forward pass leaves, by part, and most alive beside weights and gradients."""
+    def bytes(self, named: Mapping[str, nn.Module]) -> tuple[dict[str, int], int, int]:
+        """What is kept for the backward pass, and most alive beside weights and gradients.
+
+        Returns:
+            What the forward pass leaves, by part; what its towers leave, with the images that the
+            step prepares for them; and most alive.
+        """
         with self.fake, LiveBytes() as live:
             live.ignore([*self.model.parameters(), *self.model.buffers()])
             with parts(live, named):
-                surrogate = self.forward()
+                encoded = [self.model.encode(*self.inputs)]
+                graph = sum(live.by_part().values()) + self.inputs[0].nbytes
+                surrogate = self.forward(encoded.pop())
             kept = live.by_part()
             surrogate.backward()
-        return kept, live.peak
+        return kept, graph, live.peak
 
     def bytes_per_flop(self, image_passes: float) -> float:
         """Bytes through memory for each FLOP. Nothing is recomputed hereafter."""
@@ -192,8 +207,8 @@ class _Case:
         counts = counter.get_flop_counts()
         return {name.partition(".")[2]: sum(c.values()) for name, c in counts.items()}
 
-    def savings(self) -> tuple[dict[str, int], int]:
-        """What every block keeps beside its output, and most alive."""
+    def savings(self, waiting: int) -> tuple[dict[str, int], int]:
+        """What every block keeps beside its output, and most alive, with graphs that wait."""
         blocks = self.model.blocks()
         outputs: dict[str, int] = {}
 
@@ -204,10 +219,12 @@ class _Case:
             return hook
 
         handles = [block.register_forward_hook(note(name)) for name, block in blocks.items()]
-        kept, peak = self.bytes(blocks)
+        kept, graph, peak = self.bytes(blocks)
         for handle in handles:
             handle.remove()
-        return {name: max(0, kept.get(name, 0) - outputs[name]) for name in blocks}, peak
+        graphs = {name: 1 if name.startswith("decoder.") else 1 + waiting for name in blocks}
+        saved = {n: graphs[n] * max(0, kept.get(n, 0) - outputs[n]) for n in blocks}
+        return saved, peak + waiting * graph
 
 
 def caption_quantiles(captions: int, mean_tokens: float, context: int, pad_id: int) -> Tensor:

@@ -1,6 +1,9 @@
-"""The plan of a recipe on a device, and what `activation_checkpointing: auto` comes to there."""
+"""The plan of a recipe on a device, and what `auto` comes to there: recomputing, kept graphs."""
 
 from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import replace
 
 from coca_scale.errors import UserError
 from coca_scale.planning.costs import count_costs
@@ -28,9 +31,11 @@ def plan_run(
 
 
 def fitted(recipe: Recipe, batch: BatchSplit, gpu: Gpu, gpus_per_node: int) -> tuple[Recipe, Costs]:
-    """The recipe with as little to recompute as the device has room for where it says `auto`.
+    """The recipe with what the device has room for where it says `auto`.
 
-    Nothing, or norms and activation functions, or beside these as many blocks as it takes, or all.
+    First as little to recompute as there is room for: nothing, or norms and activation functions,
+    or beside these as many blocks as it takes, or all. Then as many kept graphs as go into what is
+    left: one takes nothing more than a micro-batch needs anyway.
 
     Returns:
         The recipe, and what was counted for it.
@@ -38,27 +43,51 @@ def fitted(recipe: Recipe, batch: BatchSplit, gpu: Gpu, gpus_per_node: int) -> t
     Raises:
         UserError: as `count_costs`.
     """
+    graphs = recipe.engine.kept_graphs
+    tried = _with(recipe, kept_graphs=0) if graphs == "auto" else recipe
+    tried, costs = _recomputing(tried, batch, gpu, gpus_per_node)
+    if graphs != "auto" or batch.accumulation == 1:
+        return tried, costs
+
+    def too_many(number: int) -> bool:
+        more = replace(costs, kept_graphs=number)
+        return more.activations_bytes > _room(recipe, batch, more, gpu, gpus_per_node)
+
+    most = 1 if costs.recomputed else batch.accumulation  # those are what there was no room for
+    number = max(1, bisect_left(range(1, most + 1), True, key=too_many))
+    return _with(tried, kept_graphs=number), replace(costs, kept_graphs=number)
+
+
+def _recomputing(
+    recipe: Recipe, batch: BatchSplit, gpu: Gpu, gpus_per_node: int
+) -> tuple[Recipe, Costs]:
+    """As `fitted`, for what is recomputed."""
     varlen = not gpu.is_host
     if recipe.engine.activation_checkpointing != "auto":
         return recipe, count_costs(recipe, batch, varlen)
-    wanted, room = recipe.engine.activation_budget_gb, 0.0
+    room = 0.0
     for mode in ("none", "selective"):
-        tried = _with(recipe, mode, None)
+        tried = _with(recipe, activation_checkpointing=mode, activation_budget_gb=None)
         costs = count_costs(tried, batch, varlen)
-        plan = make_plan(tried, batch, costs, gpu, gpus_per_node, None)
-        others = plan.total_bytes - plan.activations_bytes
-        room = gpu.memory_bytes * (1 - MARGIN) - others
-        room = room if wanted is None else min(room, wanted * 1e9)
-        if plan.activations_bytes <= room:
+        room = _room(recipe, batch, costs, gpu, gpus_per_node)
+        if costs.activations_bytes <= room:
             return tried, costs
-    tried = _with(recipe, "selective", max(room, 1.0) / 1e9)
+    within = {"activation_checkpointing": "selective", "activation_budget_gb": max(room, 1.0) / 1e9}
+    tried = _with(recipe, **within)
     try:
         return tried, count_costs(tried, batch, varlen)
     except UserError:  # more than it has even so: the run may know better than the plan
-        tried = _with(recipe, "full", None)
+        tried = _with(recipe, activation_checkpointing="full", activation_budget_gb=None)
         return tried, count_costs(tried, batch, varlen)
 
 
-def _with(recipe: Recipe, mode: str, budget_gb: float | None) -> Recipe:
-    changes = {"activation_checkpointing": mode, "activation_budget_gb": budget_gb}
+def _room(recipe: Recipe, batch: BatchSplit, costs: Costs, gpu: Gpu, gpus_per_node: int) -> float:
+    """Bytes for activations: what the device has for them, within the recipe's budget."""
+    plan = make_plan(recipe, batch, costs, gpu, gpus_per_node, None)
+    room = gpu.memory_bytes * (1 - MARGIN) - (plan.total_bytes - plan.activations_bytes)
+    wanted = recipe.engine.activation_budget_gb
+    return room if wanted is None else min(room, wanted * 1e9)
+
+
+def _with(recipe: Recipe, **changes: object) -> Recipe:
     return recipe.model_copy(update={"engine": recipe.engine.model_copy(update=changes)})

@@ -20,7 +20,7 @@ from coca_scale.engine.config import (
 )
 from coca_scale.planning.gpus import Gpu
 from coca_scale.planning.memory import HostBytes, host_bytes, state_bytes
-from coca_scale.planning.simulate import Network, overlapped, simulate
+from coca_scale.planning.simulate import TOWERS, Network, Passes, overlapped, simulate
 from coca_scale.planning.units import Unit
 from coca_scale.recipe import BatchSplit, Recipe
 
@@ -51,7 +51,9 @@ class Costs:
         blocks: of the model.
         recomputed: of them, those that are recomputed as a whole to keep to a budget.
         kept_bytes: what a forward pass leaves for its backward pass, by part of the model.
-        peak_bytes: most bytes of activations and gradients of activations alive.
+        peak_bytes: most bytes of a micro-batch's activations and their gradients alive.
+        graph_bytes: what its towers leave, images included.
+        kept_graphs: micro-batches of a step whose towers run once.
         tower_flops: of the forward pass of both towers, per micro-batch.
         step_flops: of forward and backward of everything, per micro-batch.
         bytes_per_flop: that go through the device's memory for each FLOP.
@@ -71,10 +73,22 @@ class Costs:
     recomputed: int
     kept_bytes: dict[str, int]
     peak_bytes: int
+    graph_bytes: int
+    kept_graphs: int
     tower_flops: int
     step_flops: int
     bytes_per_flop: float
     loss_bytes: int
+
+    @property
+    def activations_bytes(self) -> int:
+        """Most alive in a step: beside the graphs that wait, a micro-batch with one of its own."""
+        return self.peak_bytes + self.waiting_graphs * self.graph_bytes
+
+    @property
+    def waiting_graphs(self) -> int:
+        """Most that are kept while another one is used."""
+        return max(0, self.kept_graphs - 1)
 
 
 @dataclass(frozen=True)
@@ -138,7 +152,7 @@ def make_plan(
     """
     state = state_bytes(recipe, batch, costs.parameters, costs.trained, gpus_per_node)
     buffers = _buffer_bytes(costs, recipe, batch, gpus_per_node)
-    activations = costs.peak_bytes
+    activations = costs.activations_bytes
     reserved = RESERVED_BYTES if gpu.memory_bytes > 30e9 else 0
     working = activations + costs.loss_bytes + buffers
     here = round(state.total + working + state.updating) if gpu.is_host else 0
@@ -152,7 +166,8 @@ def make_plan(
     device, host = compute_seconds(recipe, batch, costs, gpu)
     compute = overlapped(device, host)
     network = network_of(recipe, batch, costs, gpu, gpus_per_node)
-    line = simulate(costs.units, batch.accumulation, device, host, network)
+    passes = Passes(batch.accumulation, costs.kept_graphs)
+    line = simulate(costs.units, passes, device, host, network)
     limit = "memory" if total > gpu.memory_bytes else "compute"
     if limit == "compute" and _waits_for_links(costs, batch, device, host, network):
         limit = "communication"
@@ -187,9 +202,13 @@ def make_plan(
 
 
 def step_flops(batch: BatchSplit, costs: Costs) -> int:
-    """Of a rank in a step; with accumulation the towers run a first time without gradients."""
-    first_pass = costs.tower_flops if batch.accumulation > 1 else 0
-    return (costs.step_flops + first_pass) * batch.accumulation
+    """Of a rank in a step."""
+    return costs.step_flops * batch.accumulation + costs.tower_flops * first_passes(batch, costs)
+
+
+def first_passes(batch: BatchSplit, costs: Costs) -> int:
+    """Micro-batches of a step whose towers run twice."""
+    return Passes(batch.accumulation, costs.kept_graphs).first
 
 
 def compute_seconds(
@@ -198,7 +217,7 @@ def compute_seconds(
     """Of a step on one device: what its kernels take, and what the host takes to issue them."""
     per_flop = 1 / (gpu.flops * gpu.utilization) + costs.bytes_per_flop / gpu.memory_rate
     device = step_flops(batch, costs) * per_flop
-    passes = batch.accumulation * (1 + FIRST_PASS if batch.accumulation > 1 else 1)
+    passes = batch.accumulation + FIRST_PASS * first_passes(batch, costs)
     host = passes * costs.blocks * gpu.block_seconds
     if recipe.engine.compile == "blocks":
         host *= COMPILED_BLOCK
@@ -239,7 +258,7 @@ def _waits_for_links(
     costs: Costs, batch: BatchSplit, device: float, host: float, network: Network
 ) -> bool:
     """Whether links of twice the speed would make a step shorter than twice the computation."""
-    passes = batch.accumulation
+    passes = Passes(batch.accumulation, costs.kept_graphs)
     links = simulate(costs.units, passes, device, host, network.faster(2))
     computing = simulate(costs.units, passes, device / 2, host / 2, network)
     return links.seconds < computing.seconds
@@ -268,4 +287,7 @@ def _buffer_bytes(costs: Costs, recipe: Recipe, batch: BatchSplit, ranks_per_nod
     # of what DeepSpeed lets go of, autograd keeps what linear layers saw until the backward pass,
     # for which it is gathered once more
     others += running if others > LIVE // 2 else 0
+    if layers == 0:  # and each graph its own
+        towers = sum(unit.elements for unit in costs.units if unit.part in TOWERS)
+        others += costs.waiting_graphs * towers
     return reduce + (others + min(layers, LIVE // 2 + running)) * element

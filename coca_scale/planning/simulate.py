@@ -84,6 +84,28 @@ class Timeline:
     sending_seconds: float
 
 
+@dataclass(frozen=True)
+class Passes:
+    """Micro-batches of a step.
+
+    Attributes:
+        count: of a rank.
+        kept: of them, those whose towers run once, as their graphs are kept.
+    """
+
+    count: int
+    kept: int = 0
+
+    @property
+    def first(self) -> int:
+        """Those whose towers run before as well, without gradients."""
+        return self.count - self.kept if self.count > 1 else 0
+
+    def fewer(self, by: int) -> Passes:
+        """Without so many of those that are not kept."""
+        return replace(self, count=self.count - by)
+
+
 class Phase(Enum):
     """What a unit is used for; the first pass has no gradients."""
 
@@ -100,8 +122,24 @@ class Use(NamedTuple):
     seconds: float
 
 
+class Program(NamedTuple):
+    """What a device goes through in a step.
+
+    Attributes:
+        uses: in order.
+        collected: number of the last of them before the features of all micro-batches are
+            gathered; None where there is one, which goes on meanwhile.
+        in_one_order: whether DeepSpeed knows all of them in this order: a single micro-batch, or a
+            step with kept graphs (zero3_trace.py). Else its order begins anew with every pass.
+    """
+
+    uses: list[Use]
+    collected: int | None
+    in_one_order: bool
+
+
 def simulate(
-    units: Sequence[Unit], passes: int, device: float, host: float, network: Network
+    units: Sequence[Unit], passes: Passes, device: float, host: float, network: Network
 ) -> Timeline:
     """One step.
 
@@ -114,13 +152,15 @@ def simulate(
     """
     if network.ranks == 1:
         return Timeline(overlapped(device, host), 0.0, 0.0, 0.0)
-    program = uses(units, min(passes, STEADY), device / passes, host / passes)
-    last = _Step(units, program, network).run()
-    if passes <= STEADY:
-        return last
-    shorter = uses(units, STEADY - 1, device / passes, host / passes)
-    before = _Step(units, shorter, network).run()
-    more = passes - STEADY
+    per_flop, per_block = (
+        seconds / max(1, whole)
+        for seconds, whole in zip((device, host), _work(units, passes), strict=True)
+    )
+    more = max(0, passes.count - passes.kept - STEADY)
+    last, before = (
+        _Step(units, program_of(units, passes.fewer(by), per_flop, per_block), network).run()
+        for by in (more, more + 1 if more else 0)
+    )
     return Timeline(
         last.seconds + more * (last.seconds - before.seconds),
         last.sent_bytes + more * (last.sent_bytes - before.sent_bytes),
@@ -134,24 +174,46 @@ def overlapped(device: float, host: float) -> float:
     return float((device**OVERLAP + host**OVERLAP) ** (1 / OVERLAP))
 
 
-def uses(units: Sequence[Unit], passes: int, device: float, host: float) -> list[Use]:
-    """The order of a step, with `device` and `host` seconds for each pass dealt out.
+def program_of(units: Sequence[Unit], passes: Passes, per_flop: float, per_block: float) -> Program:
+    """The order of a step, of which the device takes `per_flop` and the host `per_block` seconds.
 
-    With more than one pass, the towers run once more before, without gradients.
+    With more than one micro-batch the towers run before: without gradients, or with graphs that are
+    kept.
     """
-    first = [n for n, unit in enumerate(units) if unit.part in TOWERS] if passes > 1 else []
-    whole = [(n, Phase.FORWARD) for n in range(len(units))]
-    whole += [(n, Phase.BACKWARD) for n in reversed(range(len(units)))]
-    order = [(n, Phase.FIRST) for n in first] + whole
-    flops = [_flops(units[n], phase) for n, phase in order]
-    issued = [units[n].block * (2 if phase == Phase.BACKWARD else 1) for n, phase in order]
+    everything = range(len(units))
+    towers = [n for n in everything if units[n].part in TOWERS]
+    rest = [(n, Phase.FORWARD) for n in everything if units[n].part not in TOWERS]
+    backward = [(n, Phase.BACKWARD) for n in reversed(everything)]
+    order = passes.first * [(n, Phase.FIRST) for n in towers]
+    order += passes.kept * [(n, Phase.FORWARD) for n in towers]
+    collected = len(order) - 1 if order else None
+    order += passes.kept * (rest + backward)
+    whole = [(n, Phase.FORWARD) for n in everything]
+    order += (passes.count - passes.kept) * (whole + backward)
     parts = [
-        overlapped(device * f / max(1, sum(flops)), host * i / max(1, sum(issued)))
-        for f, i in zip(flops, issued, strict=True)
+        overlapped(per_flop * _flops(units[n], phase), per_block * _issued(units[n], phase))
+        for n, phase in order
     ]
-    scale = overlapped(device, host) / sum(parts)
-    dealt = [Use(n, phase, scale * p) for (n, phase), p in zip(order, parts, strict=True)]
-    return passes * dealt[: len(first)] + passes * dealt[len(first) :]
+    flops, issued = _work(units, passes)
+    scale = overlapped(per_flop * flops, per_block * issued) / sum(parts)
+    dealt = [Use(n, phase, scale * part) for (n, phase), part in zip(order, parts, strict=True)]
+    return Program(dealt, collected, passes.count == 1 or passes.kept > 0)
+
+
+def _work(units: Sequence[Unit], passes: Passes) -> tuple[float, float]:
+    """FLOPs of a step, and blocks that the host issues, of which a backward pass counts twice."""
+    phases = (Phase.FORWARD, Phase.BACKWARD)
+    towers = [unit for unit in units if unit.part in TOWERS]
+    flops, issued = (
+        passes.first * sum(of(unit, Phase.FIRST) for unit in towers)
+        + passes.count * sum(of(unit, phase) for unit in units for phase in phases)
+        for of in (_flops, _issued)
+    )
+    return flops, issued
+
+
+def _issued(unit: Unit, phase: Phase) -> int:
+    return unit.block * (2 if phase == Phase.BACKWARD else 1)
 
 
 def _flops(unit: Unit, phase: Phase) -> float:
@@ -177,8 +239,9 @@ class _Lane:
 class _Step:
     """The state of a simulated step."""
 
-    def __init__(self, units: Sequence[Unit], program: list[Use], network: Network) -> None:
-        self._units, self._program, self._network = units, program, network
+    def __init__(self, units: Sequence[Unit], program: Program, network: Network) -> None:
+        self._units, self._network = units, network
+        self._program, self._collected = program.uses, program.collected
         self._all, self._node = (
             _Lane(rate) for rate in (network.bytes_per_second, network.node_bytes_per_second)
         )
@@ -192,20 +255,19 @@ class _Step:
 
     def run(self) -> Timeline:
         """To the end."""
-        phases = [use.phase for use in self._program]
-        last_first = max((k for k, p in enumerate(phases) if p == Phase.FIRST), default=-1)
-        features = 0.0
+        features, phase = 0.0, self._program[0].phase
         for k, use in enumerate(self._program):
-            begins = k > 0 and phases[k - 1] == Phase.FORWARD and use.phase == Phase.BACKWARD
-            if begins and last_first < 0:
+            turns = phase == Phase.FORWARD and use.phase == Phase.BACKWARD
+            if turns and self._collected is None:
                 self._wait_for_features(features)
             self._use(k)
-            if use.phase == Phase.FORWARD and last_first < 0 and self._leaves_towers(k):
+            if self._collected is None and use.phase == Phase.FORWARD and self._leaves_towers(k):
                 features = self._send_features(self._clock)
-            if k == last_first:
+            if k == self._collected:
                 self._wait_for_features(self._send_features(self._clock))
             if use.phase == Phase.BACKWARD and use.number == 0:
                 self._end_pass(k + 1 == len(self._program))
+            phase = use.phase
         sent, busy = self._all.sent + self._node.sent, self._all.busy + self._node.busy
         return Timeline(self._clock, sent, self._node.sent, busy)
 
@@ -297,18 +359,17 @@ class _Step:
             self._clock = self._send_features(self._clock)
 
 
-def needed_soon(units: Sequence[Unit], program: Sequence[Use], own: Sequence[bool]) -> list[bool]:
+def needed_soon(units: Sequence[Unit], program: Program, own: Sequence[bool]) -> list[bool]:
     """Of each use, whether at most `LIVE` elements are used until the same weights are again.
 
-    DeepSpeed, which has what is not in `own`, begins anew with every pass of several.
+    What is not in `own` DeepSpeed has, whose order may begin anew with every pass.
     """
-    one_pass = sum(use.phase == Phase.BACKWARD for use in program) == len(units)
-    soon = [False] * len(program)
+    soon = [False] * len(program.uses)
     used = {True: 0, False: 0}
     last: dict[int, tuple[int, int]] = {}
-    for k, (number, _, _) in enumerate(program):
+    for k, (number, _, _) in enumerate(program.uses):
         kind = own[number]
-        if number in last and (kind or one_pass):
+        if number in last and (kind or program.in_one_order):
             before, after_it = last[number]
             soon[before] = used[kind] - after_it <= LIVE
         used[kind] += units[number].elements

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from coca_scale.errors import UserError
 from coca_scale.recipe import BatchSplit, load_recipe
+from coca_scale.recipe.stages import faults_of, recipes_of
 from coca_scale.recipe.text import shell_word
 from coca_scale.recipe.whole_files import write_whole
 
@@ -76,7 +77,9 @@ def render(
             fill whole nodes, or the time is not one.
     """
     loaded = load_recipe(recipe, overrides)
-    BatchSplit.from_recipe(loaded, gpus)
+    for name, stage in recipes_of(loaded).items():
+        with faults_of(name):
+            BatchSplit.from_recipe(stage, gpus)
     nodes = -(-gpus // gpus_per_node)
     if nodes > 1 and gpus % gpus_per_node:
         raise UserError(

@@ -24,6 +24,7 @@ from coca_scale.recipe.batch import divisors
 
 STAGES = (1, 2, 3)
 MODES = ("none", "selective", "auto", "full")  # auto here: some blocks whole, by a budget
+STAGES_KEY = "schedule.stages"
 WORTH = 0.005  # of a step, below which two take the same
 COUNTED = (8, 32)  # micro-batches, about
 
@@ -66,13 +67,22 @@ class Suggestion:
         }
 
 
-def suggest(recipe: Recipe, ranks: int, gpu: Gpu, gpus_per_node: int = 8) -> Suggestion:
+def suggest(
+    recipe: Recipe, ranks: int, gpu: Gpu, gpus_per_node: int = 8, stage: int | None = None
+) -> Suggestion:
     """Search.
+
+    Args:
+        recipe: of the run, or of one of its stages.
+        ranks: devices.
+        gpu: each of them.
+        gpus_per_node: of which so many share a node.
+        stage: index of the stage, for which only what a stage may change is tried.
 
     Raises:
         UserError: nothing fits, or as `count_costs`.
     """
-    search = _Search(recipe, ranks, gpu, gpus_per_node)
+    search = _Search(recipe, ranks, gpu, gpus_per_node, stage)
     waiting = [(search.place(choice, step), choice) for choice, step in search.estimates()]
     heapq.heapify(waiting)
     counted: dict[Choice, tuple[Costs, Plan]] = {}
@@ -99,7 +109,10 @@ def _fits(plan: Plan) -> bool:
 class _Search:
     """Counts and plans of what is tried."""
 
-    def __init__(self, recipe: Recipe, ranks: int, gpu: Gpu, gpus_per_node: int) -> None:
+    def __init__(
+        self, recipe: Recipe, ranks: int, gpu: Gpu, gpus_per_node: int, stage: int | None = None
+    ) -> None:
+        self._stage = stage
         self._recipe, self._gpu, self._gpus_per_node = recipe, gpu, gpus_per_node
         self._split = BatchSplit.from_recipe(recipe, ranks)
         self._counts: dict[tuple[int, str], Costs] = {}
@@ -115,7 +128,7 @@ class _Search:
     def estimates(self) -> Iterator[tuple[Choice, float]]:
         """Whatever may fit, with the seconds of its step."""
         for micro in reversed(self._sizes):
-            for stage in STAGES:
+            for stage in STAGES if self._stage is None else [self._recipe.engine.zero_stage]:
                 yield from self._estimates(micro, stage)
 
     def _estimates(self, micro: int, stage: int) -> Iterator[tuple[Choice, float]]:
@@ -186,10 +199,13 @@ class _Search:
             "engine.zero_stage": (engine.zero_stage, choice.zero_stage),
             "engine.activation_checkpointing": (engine.activation_checkpointing, choice.mode),
         }
-        overrides = [f"{key}={new}" for key, (old, new) in changes.items() if old != new]
+        overrides = [f"{self._key(k)}={new}" for k, (old, new) in changes.items() if old != new]
         if engine.activation_budget_gb is not None:
             overrides.append("engine.activation_budget_gb=null")
         return overrides
+
+    def _key(self, key: str) -> str:
+        return key if self._stage is None else f"{STAGES_KEY}.{self._stage}.{key.split('.')[1]}"
 
     def _batch(self, micro: int) -> BatchSplit:
         accumulation = self._split.samples_per_rank // micro

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from coca_scale.errors import UserError
+from coca_scale.recipe.lanes import divisors, usual_lanes
 from coca_scale.recipe.schema import Recipe
-
-MAX_DEFAULT_LANES = 1024
 
 
 @dataclass(frozen=True)
@@ -71,20 +70,9 @@ class BatchSplit:
         return cls(batch, ranks, micro, per_rank // micro, lanes)
 
 
-def divisors(n: int) -> list[int]:
-    """All divisors of `n`, ascending."""
-    small = [d for d in range(1, int(n**0.5) + 1) if n % d == 0]
-    return small + [n // d for d in reversed(small) if d * d != n]
-
-
 def default_lanes(global_batch: int, ranks: int) -> int:
-    """The divisor of `global_batch` up to 1024 that itself has most divisors.
-
-    It does not depend on the number of ranks, so that the sample order does not either; only a job
-    with more than 1024 ranks or an odd number of them needs `data.lanes` in the recipe.
-    """
-    candidates = [d for d in divisors(global_batch) if d <= MAX_DEFAULT_LANES]
-    lanes = max(candidates, key=lambda d: (len(divisors(d)), d))
+    """Only a job with more than 1024 ranks or an odd number of them needs `data.lanes`."""
+    lanes = usual_lanes(global_batch)
     if lanes % ranks:
         fitting = [d for d in divisors(global_batch) if d % ranks == 0]
         raise UserError(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -70,10 +71,11 @@ def recipe_from_dict(raw: Mapping[str, Any], origin: str = "recipe") -> Recipe:
 def apply_override(raw: dict[str, Any], override: str) -> None:
     """Set `key.path=value` in `raw`; the value is read as YAML.
 
-    Overriding one of train.steps, train.samples, train.epochs removes the other two.
+    Overriding one of train.steps, train.samples, train.epochs removes the other two, and
+    overriding schedule.stages all three. Items of a list have numbers: schedule.stages.0.steps=9.
 
     Raises:
-        RecipeError: not of the form key.path=value.
+        RecipeError: not of the form key.path=value, or of no item that is there.
     """
     path, separator, text = override.partition("=")
     keys = path.split(".")
@@ -86,17 +88,32 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
             f"override {override!r}: the value is not readable as YAML ({complaint(error)}); "
             "text with braces, brackets or colons goes in quotes of its own"
         ) from error
-    node = raw
-    for key in keys[:-1]:
-        child = node.setdefault(key, {})
-        if not isinstance(child, dict):
+    node: Any = raw
+    for key, inner in itertools.pairwise(keys):
+        child = node.setdefault(key, {}) if isinstance(node, dict) else node[int(key)]
+        if isinstance(child, list):
+            if not (inner.isdecimal() and int(inner) < len(child)):
+                raise RecipeError(
+                    f"override {override!r}: {key} has items 0 to {len(child) - 1}, not {inner}"
+                )
+        elif not isinstance(child, dict):
             raise RecipeError(f"override {override!r}: {key} is a value, not a section")
         node = child
-    node[keys[-1]] = value
-    if keys[0] == "train" and len(keys) == 2 and keys[1] in LENGTH_KEYS and value is not None:
+    node[keys[-1] if isinstance(node, dict) else int(keys[-1])] = value
+    _drop_other_lengths(raw, path, value)
+
+
+def _drop_other_lengths(raw: Mapping[str, Any], path: str, value: Any) -> None:
+    """An override of the run's length is the length, whatever else the recipe says."""
+    section, _, key = path.partition(".")
+    stages = path == "schedule.stages" and value
+    train = raw.get("train")
+    if isinstance(train, dict) and (
+        stages or (section == "train" and key in LENGTH_KEYS and value is not None)
+    ):
         for other in LENGTH_KEYS:
-            if other != keys[1]:
-                node.pop(other, None)
+            if other != key:
+                train.pop(other, None)
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -136,16 +153,30 @@ def _known_prefix(location: list[str]) -> tuple[list[str], type[BaseModel]]:
     """The part of an error location that are keys of the schema, and the innermost section."""
     model: type[BaseModel] = Recipe
     path: list[str] = []
-    for key in location:
+    while len(path) < len(location):
+        key = location[len(path)]
         field = model.model_fields.get(key)
         if field is None:
             break
         path.append(key)
+        items, index = _sections_in(field.annotation), "".join(location[len(path) :][:1])
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             model = field.annotation
+        elif items is not None and index.isdecimal():
+            path.append(index)
+            model = items
         else:
             break
     return path, model
+
+
+def _sections_in(kind: Any) -> type[BaseModel] | None:
+    """What the items of a list of sections are; None if a value of this type is no such list."""
+    inner = get_args(kind)
+    if get_origin(kind) is list:
+        is_section = isinstance(inner[0], type) and issubclass(inner[0], BaseModel)
+        return inner[0] if is_section else None
+    return next((found for part in inner if (found := _sections_in(part)) is not None), None)
 
 
 def _nearest_key(location: list[str], model: type[BaseModel]) -> str | None:

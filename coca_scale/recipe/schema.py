@@ -6,12 +6,14 @@ messages and `recipes/schema.json` are all made from it.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from coca_scale.recipe.data import DataSection
+from coca_scale.recipe.lanes import usual_lanes
 from coca_scale.recipe.section import (
     MAX_STEPS,
     Minutes,
@@ -22,6 +24,7 @@ from coca_scale.recipe.section import (
     Section,
     Seed,
 )
+from coca_scale.recipe.stage_section import STAGE_LENGTHS, StageSection
 
 
 class RunSection(Section):
@@ -154,6 +157,11 @@ class ScheduleSection(Section):
     cooldown_steps: NonNegativeInt = Field(
         0, description="constant-cooldown: steps of the final linear decay to zero."
     )
+    stages: list[StageSection] = Field(
+        default_factory=list,
+        description="Parts of the run, each with its length and what it changes, such as "
+        "{samples: 12800000000, image_size: 84}; the length of the run is theirs.",
+    )
 
 
 class TrainSection(Section):
@@ -170,15 +178,6 @@ class TrainSection(Section):
     micro_batch: PositiveInt = Field(
         description="Samples per rank and forward pass; accumulation follows from it."
     )
-
-    @model_validator(mode="after")
-    def _one_length(self) -> TrainSection:
-        given = [k for k in LENGTH_KEYS if getattr(self, k) is not None]
-        if len(given) != 1:
-            raise ValueError(
-                f"give exactly one of steps, samples, epochs (found: {', '.join(given) or 'none'})"
-            )
-        return self
 
 
 class EngineSection(Section):
@@ -199,6 +198,12 @@ class EngineSection(Section):
         None,
         description="Most memory for activations on a rank, in GB: as few blocks as that takes are "
         "recomputed as a whole. Counts captions of data.mean_tokens.",
+    )
+    kept_graphs: NonNegativeInt | Literal["auto"] = Field(
+        0,
+        description="Of a step's micro-batches, those whose towers run once, with all that their "
+        "backward pass needs in memory, and not once more after the pass that collects features; "
+        "auto: as many as there is planned to be room for beside everything else.",
     )
     compile: Literal["none", "blocks"] = Field(
         "none",
@@ -406,6 +411,62 @@ class Recipe(Section):
         if self.optim.ema_decay is not None and self.engine.zero_stage == 0:
             raise ValueError("optim.ema_decay needs engine.zero_stage 1, 2 or 3")
         return self
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Recipe:
+        given = [k for k in LENGTH_KEYS if getattr(self.train, k) is not None]
+        if self.schedule.stages and given:
+            raise ValueError(
+                f"train.{given[0]}: the length of this run is that of its schedule.stages; leave "
+                "it out there, or set schedule.stages to []"
+            )
+        if not self.schedule.stages and len(given) != 1:
+            raise ValueError(
+                "train: give exactly one of steps, samples, epochs "
+                f"(found: {', '.join(given) or 'none'})"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _stages_are_recipes(self) -> Recipe:
+        stages = self.schedule.stages
+        if stages and self.engine.zero_stage == 0:
+            raise ValueError("schedule.stages needs engine.zero_stage 1, 2 or 3")
+        for number, stage in enumerate(stages):
+            key = f"schedule.stages.{number}"
+            if number and stage.warmup_steps is not None and stage.lr is None:
+                raise ValueError(f"{key}: warmup_steps needs the lr of a schedule that begins here")
+            if number and stage.lr is not None and stage.lr_factor != 1.0:
+                raise ValueError(f"{key}: give lr or lr_factor, not both")
+            try:
+                self.of_stage(number)
+            except ValidationError as error:
+                fault = error.errors()[0]
+                message = fault["msg"].removeprefix("Value error, ")
+                raise ValueError(f"{key}: {message}") from error
+        return self
+
+    def batches(self) -> list[int]:
+        """The global batch of every stage."""
+        own = [stage.global_batch for stage in self.schedule.stages]
+        return [batch or self.train.global_batch for batch in own] or [self.train.global_batch]
+
+    def of_stage(self, number: int) -> Recipe:
+        """The recipe of one of its stages, from 0, by itself.
+
+        Raises:
+            ValidationError: what the stage names does not fit the rest.
+        """
+        stage, raw = self.schedule.stages[number], self.model_dump()
+        for section, named in stage.sections().items():
+            raw[section] |= named
+        raw["train"] |= {key: getattr(stage, key) for key in STAGE_LENGTHS}
+        raw["schedule"]["stages"] = []
+        if number and stage.warmup_steps is None:
+            raw["schedule"]["warmup_steps"] = 0
+        if raw["data"]["lanes"] is None:  # lanes of the whole run: positions stay what they are
+            raw["data"]["lanes"] = usual_lanes(math.gcd(*self.batches()))
+        return Recipe.model_validate(raw)
 
 
 LENGTH_KEYS = ("steps", "samples", "epochs")

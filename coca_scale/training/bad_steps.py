@@ -96,10 +96,10 @@ class BadSteps:
         """For a checkpoint."""
         return {"skipped": self.skipped, "spikes": self.spikes, "spread": self._spread.state()}
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
+    def load(self, state: dict[str, Any], other_losses: bool = False) -> None:
+        """Go on from a checkpoint; with `other_losses` what it says of those is not the norm."""
         self.skipped, self.spikes = state["skipped"], state["spikes"]
-        self._spread = LossSpread(*state["spread"])
+        self._spread = LossSpread() if other_losses else LossSpread(*state["spread"])
 
 
 class LossSpread:

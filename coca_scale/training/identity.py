@@ -23,8 +23,10 @@ from coca_scale.model import ModelConfig
 from coca_scale.model.config import parse_model_config
 from coca_scale.recipe import Recipe
 from coca_scale.recipe.section import Section
+from coca_scale.recipe.stages import Stage
 from coca_scale.recipe.text import visible
 
+STAGES = "schedule.stages"
 SAMPLES = 3  # that tell data which moved from other data
 _SHOWN = 80  # characters of a value
 
@@ -63,13 +65,14 @@ KEYS: dict[str, Key] = {
     **_keys("optim", Key.FIXED, "layer_decay"),  # the groups that the optimizer's state is cut for
     **_keys("optim", Key.FREE, "lr weight_decay beta1 beta2 eps clip_norm ema_decay"),
     **_keys("schedule", Key.FREE, "name warmup_steps cooldown_steps"),
+    **_keys("schedule", Key.RESOLVED, "stages"),  # finished ones are fixed
     **_keys("train", Key.FIXED, "global_batch"),
     **_keys("train", Key.FREE, "steps samples epochs micro_batch"),
     **_keys("engine", Key.FIXED, "precision"),  # DeepSpeed's files of one are not those of another
     **_keys("engine", Key.FREE, "zero_stage activation_checkpointing compile offload"),
     **_keys("engine", Key.FREE, "activation_budget_gb secondary_shard gc_every_steps deepspeed"),
     **_keys("engine", Key.FREE, "start_timeout_minutes step_timeout_minutes save_timeout_minutes"),
-    **_keys("engine", Key.FREE, "silence_timeout_minutes attention_kernel fp8"),
+    **_keys("engine", Key.FREE, "silence_timeout_minutes attention_kernel fp8 kept_graphs"),
     **_keys("checkpoint", Key.FREE, "every_steps every_minutes keep keep_every_steps background"),
     **_keys("checkpoint", Key.START, "resume"),
     **_keys("health", Key.FREE, "max_bad_steps rollbacks spike_deviations straggler_factor"),
@@ -103,10 +106,10 @@ _PROBES = (
 
 @dataclass(frozen=True)
 class Identity:
-    """What a run is, as a checkpoint keeps it beside the model config and the lanes.
+    """What a run is in one of its stages, as a checkpoint keeps it beside model config and lanes.
 
     Attributes:
-        recipe: resolved, as plain data by key.
+        recipe: of the stage, as plain data by key, with the stages of the run.
         ranks: of the job.
         tokenizer: digest of what it makes of captions.
         data: digest of the training data's names, sizes and weights, wherever they lie.
@@ -120,26 +123,35 @@ class Identity:
     samples: str | None
 
 
-def identify(recipe: Recipe, ranks: int, tokenizer: Tokenizer, source: Source) -> Identity:
-    """What a run is; reads the first samples of its data."""
+def identify(
+    run: Recipe, recipe: Recipe, ranks: int, tokenizer: Tokenizer, source: Source
+) -> Identity:
+    """What a run is in the stage that has `recipe`; reads the first samples of its data."""
     values = recipe.model_dump(mode="json")
     flat = {key: _value(values, key) for key in KEYS}
+    flat[STAGES] = run.model_dump(mode="json")["schedule"]["stages"]
     about = (tokenizer.vocab_size, tokenizer.start_id, tokenizer.end_id, tokenizer.pad_id)
     ids = [ids.tolist() for ids in tokenizer(list(_PROBES))]
     return Identity(flat, ranks, _digest(about, ids), source.identity(), _first_samples(source))
 
 
 def compare(
-    checkpoint: Path, saved: Mapping[str, Any], now: Identity, config: ModelConfig, lanes: int
+    checkpoint: Path,
+    saved: Mapping[str, Any],
+    now: Identity,
+    config: ModelConfig,
+    lanes: int,
+    stage: Stage,
 ) -> list[str]:
     """See that a checkpoint is of this run.
 
     Args:
         checkpoint: its folder.
         saved: its progress, which of old checkpoints says less.
-        now: what the run is.
-        config: the run's model.
+        now: what the run is in the stage that the checkpoint is of.
+        config: the model of that stage.
         lanes: of the run.
+        stage: that one, as the run has it now.
 
     Returns:
         Lines about what has changed in the run.
@@ -151,12 +163,14 @@ def compare(
     if now.recipe["model.pretrained"] is not None:
         config = config.for_weights_of(old)  # with what came with the weights
     other = list(_other_model(old, config))
+    other += _other_past(saved, stage)
     if (count := len(saved["lanes"])) != lanes:
         other.append(f"data.lanes {count} → {lanes}")
     changed, notes = list[str](), list[str]()
     identity = saved.get("identity")
     if identity is not None:
         values = {**_defaults(), **identity["recipe"]}
+        other += _other_stages(values[STAGES], now.recipe[STAGES], stage.number - 1)
         for key, kind in KEYS.items():
             if key in values and values[key] != now.recipe[key] and kind is not Key.START:
                 line = f"{key} {_shown(values[key])} → {_shown(now.recipe[key])}"
@@ -184,6 +198,24 @@ def _other_model(old: ModelConfig, new: ModelConfig) -> Iterator[str]:
         if before.get(field) != after.get(field):
             key = _MODEL_KEYS.get(field, f"model.name ({field})")
             yield f"{key} {_shown(before.get(field))} → {_shown(after.get(field))}"
+
+
+def _other_past(saved: Mapping[str, Any], stage: Stage) -> Iterator[str]:
+    """What of the steps and samples up to here does not fit the stages of the run."""
+    step, goes_on = saved["step"], stage.number < stage.of
+    if step < stage.first or (goes_on and step > stage.last):
+        yield f"{stage.name} is of steps {stage.first:,} to {stage.last:,}, and it has {step:,}"
+    elif stage.number > 1 and saved["samples_seen"] != stage.samples_seen(step):
+        yield f"samples seen {saved['samples_seen']:,} → {stage.samples_seen(step):,}"
+
+
+def _other_stages(old: list[Any], new: list[Any], finished: int) -> Iterator[str]:
+    """What was changed in the first `finished` stages; how they were cut over ranks is free."""
+    for number, (before, after) in enumerate(zip(old[:finished], new, strict=False)):
+        for key in sorted((before.keys() | after.keys()) - {"micro_batch"}):
+            if before.get(key) != after.get(key):
+                shown = f"{_shown(before.get(key))} → {_shown(after.get(key))}"
+                yield f"{STAGES}.{number}.{key} {shown}, of a stage that is finished"
 
 
 def _other_data(

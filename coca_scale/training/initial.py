@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from coca_scale.engine.checkpoint import read_config, read_constants
+from coca_scale.engine.checkpoint import read_config, read_weights
 from coca_scale.engine.config import require_compilable, require_fp8
+from coca_scale.engine.constants import read_constants
 from coca_scale.engine.world import World
 from coca_scale.errors import UserError
 from coca_scale.inference.load import Found, find_model, pretrained_name
@@ -106,7 +108,8 @@ def _build(recipe: Recipe, start: Start, notes: list[str]) -> tuple[CoCa, LogitS
     logit_scale = LogitScale()
     if start.checkpoint is not None:
         coca = CoCa(start.config)
-        coca.load_state_dict(read_constants(start.checkpoint), strict=False, assign=True)
+        freeze(coca, recipe.model, recipe.loss)
+        coca.load_state_dict(_constants(start.checkpoint, coca), strict=False, assign=True)
     elif start.found is not None:
         coca = _pretrained(start.config, start.found, logit_scale, recipe.model, notes)
     else:
@@ -123,6 +126,27 @@ def _build(recipe: Recipe, start: Start, notes: list[str]) -> tuple[CoCa, LogitS
         total = sum(p.numel() for p in coca.parameters())
         notes.append(f"{frozen:,} of {total:,} parameters are locked")
     return coca, logit_scale
+
+
+def _constants(checkpoint: Path, coca: CoCa) -> dict[str, Tensor]:
+    """What training will leave alone, and what it has left alone so far.
+
+    A stage before may have trained it, or had it in another size.
+    """
+    found = read_constants(checkpoint)
+    locked = [name for name, p in coca.named_parameters() if not p.requires_grad]
+    if any(name not in found for name in locked):
+        weights = read_weights(checkpoint, raw=True)
+        found |= {name: weights[name] for name in locked}
+    return fit_weights(found, coca.config)[0]
+
+
+def trained_sizes(recipe: Recipe) -> dict[str, torch.Size]:
+    """The weights that a recipe trains, by name, with their shapes."""
+    with torch.device("meta"):
+        coca = CoCa(ModelConfig.from_recipe(recipe.model))
+    freeze(coca, recipe.model, recipe.loss)
+    return {name: p.shape for name, p in coca.named_parameters() if p.requires_grad}
 
 
 def _pretrained(

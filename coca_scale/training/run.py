@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader processes are forked
@@ -28,8 +29,10 @@ from coca_scale.model.freeze import freeze
 from coca_scale.recipe import BatchSplit, Recipe, load_recipe
 from coca_scale.recipe.exits import CRASHED
 from coca_scale.recipe.lock import run_claim
+from coca_scale.recipe.stages import faults_of, recipes_of
 from coca_scale.recipe.text import tell
 from coca_scale.training.bad_steps import Rollback
+from coca_scale.training.positions import Skip
 from coca_scale.training.requests import Signals
 from coca_scale.training.trainer import Trainer
 
@@ -56,7 +59,7 @@ def train(recipe: Recipe, signals: Signals) -> int:
         return CRASHED
     watchdog = Watchdog(world, recipe.run.folder, recipe.engine.silence_timeout_minutes * 60)
     try:
-        code = _with_rollbacks(recipe, world, watchdog, signals)
+        code = _train_stages(recipe, world, watchdog, signals)
     except AgreedError as error:
         if world.rank == 0:
             tell(f"coca-scale: {error}")
@@ -69,27 +72,34 @@ def train(recipe: Recipe, signals: Signals) -> int:
     return code
 
 
-def _with_rollbacks(
+def _train_stages(
     recipe: Recipe,
     world: World,
     watchdog: Watchdog | NoWatchdog,
     signals: Signals | None = None,
 ) -> int:
-    """Train, and after a bad stretch again from the last checkpoint, with the data behind it."""
-    left, lanes = recipe.health.rollbacks, None
+    """Train stage after stage, and after a bad stretch again from the last checkpoint.
+
+    A stage begins from the checkpoint that the one before has left, as if the job were started
+    again there. After a bad stretch the run goes on with the data behind it.
+    """
+    left, skip = recipe.health.rollbacks, None
     with owned(run_claim(recipe.run.folder), world) as owner:
         while True:
-            trainer = Trainer(recipe, world, watchdog, left, lanes, owner, signals)
+            trainer = Trainer(recipe, world, watchdog, left, skip, owner, signals)
             try:
-                return trainer.run()
+                code = trainer.run()
+                if code is not None:
+                    return code
+                skip = None
             except Rollback as bad:
                 left -= 1
-                lanes = trainer.lanes
+                skip = Skip(trainer.stage.number, trainer.lanes)
                 if world.rank == 0:
                     tell(f"going back to the last checkpoint: {bad}")
-                trainer.close()
-                again = recipe.checkpoint.model_copy(update={"resume": "auto"})
-                recipe = recipe.model_copy(update={"checkpoint": again})
+            trainer.close()
+            again = recipe.checkpoint.model_copy(update={"resume": "auto"})
+            recipe = recipe.model_copy(update={"checkpoint": again})
 
 
 def train_recipe(recipe: Recipe | str | Path, *overrides: str) -> Path:
@@ -113,7 +123,7 @@ def train_recipe(recipe: Recipe | str | Path, *overrides: str) -> Path:
         raise UserError("overrides are for the path of a recipe; change a loaded one itself")
     world = start_world(recipe.engine.start_timeout_minutes * 60)
     with Signals(whole_process=False) as signals:
-        _with_rollbacks(recipe, world, NoWatchdog(), signals)
+        _train_stages(recipe, world, NoWatchdog(), signals)
     return recipe.run.folder
 
 
@@ -121,36 +131,47 @@ def dry_run(recipe: Recipe) -> int:
     """Print model size, batch arithmetic and the DeepSpeed configuration; train nothing."""
     if planned_rank() != 0:
         return 0
-    ranks = planned_size()
+    out, ranks = sys.stdout, planned_size()
     try:
-        config = ModelConfig.from_recipe(recipe.model)
-        batch = BatchSplit.from_recipe(recipe, ranks)
-        with torch.device("meta"):
-            model = CoCa(config)
-            freeze(model, recipe.model, recipe.loss)
+        for name, stage in recipes_of(recipe).items():
+            with faults_of(name):
+                lines = list(_described(stage, ranks))
+            for line in [name, *lines] if name else lines:
+                tell(line, out)
     except UserError as error:
         tell(str(error))
         return 2
-    out = sys.stdout
+    return 0
+
+
+def _described(recipe: Recipe, ranks: int) -> Iterator[str]:
+    """Lines about a run that has this recipe from its beginning to its end.
+
+    Raises:
+        UserError: the recipe does not fit the model or the ranks.
+    """
+    config = ModelConfig.from_recipe(recipe.model)
+    batch = BatchSplit.from_recipe(recipe, ranks)
+    with torch.device("meta"):
+        model = CoCa(config)
+        freeze(model, recipe.model, recipe.loss)
     total = _count(model, trained_only=False) + 1  # and the logit scale
-    tell(f"model        {recipe.model.name}: {total:,} parameters", out)
+    yield f"model        {recipe.model.name}: {total:,} parameters"
     for name, child in model.named_children():
         count, trained = _count(child, trained_only=False), _count(child, trained_only=True)
         note = "" if trained == count else f", {count - trained:,} locked"
-        tell(f"  {name:<16}{count:>15,}{note}", out)
+        yield f"  {name:<16}{count:>15,}{note}"
     if recipe.model.pretrained is not None:
-        tell(f"weights      {pretrained_name(recipe.model)}, not read in a dry run", out)
-    tell(
+        yield f"weights      {pretrained_name(recipe.model)}, not read in a dry run"
+    yield (
         f"batch        {batch.global_batch:,} = {batch.ranks} ranks × {batch.accumulation} "
-        f"accumulation × {batch.micro_batch} micro-batch; {batch.lanes} lanes",
-        out,
+        f"accumulation × {batch.micro_batch} micro-batch; {batch.lanes} lanes"
     )
     for other in USUAL_RANKS:
-        tell(f"  on {other:>4} ranks  {_arithmetic(recipe, other)}", out)
-    tell("deepspeed configuration", out)
+        yield f"  on {other:>4} ranks  {_arithmetic(recipe, other)}"
+    yield "deepspeed configuration"
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
-    tell(json.dumps(deepspeed_config(recipe, batch, transfers(model), per_node), indent=2), out)
-    return 0
+    yield json.dumps(deepspeed_config(recipe, batch, transfers(model), per_node), indent=2)
 
 
 def _arithmetic(recipe: Recipe, ranks: int) -> str:

@@ -3,8 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from coca_scale.recipe.schema import ScheduleSection
+from coca_scale.recipe.stages import Stage, schedule_at, stage_at
+
+
+def rate_of(stages: Sequence[Stage], step: int) -> float:
+    """Learning rate of step `step` (from 0) of a run.
+
+    A schedule spans the stage that names its peak and those after it that name none; each may have
+    a factor on it.
+    """
+    began, steps = schedule_at(stages, step)
+    recipe = began.recipe
+    rate = learning_rate(step - began.first, steps, recipe.optim.lr, recipe.schedule)
+    return rate * stage_at(stages, step).lr_factor
 
 
 def learning_rate(step: int, steps: int, peak: float, schedule: ScheduleSection) -> float:

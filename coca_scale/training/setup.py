@@ -32,17 +32,20 @@ from coca_scale.engine.train_engine import TrainEngine
 from coca_scale.engine.world import World
 from coca_scale.errors import AgreedError, UserError
 from coca_scale.evaluation.zeroshot import open_labelled
-from coca_scale.model import ModelConfig
+from coca_scale.model import CoCa, LogitScale, ModelConfig
 from coca_scale.planning.check import tracking_fault
 from coca_scale.planning.costs import blocks_to_recompute, model_flops
 from coca_scale.planning.fit import fitted
 from coca_scale.planning.gpus import GPUS, Gpu, peak_flops
 from coca_scale.recipe import BatchSplit, Recipe, dump_recipe
+from coca_scale.recipe.data import WeightedShards
 from coca_scale.recipe.run_folder import CHECKPOINTS, RECIPE, VERSIONS
-from coca_scale.recipe.total_steps import total_steps
+from coca_scale.recipe.stage_section import STAGE_KEYS
+from coca_scale.recipe.stages import Stage, faults_of, stage_at, stages_of
 from coca_scale.recipe.whole_files import write_whole
 from coca_scale.training.identity import Identity, compare, identify
-from coca_scale.training.initial import find_start, initial_model
+from coca_scale.training.initial import find_start, initial_model, trained_sizes
+from coca_scale.training.positions import Positions, Skip
 from coca_scale.training.preflight import preflight, room_for_checkpoints, room_in_host
 from coca_scale.training.validation import Validation
 from coca_scale.version import __version__
@@ -50,32 +53,30 @@ from coca_scale.version import __version__
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a recipe means here, found out by every rank for itself.
+    """What a stage of a run means here, found out by every rank for itself.
 
     Attributes:
-        recipe: of the run.
+        stage: with its recipe.
         batch_split: how a step is divided.
         config: of the model.
         tokenizer: of the model.
         source: of training samples.
         validation: of the model, if the recipe has validation data.
         sources: all data, to be looked at on every node.
-        steps: length of the run.
     """
 
-    recipe: Recipe
+    stage: Stage
     batch_split: BatchSplit
     config: ModelConfig
     tokenizer: Tokenizer
     source: Source
     validation: Validation | None
     sources: list[Source]
-    steps: int
 
     @property
-    def checkpoints(self) -> Path:
-        """Folder of checkpoints."""
-        return self.recipe.run.folder / CHECKPOINTS
+    def recipe(self) -> Recipe:
+        """Of the stage."""
+        return self.stage.recipe
 
     @property
     def shared_bytes(self) -> int:
@@ -102,40 +103,114 @@ class Prepared:
             dataset, recipe.data.workers, arrange if split.accumulation > 1 else None
         )
 
-    def write(self, ranks: int) -> None:
+
+class Preparation:
+    """A run's stages, prepared when they are asked for; data that several have is opened once.
+
+    Attributes:
+        run: its recipe.
+        stages: of the run.
+    """
+
+    def __init__(self, recipe: Recipe, world: World) -> None:
+        """Raises UserError for whatever of the stages can be seen to be wrong without data."""
+        if recipe.engine.precision == "fp16" and world.device.type == "cpu":
+            raise UserError("engine.precision=fp16 needs a GPU; use fp32 or bf16 here")
+        if (fault := tracking_fault(recipe)) is not None:
+            raise UserError(fault)
+        self.run = recipe
+        self._world = world
+        self._opened: dict[str, Source] = {}
+        self._prepared: dict[int, Prepared] = {}
+        self.stages = stages_of(recipe, self._samples_per_epoch)
+        for stage in self.stages:
+            with faults_of(stage.name):
+                BatchSplit.from_recipe(stage.recipe, world.size)
+                ModelConfig.from_recipe(stage.recipe.model)
+
+    def of(self, stage: Stage) -> Prepared:
+        """A stage, with its data opened.
+
+        Raises:
+            UserError: a fault of the recipe or the data.
+        """
+        if stage.number not in self._prepared:
+            with faults_of(stage.name):
+                self._prepared[stage.number] = self._prepare(stage)
+        return self._prepared[stage.number]
+
+    def after(self, step: int) -> list[Prepared]:
+        """The stages that are still to come after `step` steps, or the last one."""
+        first = stage_at(self.stages, step).number
+        return [self.of(stage) for stage in self.stages[first - 1 :]]
+
+    def write(self, tokenizer: Tokenizer) -> None:
         """The resolved recipe into the run folder, and what it runs with."""
-        folder = self.recipe.run.folder
+        folder = self.run.run.folder
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / RECIPE, dump_recipe(self.recipe))
-        if isinstance(self.tokenizer, FastTokenizer):
-            self.tokenizer.save(folder)
+        write_whole(folder / RECIPE, dump_recipe(self.run))
+        if isinstance(tokenizer, FastTokenizer):
+            tokenizer.save(folder)
         packages = ("torch", "deepspeed", "open_clip_torch")
         versions = {"python": platform.python_version(), **{p: version(p) for p in packages}}
         versions["coca-scale"] = __version__
-        about = {"versions": versions, "git_commit": _git_commit(), "ranks": ranks}
+        about = {"versions": versions, "git_commit": _git_commit(), "ranks": self._world.size}
         write_whole(folder / VERSIONS, json.dumps(about, indent=1) + "\n")
+
+    def _prepare(self, stage: Stage) -> Prepared:
+        recipe = stage.recipe
+        config = ModelConfig.from_recipe(recipe.model)
+        start = recipe.model.pretrained
+        tokenizer = make_tokenizer(config, Path(start) if start is not None else None)
+        source = self._open(recipe.data.train)
+        sources, validation = [source], None
+        if recipe.data.val is not None:
+            held_out = self._open(recipe.data.val)
+            sources.append(held_out)
+            validation = _validation(recipe, config, tokenizer, held_out)
+        split = BatchSplit.from_recipe(recipe, self._world.size)
+        return Prepared(stage, split, config, tokenizer, source, validation, sources)
+
+    def _open(self, spec: list[WeightedShards]) -> Source:
+        """Data of any stage: all of them read it alike."""
+        name = repr(spec)
+        if name not in self._opened:
+            self._opened[name] = open_source(spec, self.run.data, self.run.run.seed)
+        return self._opened[name]
+
+    def _samples_per_epoch(self) -> int | None:
+        data = self.run.data
+        return data.train_samples or self._open(data.train).count()
 
 
 @dataclass(frozen=True)
 class Setup:
-    """A run that is ready to begin or to go on.
+    """A stage of a run that is ready to begin or to go on.
 
     Attributes:
-        prepared: of the run.
+        preparation: of the run.
+        prepared: of the stage.
         resumed: checkpoint to load, None for a new run.
+        crossing: whether that is of the stage before.
+        remade: whether that one had a model of other sizes, or trained other weights.
         progress: what that keeps of the loop; empty for a new run.
+        positions: of the run's data.
         lanes: of this rank, where its data begins or goes on.
         batches: this rank's share of every step, endless; None if no step is left.
-        engine: with the model that the run begins with.
+        engine: with the model that the stage begins with.
         identity: what the run is, for its checkpoints.
         samples_at_peak: samples per second if this device computed all the time; None for one not
             known, and on ranks other than 0.
         notes: what a user should know.
     """
 
+    preparation: Preparation
     prepared: Prepared
     resumed: Path | None
+    crossing: bool
+    remade: bool
     progress: dict[str, Any]
+    positions: Positions
     lanes: LaneStates
     batches: Generator[StepBatch] | None
     engine: TrainEngine
@@ -144,82 +219,158 @@ class Setup:
     notes: list[str]
 
 
-def set_up(recipe: Recipe, world: World, lanes: LaneStates | None = None) -> Setup:
-    """Prepare everything. A collective.
+def set_up(recipe: Recipe, world: World, skip: Skip | None = None) -> Setup:
+    """Prepare everything for the stage that comes next. A collective.
 
     Args:
         recipe: of the run.
         world: the ranks.
-        lanes: where this rank's data goes on, and not where the checkpoint says.
+        skip: where this rank's data goes on, and not where the checkpoint says.
 
     Raises:
         AgreedError: the recipe does not fit the model, the data or the number of ranks, the
             checkpoint is of another run, or weights cannot be loaded.
     """
-    prepared = world.agree(lambda: prepare(recipe, world))
+    preparation = world.agree(lambda: Preparation(recipe, world))
     folder, notes = recipe.run.folder, list[str]()
-    preflight(world, folder, prepared.sources, prepared.shared_bytes)
-    resumed = _agreed_checkpoint(prepared, world, notes)
-    identity = world.on_first(
-        lambda: identify(recipe, world.size, prepared.tokenizer, prepared.source)
-    )
-    split, progress = prepared.batch_split, dict[str, Any]()
+    reached = world.on_first(lambda: _reached(recipe))
+    coming = world.agree(lambda: preparation.after(reached))
+    sources = list(dict.fromkeys(source for stage in coming for source in stage.sources))
+    preflight(world, folder, sources, max(stage.shared_bytes for stage in coming))
+    resumed = _agreed_checkpoint(recipe, world, notes)
+    progress = dict[str, Any]()
     if resumed is not None:
         progress = world.agree(lambda: read_progress(resumed))
-        about = (identity, prepared.config, split.lanes)
-        notes += world.on_first(lambda: compare(resumed, progress, *about))
-    start = find_start(recipe, prepared.config, resumed, world)
+        notes += world.on_first(lambda: _compare(preparation, resumed, progress, world))
+    stage = stage_at(preparation.stages, progress.get("step", 0))
+    prepared = world.agree(lambda: preparation.of(stage))
+    held = preparation.stages[progress.get("stage", stage.number) - 1]
+    crossing = held != stage
+    remade = crossing and trained_sizes(held.recipe) != trained_sizes(stage.recipe)
+    if crossing:
+        before = world.agree(lambda: preparation.of(held))
+        notes.append(_beginning(before, prepared, remade))
+    identity = world.on_first(lambda: _identity(recipe, prepared, world))
+    start = find_start(prepared.recipe, prepared.config, resumed, world)
     prepared = replace(prepared, config=start.config)
-    if lanes is None:
-        saved = progress.get("lanes")
-        lanes = world.agree(lambda: deal_lanes(split.lanes, world.rank, world.size, saved))
+    split, positions = prepared.batch_split, Positions.of(progress, preparation.stages, stage)
+    if skip is not None and skip.stage == stage.number:
+        lanes = skip.lanes
+    else:
+        about = (split.lanes, world.rank, world.size, positions.lanes)
+        lanes = world.agree(lambda: deal_lanes(*about))
     # its processes are copies of this one, and would keep a model that they had seen
-    left = progress.get("step", 0) < prepared.steps or resumed is None
+    left = progress.get("step", 0) < stage.last or resumed is None
     batches = iter(prepared.loader(lanes)) if left else None
-    coca, logit_scale = initial_model(recipe, start, world, notes)
+    coca, logit_scale = initial_model(prepared.recipe, start, world, notes)
     room = room_for_checkpoints(folder, sum(p.numel() for p in coca.parameters()))
-    crowded = room_in_host(recipe, split, coca, world)
+    crowded = room_in_host(prepared.recipe, split, coca, world)
     notes += [note for note in (room, crowded) if note is not None]
     samples_at_peak = _samples_at_peak(prepared, world)
-    fitting = recipe
-    if recipe.engine.activation_checkpointing == "auto":
+    engine = _engine(prepared, coca, logit_scale, world, notes)
+    about_data = (positions, lanes, batches)
+    return Setup(
+        preparation,
+        prepared,
+        resumed,
+        crossing,
+        remade,
+        progress,
+        *about_data,
+        engine,
+        identity,
+        samples_at_peak,
+        notes,
+    )
+
+
+def _beginning(before: Prepared, now: Prepared, remade: bool) -> str:
+    """A line about what changes where a stage begins."""
+    old, new = _facts(before), _facts(now)
+    changes = [f"{key} {old[key]} → {value}" for key, value in new.items() if old[key] != value]
+    if now.stage.begins_schedule:
+        changes.append(f"a schedule begins, of lr {now.recipe.optim.lr:g}")
+    if remade:
+        changes.append("weights are made to fit")
+    return f"{now.stage.name} begins: {'; '.join(changes) or 'nothing changes'}"
+
+
+def _facts(prepared: Prepared) -> dict[str, Any]:
+    """What stages may differ in, but for the learning rate, as it is in one of them."""
+    values = prepared.recipe.model_dump(mode="json")
+    sections = STAGE_KEYS.keys() - {"optim", "schedule"}
+    facts = {key: values[name][key] for name in sorted(sections) for key in STAGE_KEYS[name]}
+    config = prepared.config
+    sizes = {"image_size": config.vision_cfg.image_size, "context_length": config.context_length}
+    return {**sizes, **facts, **sizes, "patch_dropout": config.vision_cfg.patch_dropout}
+
+
+def _engine(
+    prepared: Prepared, coca: CoCa, logit_scale: LogitScale, world: World, notes: list[str]
+) -> TrainEngine:
+    """The model sharded, with as much recomputed as the stage's recipe says. A collective."""
+    fitting, split = prepared.recipe, prepared.batch_split
+    if "auto" in (fitting.engine.activation_checkpointing, fitting.engine.kept_graphs):
         here = (_device(world), world.ranks_per_node)
-        fitting = world.on_first(lambda: fitted(recipe, split, *here)[0])
-        notes.append(f"activation_checkpointing auto is {fitting.engine.activation_checkpointing}")
+        fitting = world.on_first(lambda: fitted(prepared.recipe, split, *here)[0])
+        notes += _chosen(prepared.recipe, fitting, split)
     recomputed = world.on_first(lambda: blocks_to_recompute(fitting, split))
     if recomputed:
         notes.append(f"recomputing {len(recomputed)} blocks to keep to the activation budget")
     engine = TrainEngine(coca, logit_scale, fitting, split, world, recomputed)
-    attention = own_attention(coca, recipe.engine.precision)
+    attention = own_attention(coca, fitting.engine.precision)
     notes += [] if attention is None else [attention]
-    return Setup(
-        prepared, resumed, progress, lanes, batches, engine, identity, samples_at_peak, notes
-    )
+    return engine
 
 
-def prepare(recipe: Recipe, world: World) -> Prepared:
-    """Everything that needs no other rank.
+def _chosen(recipe: Recipe, fitting: Recipe, split: BatchSplit) -> list[str]:
+    """What `auto` has come to."""
+    asked, found, notes = recipe.engine, fitting.engine, list[str]()
+    if asked.activation_checkpointing == "auto":
+        notes.append(f"activation_checkpointing auto is {found.activation_checkpointing}")
+    if asked.kept_graphs == "auto" and split.accumulation > 1:
+        kept = f"{found.kept_graphs} of {split.accumulation} micro-batches"
+        notes.append(f"kept_graphs auto is {kept}")
+    return notes
+
+
+def _identity(recipe: Recipe, prepared: Prepared, world: World) -> Identity:
+    """Of a run in one of its stages."""
+    return identify(recipe, prepared.recipe, world.size, prepared.tokenizer, prepared.source)
+
+
+def _compare(
+    preparation: Preparation, checkpoint: Path, progress: dict[str, Any], world: World
+) -> list[str]:
+    """See that a checkpoint is of this run, as it is in the stage of the checkpoint.
 
     Raises:
-        UserError: a fault of the recipe or the data.
+        UserError: it is of another run.
     """
-    if recipe.engine.precision == "fp16" and world.device.type == "cpu":
-        raise UserError("engine.precision=fp16 needs a GPU; use fp32 or bf16 here")
-    if (fault := tracking_fault(recipe)) is not None:
-        raise UserError(fault)
-    batch_split = BatchSplit.from_recipe(recipe, world.size)
-    config = ModelConfig.from_recipe(recipe.model)
-    start = recipe.model.pretrained
-    tokenizer = make_tokenizer(config, Path(start) if start is not None else None)
-    source = open_source(recipe.data.train, recipe.data, recipe.run.seed)
-    sources, validation = [source], None
-    if recipe.data.val is not None:
-        held_out = open_source(recipe.data.val, recipe.data, recipe.run.seed)
-        sources.append(held_out)
-        validation = _validation(recipe, config, tokenizer, held_out)
-    samples_per_epoch = recipe.data.train_samples or source.count()
-    steps = total_steps(recipe.train, samples_per_epoch)
-    return Prepared(recipe, batch_split, config, tokenizer, source, validation, sources, steps)
+    number, stages = progress.get("stage", 1), preparation.stages
+    if number > len(stages):
+        raise UserError(
+            f"{checkpoint} is of stage {number}, and the recipe has {len(stages)}; finished stages "
+            "stay in a run's recipe"
+        )
+    held = preparation.of(stages[number - 1])
+    identity = _identity(preparation.run, held, world)
+    about = (held.config, held.batch_split.lanes, held.stage)
+    return compare(checkpoint, progress, identity, *about)
+
+
+def _reached(recipe: Recipe) -> int:
+    """Steps that the checkpoint seems to have that the run will go on from; nothing is verified."""
+    resume = recipe.checkpoint.resume
+    found: Path | None = None
+    if resume == "auto":
+        found = find_checkpoint(recipe.run.folder / CHECKPOINTS)
+    elif resume != "never":
+        found = Path(resume)
+    try:
+        return 0 if found is None else int(read_progress(found)["step"])
+    except (UserError, OSError):
+        return 0  # it is looked at again, and closely
 
 
 def _validation(
@@ -233,20 +384,20 @@ def _validation(
     return Validation(source, tokenizer, settings, labelled, captions)
 
 
-def _agreed_checkpoint(prepared: Prepared, world: World, notes: list[str]) -> Path | None:
+def _agreed_checkpoint(recipe: Recipe, world: World, notes: list[str]) -> Path | None:
     """The checkpoint the recipe asks for, whole; all ranks the same one, or none.
 
     Raises:
         AgreedError: the one asked for is damaged, or the run folder should be empty.
     """
-    resume, parent = prepared.recipe.checkpoint.resume, prepared.checkpoints
+    resume, parent = recipe.checkpoint.resume, recipe.run.folder / CHECKPOINTS
     world.on_first(lambda: sweep(parent))
     if resume == "auto":
         return newest_intact(parent, world, notes)
     if resume == "never":
         if world.on_first(lambda: find_checkpoint(parent)) is not None:
             raise AgreedError(
-                f"{prepared.recipe.run.folder} holds checkpoints already; choose another run.dir, "
+                f"{recipe.run.folder} holds checkpoints already; choose another run.dir, "
                 "or checkpoint.resume=auto to go on from there"
             )
         return None

@@ -22,15 +22,16 @@ from coca_scale.inference.export import export
 from coca_scale.inference.load import load_model
 from coca_scale.recipe import Recipe
 from coca_scale.recipe.exits import REQUEUE
-from coca_scale.recipe.run_folder import EXPORT, PROFILE
+from coca_scale.recipe.run_folder import CHECKPOINTS, EXPORT, PROFILE
 from coca_scale.training.bad_steps import BadSteps, Rollback
 from coca_scale.training.garbage_collection import GarbageCollection
 from coca_scale.training.log import RunLog, peak_memory_bytes
 from coca_scale.training.meter import Meter
+from coca_scale.training.positions import Skip
 from coca_scale.training.profiling import StepProfiler
 from coca_scale.training.requests import Asked, Requests, Signals
 from coca_scale.training.saving import Saver
-from coca_scale.training.schedule import learning_rate
+from coca_scale.training.schedule import rate_of
 from coca_scale.training.setup import set_up
 from coca_scale.training.skipped import SkipLog
 
@@ -47,7 +48,7 @@ class _Behind:
 
 
 class Trainer:
-    """One run, from its recipe to its last checkpoint.
+    """A stage of a run, or what is left of it, from its recipe to its last checkpoint.
 
     A GPU has the next step before it when the host looks at the last one; a CPU is through anyway.
     """
@@ -58,7 +59,7 @@ class Trainer:
         world: World,
         watchdog: Watchdog | NoWatchdog | None = None,
         rollbacks: int = 0,
-        lanes: LaneStates | None = None,
+        skip: Skip | None = None,
         owner: Owner | None = None,
         signals: Signals | None = None,
     ) -> None:
@@ -69,7 +70,7 @@ class Trainer:
             world: the ranks.
             watchdog: limits the time of every phase; None limits nothing.
             rollbacks: how often a stretch of bad steps may raise `Rollback` from `run`.
-            lanes: where this rank's data goes on, and not where the checkpoint says.
+            skip: where this rank's data goes on, and not where the checkpoint says.
             owner: of the run folder; None where nothing else trains into it.
             signals: to this process; None heeds none.
 
@@ -77,7 +78,6 @@ class Trainer:
             AgreedError: the recipe does not fit the model, the data or the number of ranks, or
                 weights cannot be loaded.
         """
-        self.recipe = recipe
         self.world = world
         self.watchdog = watchdog or NoWatchdog()
         self.signals = signals
@@ -89,9 +89,11 @@ class Trainer:
         self._step_seconds = recipe.engine.step_timeout_minutes * 60
         self._slow_seconds = recipe.engine.save_timeout_minutes * 60
         with self.watchdog.phase("starting", recipe.engine.start_timeout_minutes * 60):
-            self.setup = set_up(recipe, world, lanes)
+            self.setup = set_up(recipe, world, skip)
             world.set_timeout(max(self._step_seconds, self._slow_seconds) + 120)
         self.prepared, self.engine = self.setup.prepared, self.setup.engine
+        self.recipe, self.stage = self.prepared.recipe, self.prepared.stage
+        self.last_step = self.setup.preparation.stages[-1].last
         self.lanes = self.setup.lanes
         self._steps_ahead = 1 if world.device.type == "cuda" else 0
         self._behind: deque[_Behind] = deque()
@@ -102,18 +104,18 @@ class Trainer:
         """Free what the engine holds."""
         self.engine.close()
 
-    def run(self) -> int:
-        """Train to the end, or until asked to leave, and leave a checkpoint.
+    def run(self) -> int | None:
+        """Train to the end of the stage, or until asked to leave, and leave a checkpoint.
 
         Returns:
-            Exit code: 0, or REQUEUE if the job is to be started again.
+            Exit code: 0, or REQUEUE if the job is to be started again; None if another stage is to
+            begin at that checkpoint.
 
         Raises:
             AgreedError: data cannot be used, too many steps are bad, the disk is full, or another
                 job has taken the run folder over.
             Rollback: too many steps are bad, and the recipe wants to go back.
         """
-        steps = self.prepared.steps
         if self.signals is not None:
             self.signals.to_be_saved()
         log = self.world.agree(self._begin_log)
@@ -123,7 +125,7 @@ class Trainer:
             for note in self.setup.notes:
                 log.say(note)
             saver = self._make_saver(log)
-            if self.step < steps or self.setup.resumed is None:
+            if self.step < self.stage.last or self.setup.resumed is None:
                 try:
                     asked = self._train(log, saver, requests)
                 except (AgreedError, Rollback):
@@ -132,22 +134,25 @@ class Trainer:
                 saver.last(self.step)
                 if asked.leave or asked.stop:
                     back = ", to be started again" if asked.leave else " as asked"
-                    log.say(f"left after step {self.step} of {steps}{back}")
+                    log.say(f"left after step {self.step} of {self.last_step}{back}")
                     return REQUEUE if asked.leave else 0
+            if self.stage.number < self.stage.of:
+                log.say(f"{self.stage.name} ends after step {self.step} of {self.last_step}")
+                return None
             self._finish(log)
         return 0
 
     def _begin_log(self) -> RunLog:
         """What a run says of itself from its beginning."""
         if self.owner.holds():
-            self.prepared.write(self.world.size)
-        log = RunLog(self.recipe, self.prepared.steps, self.world.rank == 0, self.owner)
+            self.setup.preparation.write(self.prepared.tokenizer)
+        log = RunLog(self.setup.preparation.run, self.last_step, self.world.rank == 0, self.owner)
         log.resume_at(self.step)
         return log
 
     def _train(self, log: RunLog, saver: Saver, requests: Requests) -> Asked:
-        """Steps until the end; what the run was asked for if that is why it ended."""
-        recipe, steps = self.recipe, self.prepared.steps
+        """Steps until the stage ends; what the run was asked for if that is why it ended."""
+        recipe, steps = self.recipe, self.stage.last
         if recipe.model.pretrained is not None and self.step == 0:
             self._validate(log)  # what there is to lose
         meter = Meter(self.world, recipe.train.global_batch, recipe.health.straggler_factor)
@@ -184,10 +189,8 @@ class Trainer:
         return Asked()
 
     def _train_step(self, batch: ReadyBatch) -> None:
-        lr = learning_rate(
-            self.step, self.prepared.steps, self.recipe.optim.lr, self.recipe.schedule
-        )
-        seen = self.step * self.recipe.train.global_batch
+        lr = rate_of(self.setup.preparation.stages, self.step)
+        seen = self.stage.samples_seen(self.step)
         share = batch.share
         flight = self.engine.step(share.images, batch.captions, lr, seen, share.share_indices)
         self.step += 1
@@ -212,7 +215,7 @@ class Trainer:
                 raise
             if note is not None:
                 log.say(note)
-            if step.number % self.recipe.log.every_steps == 0 or step.number == self.prepared.steps:
+            if step.number % self.recipe.log.every_steps == 0 or step.number == self.last_step:
                 times, note = meter.read()
                 log.metrics(self._metrics(step, result, times))
                 if note is not None:
@@ -256,7 +259,7 @@ class Trainer:
         if asked.leave and self.signals is not None:
             self.signals.agreed(self.world.gather(self.signals.reason))
         assert batch is not None
-        good = (self.step + 1) * self.recipe.train.global_batch
+        good = self.stage.samples_seen(self.step + 1)
         self.skips.total(int(bad), int(filtered), good, self.step + 1)
         if written == self.world.size:
             saver.finish()
@@ -279,13 +282,13 @@ class Trainer:
     def _export(self) -> str | None:
         """Write the end of the run as a model folder; returns why OpenCLIP cannot have it."""
         self.owner.require()
-        final = find_checkpoint(self.prepared.checkpoints) or self.setup.resumed
+        final = find_checkpoint(self.folder / CHECKPOINTS) or self.setup.resumed
         return export(load_model(str(final)), self.folder / EXPORT)
 
     def _metrics(self, step: _Behind, result: StepResult, times: dict[str, Any]) -> dict[str, Any]:
         values = {
             "step": step.number,
-            "samples_seen": step.number * self.recipe.train.global_batch,
+            "samples_seen": self.stage.samples_seen(step.number),
             "loss": result.loss,
             **{f"{name}_loss": value for name, value in result.losses.items()},
             "lr": step.lr,
@@ -299,12 +302,14 @@ class Trainer:
             "bad_samples": self.skips.bad,
             "filtered_samples": self.skips.filtered,
         }
+        if self.stage.of > 1:
+            values["stage"] = self.stage.number
         if self.setup.samples_at_peak is not None:
             values["mfu"] = times["samples_per_second_per_rank"] / self.setup.samples_at_peak
         return {k: v if _writable(v) else None for k, v in values.items()}
 
     def _make_saver(self, log: RunLog) -> Saver:
-        section, parent = self.recipe.checkpoint, self.prepared.checkpoints
+        section, parent = self.recipe.checkpoint, self.folder / CHECKPOINTS
         limits = (self.watchdog, self._slow_seconds)
         return Saver(self.engine, parent, section, self._progress, log, self.owner, *limits)
 
@@ -314,10 +319,12 @@ class Trainer:
         lanes = {lane: at for part in self.world.gather(self.lanes) for lane, at in part.items()}
         return {
             "step": self.step,
-            "samples_seen": self.step * self.recipe.train.global_batch,
+            "samples_seen": self.stage.samples_seen(self.step),
+            "stage": self.stage.number,
             "bad_steps": self.bad_steps.state(),
             "skips": self.skips.state(),
             "lanes": [list(lanes[lane]) for lane in sorted(lanes)],
+            "left": self.setup.positions.left,
             "model_cfg": self.prepared.config.to_dict(),
             "identity": asdict(self.setup.identity),
         }
@@ -333,14 +340,15 @@ class Trainer:
             return
         started = time.perf_counter()
         progress = self.setup.progress
-        scratch, layout = self.prepared.checkpoints, self.engine.layout
-        with fitting_state(resumed, layout, scratch, self.world) as universal:
-            self.engine.load_state(resumed, universal)
+        scratch, layout = self.folder / CHECKPOINTS, self.engine.layout
+        remade = self.setup.remade
+        with fitting_state(resumed, layout, scratch, self.world, remade) as universal:
+            self.engine.load_state(resumed, universal, remade)
         self.step = progress["step"]
-        self.bad_steps.load(progress["bad_steps"])
+        self.bad_steps.load(progress["bad_steps"], other_losses=self.setup.crossing)
         self.skips.load(progress["skips"])
         seconds = time.perf_counter() - started
-        how = " after changing its layout" if universal is not None else ""
+        how = " after changing its layout" if universal is not None and not remade else ""
         self.setup.notes.append(
             f"resumed from {resumed} at step {self.step}; loaded in {seconds:.1f} s{how}"
         )

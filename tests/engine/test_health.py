@@ -56,7 +56,7 @@ def train_with_poison(rank, ranks, folder, poisoned, changes, ahead=0):
     recipe = tiny_recipe(run__dir=folder, train__micro_batch=8, **changes)
     world = start_world(60)
     try:
-        run._with_rollbacks(recipe, world, run.NoWatchdog())
+        run._train_stages(recipe, world, run.NoWatchdog())
         message = None
     except AgreedError as error:
         message = str(error)
@@ -99,14 +99,15 @@ def train_without_a_place_to_save(rank, ranks, folder):
     """A run in whose place for checkpoints a file turns up at the end; how it ends."""
     from coca_scale.engine.launch import end_world, start_world
     from coca_scale.errors import AgreedError
+    from coca_scale.recipe.run_folder import CHECKPOINTS
     from coca_scale.training.trainer import Trainer
 
     class Hindered(Trainer):
         def _train_step(self, batch):
             super()._train_step(batch)
-            if rank == 0 and self.step == self.prepared.steps:
-                self.prepared.checkpoints.rmdir()
-                self.prepared.checkpoints.touch()
+            if rank == 0 and self.step == self.last_step:
+                (self.folder / CHECKPOINTS).rmdir()
+                (self.folder / CHECKPOINTS).touch()
 
     recipe = tiny_recipe(run__dir=folder, checkpoint__every_steps=None, train__steps=1)
     world = start_world(60)

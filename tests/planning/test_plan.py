@@ -150,10 +150,11 @@ def test_state_is_that_of_a_real_engine(precision, accumulation, tmp_path):
             assert whole == count < LIVE // 2
 
 
-TRAFFIC = ((3, 8), (3, 4), (2, 4), (1, 8))  # stage, micro-batch of a rank's 8
+# stage, micro-batch of a rank's 8, kept graphs
+TRAFFIC = ((3, 8, 0), (3, 4, 0), (2, 4, 0), (1, 8, 0), (3, 4, 1), (3, 2, 2))
 
 
-def traffic_settings(stage, micro):
+def traffic_settings(stage, micro, graphs):
     return settings(
         "coca_tiny",
         micro,
@@ -161,6 +162,7 @@ def traffic_settings(stage, micro):
         ranks=2,
         train__global_batch=16,
         engine__zero_stage=stage,
+        engine__kept_graphs=graphs,
         engine__deepspeed={"comms_logger": {"enabled": True, "prof_all": True, "verbose": False}},
     )
 
@@ -180,8 +182,8 @@ def measured_traffic(_rank, ranks):
     }
     world = start_world(60)
     found = []
-    for stage, micro in TRAFFIC:
-        recipe, batch = traffic_settings(stage, micro)
+    for case in TRAFFIC:
+        recipe, batch = traffic_settings(*case)
         config = ModelConfig.from_recipe(recipe.model)
         engine = TrainEngine(CoCa(config), LogitScale(), recipe, batch, world)
         tokens = caption_quantiles(8, 8.0, config.context_length, config.pad_id)
@@ -202,12 +204,12 @@ def measured_traffic(_rank, ranks):
 
 @pytest.mark.slow
 def test_traffic_is_that_of_a_real_step():
-    for (stage, micro), found in zip(TRAFFIC, on_ranks(measured_traffic, 2)[0], strict=True):
-        recipe, batch = traffic_settings(stage, micro)
+    for case, found in zip(TRAFFIC, on_ranks(measured_traffic, 2)[0], strict=True):
+        recipe, batch = traffic_settings(*case)
         costs = count_costs(recipe, batch)
         planned = make_plan(recipe, batch, costs, GPUS["cpu"], 2, None)
         expected = planned.communication_bytes_per_step - costs.features_bytes  # ours, not logged
-        print(f"stage {stage}, {batch.accumulation} accumulation: {found / expected - 1:+.2%}")
+        print(f"stage, micro-batch, kept graphs {case}: {found / expected - 1:+.2%}")
         assert found == pytest.approx(expected, rel=0.02)
 
 

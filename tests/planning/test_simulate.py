@@ -7,7 +7,15 @@ from dataclasses import replace
 import pytest
 
 from coca_scale.engine.config import LIVE
-from coca_scale.planning.simulate import Network, Phase, needed_soon, overlapped, simulate, uses
+from coca_scale.planning.simulate import (
+    Network,
+    Passes,
+    Phase,
+    needed_soon,
+    overlapped,
+    program_of,
+    simulate,
+)
 from coca_scale.planning.units import Unit
 
 BLOCK = 1_000_000
@@ -17,6 +25,7 @@ MODEL = tuple(
     for part, blocks in (("text", 3), ("image", 3), ("decoder", 2))
     for block in (False, *[True] * blocks)
 )
+TOWERS = [n for n, unit in enumerate(MODEL) if unit.part != "decoder"]
 ELEMENTS = sum(unit.elements for unit in MODEL)
 DEVICE = 1.0
 CARD = Network(
@@ -39,8 +48,13 @@ HOST = replace(CARD, reduced=2, buckets_ahead=0)
 ALL = {"stage 3": CARD, "CPUs": HOST, "stage 2": replace(CARD, stage=2, reduced=2)}
 
 
-def step(network, passes=1, units=MODEL, device=DEVICE, host=0.0):
-    return simulate(units, passes, device, host, network)
+def step(network, passes=1, units=MODEL, device=DEVICE, host=0.0, kept=0):
+    return simulate(units, Passes(passes, kept), device, host, network)
+
+
+def program(passes, kept=0):
+    """Of a step in which a FLOP takes a nanosecond."""
+    return program_of(MODEL, Passes(passes, kept), 1e-9, 0.0)
 
 
 def test_one_rank_takes_what_it_takes_to_compute():
@@ -66,21 +80,48 @@ def test_passes_that_are_not_simulated_are_as_the_last(network):
 
     slow = replace(network, bytes_per_second=2e7)
     short = step(slow, 10)
-    whole = module._Step(MODEL, uses(MODEL, 10, DEVICE / 10, 0.0), slow).run()
+    flops = sum(use.seconds for use in program(10).uses) * 1e9
+    whole = module._Step(MODEL, program_of(MODEL, Passes(10), DEVICE / flops, 0.0), slow).run()
     assert short.seconds == pytest.approx(whole.seconds, rel=1e-6)
     assert short.sent_bytes == pytest.approx(whole.sent_bytes)
 
 
 def test_what_computes_is_dealt_out_whole_and_in_order():
-    program = uses(MODEL, 2, DEVICE, 0.1)
-    assert sum(use.seconds for use in program) == pytest.approx(2 * overlapped(DEVICE, 0.1))
-    towers = [n for n, unit in enumerate(MODEL) if unit.part != "decoder"]
-    assert [use.number for use in program[: 2 * len(towers)]] == 2 * towers
-    assert {use.phase for use in program[: 2 * len(towers)]} == {Phase.FIRST}
+    made = program_of(MODEL, Passes(2), 1e-9, 1e-2)
+    flops, issued = 1e9 * (2 * 6 + 2 * 3 * 8), 2 * 6 + 2 * 3 * 8
+    whole = overlapped(1e-9 * flops, 1e-2 * issued)
+    assert sum(use.seconds for use in made.uses) == pytest.approx(whole)
+    assert [use.number for use in made.uses[: 2 * len(TOWERS)]] == 2 * TOWERS
+    assert {use.phase for use in made.uses[: 2 * len(TOWERS)]} == {Phase.FIRST}
+    assert made.collected == 2 * len(TOWERS) - 1
     forward = list(range(len(MODEL)))
-    assert [use.number for use in program[2 * len(towers) :]] == 2 * (forward + forward[::-1])
-    text = [use.seconds for use in program[-len(MODEL) :] if MODEL[use.number].block]
-    assert text == pytest.approx([text[0]] * 8)
+    rest = [use.number for use in made.uses[2 * len(TOWERS) :]]
+    assert rest == 2 * (forward + forward[::-1])
+    blocks = [use.seconds for use in made.uses[-len(MODEL) :] if MODEL[use.number].block]
+    assert blocks == pytest.approx([blocks[0]] * 8)
+
+
+def test_towers_of_kept_graphs_run_once():
+    made, plain = program(4, kept=3), program(4)
+    phases = [(use.number, use.phase) for use in made.uses]
+    assert phases[: len(TOWERS)] == [(n, Phase.FIRST) for n in TOWERS]
+    assert phases[len(TOWERS) : 4 * len(TOWERS)] == 3 * [(n, Phase.FORWARD) for n in TOWERS]
+    assert made.collected == 4 * len(TOWERS) - 1
+    behind = [n for n in range(len(MODEL)) if n not in TOWERS]
+    turn = [(n, Phase.FORWARD) for n in behind]
+    turn += [(n, Phase.BACKWARD) for n in reversed(range(len(MODEL)))]
+    assert phases[4 * len(TOWERS) :][: 3 * len(turn)] == 3 * turn
+    saved = sum(use.seconds for use in plain.uses) - sum(use.seconds for use in made.uses)
+    assert saved == pytest.approx(3 * 6)  # the blocks of both towers, once each
+    assert Passes(1).first == 0 and Passes(4, 4).first == 0 and Passes(4, 1).first == 3
+
+
+@pytest.mark.parametrize("kept", [0, 1, 4])
+def test_kept_graphs_gather_no_more_than_what_is_run_twice(kept):
+    slow = replace(CARD, bytes_per_second=2e8)
+    assert step(slow, 4, kept=kept).sent_bytes <= step(slow, 4).sent_bytes
+    line = step(slow, 4, kept=kept)
+    assert max(DEVICE, line.sending_seconds) <= line.seconds
 
 
 def test_reductions_of_cpus_are_waited_for_and_those_of_gpus_are_not():
@@ -114,18 +155,18 @@ def test_what_is_fetched_ahead_is_there_and_the_first_of_a_tower_is_not():
 
 
 def test_weights_that_are_used_again_soon_stay():
-    program = uses(MODEL, 1, DEVICE, 0.0)
     own = [unit.block for unit in MODEL]
-    assert all(needed_soon(MODEL, program, own)[: len(MODEL)])
+    assert all(needed_soon(MODEL, program(1), own)[: len(MODEL)])
     large = tuple(replace(unit, elements=LIVE // 4) for unit in MODEL)
-    soon = needed_soon(large, program, [True] * len(MODEL))
+    soon = needed_soon(large, program(1), [True] * len(MODEL))
     # between a use and its next are those behind it, twice: two of a quarter each on each side
     assert soon[: len(MODEL)] == [False] * (len(MODEL) - 3) + [True] * 3
     once = step(CARD).sent_bytes
     again = step(CARD, units=large).sent_bytes - step(replace(CARD, reduced=0)).sent_bytes
     assert once < again
-    with_accumulation = needed_soon(MODEL, uses(MODEL, 2, DEVICE, 0.0), [False] * len(MODEL))
-    assert not any(with_accumulation)  # DeepSpeed's
+    of_deepspeed = [False] * len(MODEL)
+    assert not any(needed_soon(MODEL, program(2), of_deepspeed))
+    assert any(needed_soon(MODEL, program(2, kept=1), of_deepspeed))
 
 
 def test_a_second_copy_in_the_node_is_gathered_there():

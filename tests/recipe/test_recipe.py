@@ -44,8 +44,11 @@ def test_key_in_the_wrong_section_is_pointed_to():
         ("optim", "key.path=value"),
         ("engine.zero_stage.x=1", "a value, not a section"),
         # and no class of ours is told of
-        ("data.train=~", "data.train: should hold shards .a pattern, or a list of them., found No"),
-        ("data.val=[3]", "data.val: should hold shards .*, found 3"),
+        (
+            "data.train=~",
+            "data.train.0: should hold shards .a pattern, or a list of them., found No",
+        ),
+        ("data.val=[3]", "data.val.0: should hold shards .*, found 3"),
         ("optim=3", "optim: should hold keys, found 3"),
     ],
 )

@@ -15,6 +15,7 @@ def loaders_of_runs(_rank, _ranks, folder):
     """Loader processes that are there when the model is built, of a run, its end and a rollback."""
     from coca_scale.engine.launch import start_world
     from coca_scale.training import setup
+    from coca_scale.training.positions import Skip
     from coca_scale.training.trainer import Trainer
 
     world, found, build = start_world(), [], setup.initial_model
@@ -31,7 +32,7 @@ def loaders_of_runs(_rank, _ranks, folder):
         train = recipe.train.model_copy(update={"steps": steps})
         recipe = recipe.model_copy(update={"train": train})
         with quiet():
-            trainer = Trainer(recipe, world, lanes=found[1][0] if back else None)
+            trainer = Trainer(recipe, world, skip=Skip(1, found[1][0]) if back else None)
             began = dict(trainer.lanes)
             trainer.run()
             trainer.close()

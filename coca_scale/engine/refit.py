@@ -1,0 +1,43 @@
+"""Weights of a stage as the next one takes them: resized, or trained where they were locked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from coca_scale.engine.constants import read_constants
+from coca_scale.engine.zero_files import full_weights
+from coca_scale.model import ModelConfig
+from coca_scale.model.weights import fit_weight
+
+
+def refitted(
+    checkpoint: Path, weights: Path, shapes: Mapping[str, torch.Size], config: ModelConfig
+) -> dict[str, Tensor]:
+    """Those that a checkpoint did not train, or not in this shape.
+
+    Args:
+        checkpoint: its folder.
+        weights: the folder in it with shards of fp32 weights: itself, or that of the average.
+        shapes: of the weights that train now.
+        config: of the model that they are of.
+
+    Returns:
+        fp32, by name. The others are in the shards as they are.
+
+    Raises:
+        UserError: a file is damaged, or holds something else.
+    """
+    constants, trained = read_constants(checkpoint), full_weights(weights, lazy=True)
+    found = {}
+    for name, shape in shapes.items():
+        if name not in constants and trained[name].shape == shape:
+            continue
+        old = constants[name] if name in constants else trained[name].contiguous()
+        new = old if old.shape == shape else fit_weight(name, old, shape, config)
+        assert new is not None, f"stages have no other {name} than of {tuple(shape)}"
+        found[name] = new.float()
+    return found
