@@ -1,6 +1,6 @@
 """A step over links of a known speed, held against what `coca-scale plan` simulates.
 
-    sudo python benchmarks/links.py [--out FILE] [--rounds 6]
+    sudo python benchmarks/links.py [--out FILE] [--rounds 15]
 
 Each rank is in a Linux network namespace of its own, as if it were a node: a veth pair to a bridge,
 and a token bucket (tc's tbf) on what it sends. On links without a limit the step's median says what
@@ -40,7 +40,6 @@ CASES = (  # ranks, stage, micro-batch, accumulation
     *((4, 3, 32, 1), (4, 3, 16, 2), (4, 2, 32, 1)),
 )
 KEYS = ("ranks", "zero_stage", "micro_batch", "accumulation")
-STEPS = 2  # of a round, on each link
 PAYLOAD = 1448 / 1514  # of an Ethernet frame
 
 
@@ -71,7 +70,8 @@ def nodes(count: int) -> Iterator[None]:
             _ip("-n", name, "link", "set", "lo", "up")
         yield
     finally:
-        for number in range(1, count + 1):  # their ends of the cables go with them
+        for number in range(1, count + 1):  # a namespace is gone some time after it is deleted
+            subprocess.run(["ip", "link", "del", f"{BRIDGE}{number}"], check=False)
             subprocess.run(["ip", "netns", "del", NODE.format(number)], check=False)
         subprocess.run(["ip", "link", "del", BRIDGE], check=False)
 
@@ -143,12 +143,9 @@ def work(rounds: int, out: Path) -> None:
         for _ in range(rounds):  # in turns, so that a busy machine hits all of them
             for rate in RATES:
                 limit(rate)
-                engine.step(images, captions, 1e-4).result()  # uses up what the bucket has
-                before = _sent()
-                for _ in range(STEPS):
-                    began = time.perf_counter()
-                    engine.step(images, captions, 1e-4).result()
-                    seconds[rate].append(time.perf_counter() - began)
+                before, began = _sent(), time.perf_counter()
+                engine.step(images, captions, 1e-4).result()
+                seconds[rate].append(time.perf_counter() - began)
                 sent[rate] += _sent() - before
         rows += [
             {
@@ -207,15 +204,12 @@ def main() -> None:
     """All cases, or one of their ranks."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/links_cpu.json"))
-    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.rank:
         work(options.rounds, options.out)
         return
-    rows = []
-    for ranks in sorted({case[0] for case in CASES}):
-        rows += run_ranks(ranks, options.rounds)
     about = {
         "hardware": f"{platform.machine()}, {os.cpu_count()} cores",
         "torch": version("torch"),
@@ -223,21 +217,30 @@ def main() -> None:
         "python": platform.python_version(),
         "date": time.strftime("%Y-%m-%d"),
     }
+    rows: list[dict[str, Any]] = []
+    for ranks in sorted({case[0] for case in CASES}):
+        found = run_ranks(ranks, options.rounds)
+        compare(found)
+        rows += [row | about for row in found]
+        options.out.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def compare(rows: list[dict[str, Any]]) -> None:
+    """Add the plans of the limited links, and print them."""
     compute = 0.0
     for row in rows:
         if row["mbit_per_second"] is None:
             compute = row["step_seconds"]
-        else:
-            row.update(predict(row, compute))
-            print(
-                f"{row['ranks']} ranks, ZeRO {row['zero_stage']}, {row['accumulation']} × "
-                f"{row['micro_batch']}, {row['mbit_per_second']} Mbit/s: computing "
-                f"{compute:.3f} s, traffic {row['planned_traffic_seconds']:.3f} s, planned "
-                f"{row['planned_seconds']:.3f} s, took {row['step_seconds']:.3f} s "
-                f"({row['error']:+.1%}); sent {row['sent_bytes'] / row['planned_sent_bytes']:.3f}"
-            )
-        row.update(about)
-    options.out.write_text(json.dumps(rows, indent=1) + "\n")
+            continue
+        row.update(predict(row, compute))
+        print(
+            f"{row['ranks']} ranks, ZeRO {row['zero_stage']}, {row['accumulation']} × "
+            f"{row['micro_batch']}, {row['mbit_per_second']} Mbit/s: computing "
+            f"{compute:.3f} s, traffic {row['planned_traffic_seconds']:.3f} s, planned "
+            f"{row['planned_seconds']:.3f} s, took {row['step_seconds']:.3f} s "
+            f"({row['error']:+.1%}); sent {row['sent_bytes'] / row['planned_sent_bytes']:.3f}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
