@@ -115,10 +115,11 @@ class Planned:
         kept = dict(sorted(self.costs.kept_bytes.items(), key=lambda part: -part[1]))
         shares = {"weights, gradients, optimizer": states}
         shares |= {f"kept: {name}": size for name, size in kept.items()}
-        most = plan.activations_bytes - sum(shares.values()) + states
+        most = self.costs.peak_bytes - sum(shares.values()) + states
         return {
             **shares,
             "while a block computes": most,
+            "kept: graphs that wait": plan.activations_bytes - self.costs.peak_bytes,
             "contrastive loss": plan.loss_bytes,
             "gathered layers, CUDA, NCCL": plan.buffers_bytes,
         }
