@@ -17,10 +17,9 @@ import matplotlib
 import torch
 import train_step
 
-from coca_scale.planning.costs import count_costs
+from coca_scale.planning.fit import plan_run
 from coca_scale.planning.gpus import GPUS
-from coca_scale.planning.plan import make_plan
-from coca_scale.recipe import BatchSplit, load_recipe
+from coca_scale.recipe import load_recipe
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -100,8 +99,7 @@ def traffic(ranks: int) -> list[dict[str, Any]]:
     rows = []
     for stage in (1, 2, 3):
         recipe = load_recipe(Path("recipes/large.yaml"), [f"engine.zero_stage={stage}"])
-        batch = BatchSplit.from_recipe(recipe, ranks)
-        plan = make_plan(recipe, batch, count_costs(recipe, batch), GPUS["h100-80gb"], 8, None)
+        _, _, plan = plan_run(recipe, ranks, GPUS["h100-80gb"])
         sent = plan.communication_bytes_per_step
         rows.append({"ranks": ranks, "zero_stage": stage, "bytes_per_rank_and_step": sent})
         print(

@@ -12,15 +12,15 @@ from __future__ import annotations
 import ast
 import io
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from coca_scale.openclip.options import options_table
-from coca_scale.planning.fit import plan_run
 from coca_scale.planning.gpus import GPUS
 from coca_scale.planning.plan import Costs, Plan
-from coca_scale.recipe import BatchSplit, Recipe, load_recipe
+from coca_scale.planning.staged import PlannedStage, plan_stages, total_of
+from coca_scale.recipe import Recipe, load_recipe
 from coca_scale.recipe.load import schema_json
 from coca_scale.recipe.section import Section
 from coca_scale.recipe.stage_section import StageSection
@@ -68,6 +68,20 @@ ENTRIES = (
         "OpenCLIP, same samples: ImageNet 75.6; COCO R@1 62.9/45.7; Flickr R@1 88.4/74.3",
     ),
     Entry(
+        "small_staged",
+        "as small, most samples at 128 px",
+        8,
+        "h100-80gb",
+        "",
+    ),
+    Entry(
+        "large_staged",
+        "as large, most samples at 84 px",
+        64,
+        "h100-80gb",
+        "",
+    ),
+    Entry(
         "coca_2b",
         "LAION-2B, 512 GPUs",
         512,
@@ -100,13 +114,36 @@ ENTRIES = (
 
 @dataclass(frozen=True)
 class Planned:
-    """An entry with its plan."""
+    """An entry with the plan of its stages; what is said of one of them is of the last."""
 
     entry: Entry
-    recipe: Recipe
-    batch: BatchSplit
-    costs: Costs
-    plan: Plan
+    stages: list[PlannedStage]
+
+    @property
+    def recipe(self) -> Recipe:
+        """Of the stage."""
+        return self.stages[-1].recipe
+
+    @property
+    def costs(self) -> Costs:
+        """Of the stage."""
+        return self.stages[-1].costs
+
+    @property
+    def plan(self) -> Plan:
+        """Of the stage."""
+        return self.stages[-1].plan
+
+    @property
+    def most_bytes(self) -> int:
+        """Of a GPU, in any stage."""
+        return max(stage.plan.total_bytes for stage in self.stages)
+
+    @property
+    def length(self) -> str:
+        """Of the run."""
+        hours = total_of(self.stages).hours
+        return "as long as your data" if hours is None else _length(hours)
 
     def parts(self) -> dict[str, int]:
         """Bytes of a GPU, by what they are for."""
@@ -115,10 +152,11 @@ class Planned:
         kept = dict(sorted(self.costs.kept_bytes.items(), key=lambda part: -part[1]))
         shares = {"weights, gradients, optimizer": states}
         shares |= {f"kept: {name}": size for name, size in kept.items()}
-        most = plan.activations_bytes - sum(shares.values()) + states
+        most = self.costs.peak_bytes - sum(shares.values()) + states
         return {
             **shares,
             "while a block computes": most,
+            "kept: graphs that wait": plan.activations_bytes - self.costs.peak_bytes,
             "contrastive loss": plan.loss_bytes,
             "gathered layers, CUDA, NCCL": plan.buffers_bytes,
         }
@@ -127,7 +165,7 @@ class Planned:
     def of(cls, entry: Entry, *changes: str) -> Planned:
         """Count the costs of its recipe."""
         recipe = load_recipe(ROOT / "recipes" / f"{entry.name}.yaml", changes)
-        return cls(entry, recipe, *plan_run(recipe, entry.gpus, GPUS[entry.gpu]))
+        return cls(entry, plan_stages(recipe, entry.gpus, GPUS[entry.gpu]))
 
 
 def plan_all() -> list[Planned]:
@@ -164,6 +202,11 @@ def recipe_table(rows: list[Planned]) -> str:
     return _table(head, [_recipe_row(row) for row in rows])
 
 
+def _by_stage(row: Planned, of: Callable[[PlannedStage], str]) -> str:
+    """What differs from stage to stage, in the cell of a run."""
+    return ", then ".join(of(stage) for stage in row.stages)
+
+
 def scores_table() -> str:
     """What the recipes are for, and scores where some are published."""
     head = ("recipe", "for", "published scores of this model")
@@ -172,15 +215,22 @@ def scores_table() -> str:
 
 
 def _recipe_row(row: Planned) -> tuple[str, ...]:
-    entry, batch, plan = row.entry, row.batch, row.plan
+    entry = row.entry
+
+    def batch(stage: PlannedStage) -> str:
+        found = stage.batch
+        return (
+            f"{found.global_batch:,} = {found.ranks} × {found.accumulation} × {found.micro_batch}"
+        )
+
     return (
         f"`{entry.name}.yaml`",
         f"{row.recipe.model.name}, {row.costs.parameters / 1e6:,.1f} M",
         f"{entry.gpus} × {entry.gpu}",
-        f"{batch.global_batch:,} = {batch.ranks} × {batch.accumulation} × {batch.micro_batch}",
-        f"{plan.total_bytes / 1e9:,.1f} GB",
-        f"{plan.samples_per_second:,.0f}",
-        _length(plan),
+        _by_stage(row, batch),
+        f"{row.most_bytes / 1e9:,.1f} GB",
+        _by_stage(row, lambda stage: f"{stage.plan.samples_per_second:,.0f}"),
+        row.length,
     )
 
 
@@ -189,26 +239,23 @@ def short_table(rows: list[Planned]) -> str:
     head = ("recipe", "model", "for", "planned", "measured")
     lines = []
     for row in rows:
-        plan = f"{row.entry.gpus} × {row.entry.gpu}: {row.plan.total_bytes / 1e9:,.1f} GB each"
+        plan = f"{row.entry.gpus} × {row.entry.gpu}: {row.most_bytes / 1e9:,.1f} GB each"
         lines.append(
             (
                 f"`{row.entry.name}.yaml`",
                 f"{row.recipe.model.name}, {row.costs.parameters / 1e6:,.1f} M",
                 row.entry.purpose,
-                f"{plan}, {_length(row.plan)}",
+                f"{plan}, {row.length}",
                 row.entry.measured,
             )
         )
     return _table(head, lines)
 
 
-def _length(plan: Plan) -> str:
-    if plan.days is None:
-        return "as long as your data"
-    hours = plan.days * 24
+def _length(hours: float) -> str:
     if hours < 1:
         return f"{hours * 60:,.0f} min"
-    return f"{hours:,.0f} h" if hours < 48 else f"{plan.days:,.1f} days"
+    return f"{hours:,.0f} h" if hours < 48 else f"{hours / 24:,.1f} days"
 
 
 ROOMS = (  # as imports go, from top to bottom

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import resource
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
+import torch
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _OWN = Path("/proc/self/cgroup")
@@ -42,6 +44,14 @@ def peak_bytes() -> int:
 def regrowth_bytes() -> int:
     """What it has had and given back, and may well want again."""
     return max(0, peak_bytes() - int(psutil.Process().memory_info().rss))
+
+
+def free_memory() -> None:
+    """Give back what nothing refers to any more, on the device and in its host."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    release_freed()
 
 
 def release_freed() -> None:

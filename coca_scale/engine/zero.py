@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from inspect import getclosurevars
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from deepspeed.checkpoint.constants import (
 )
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 from deepspeed.runtime.torch_autocast import autocast_if_enabled
+from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import (
@@ -49,6 +52,8 @@ from coca_scale.engine.zero3_layers import WholeLayers
 from coca_scale.engine.zero3_trace import StepTrace
 from coca_scale.engine.zero_files import HARMLESS, STATE_TAG, atom
 from coca_scale.model.pickles import read_pickle, tensors_alone
+
+_RELEASED = "_PartitionedParameterCoordinator__params_to_release"  # remembers its arguments
 
 
 class ZeroEngine:
@@ -107,6 +112,10 @@ class ZeroEngine:
     def close(self) -> None:
         """Free what DeepSpeed holds. Local."""
         self._engine.destroy()
+        # which hold the model for as long as the process lives
+        FWD_MODULE_STACK.clear()
+        released = getclosurevars(getattr(PartitionedParameterCoordinator, _RELEASED)).nonlocals
+        released["func"].cache_clear()
 
     def train(self, mode: bool = True) -> None:
         """Training or evaluation mode. Local."""

@@ -58,7 +58,9 @@ def count_costs(recipe: Recipe, batch: BatchSplit, varlen: bool = False) -> Cost
     kept, graph, peak = case.bytes(_named_parts(model))
     with case.fake:
         with torch.no_grad():
-            tower_flops = flops(lambda: model(*case.inputs, features_only=True))
+            tower_flops = flops(
+                lambda: model(*case.inputs, features_only=True, sample_ids=case.sample_ids)
+            )
         step_flops = flops(lambda: case.forward().backward())
     units = model_units(model, case.forward_flops(), step_flops)
     bytes_per_flop = case.bytes_per_flop(_image_passes(recipe, model.config.vision_cfg))
@@ -156,6 +158,7 @@ class _Case:
         with FakeTensorMode() as self.fake, _default_dtype(dtype):
             self.model = CoCa(config).train()
             images = torch.randn(micro, 3, size, size, dtype=dtype)
+            self.sample_ids = torch.arange(micro)  # by which patches are dropped
         freeze(self.model, recipe.model, recipe.loss)
         for parameter in self.model.parameters():  # gradients are counted with the state
             if parameter.requires_grad:
@@ -165,7 +168,8 @@ class _Case:
     def forward(self, encoded: Encoded | None = None) -> Tensor:
         """What the engine calls backward on, without its factors."""
         images, captions = self.inputs
-        features, sums = self.model(images if encoded is None else encoded, captions)
+        given = images if encoded is None else encoded
+        features, sums = self.model(given, captions, sample_ids=self.sample_ids)
         surrogate = (features.float() * features.detach().float()).sum()
         return sum(sums.values(), start=surrogate)
 
@@ -179,7 +183,7 @@ class _Case:
         with self.fake, LiveBytes() as live:
             live.ignore([*self.model.parameters(), *self.model.buffers()])
             with parts(live, named):
-                encoded = [self.model.encode(*self.inputs)]
+                encoded = [self.model.encode(*self.inputs, self.sample_ids)]
                 graph = sum(live.by_part().values()) + self.inputs[0].nbytes
                 surrogate = self.forward(encoded.pop())
             kept = live.by_part()

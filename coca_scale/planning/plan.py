@@ -9,6 +9,7 @@ and the host to issue it, each mostly behind the other, and what of the traffic 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 from coca_scale.engine.config import (
     BUCKETS_IN_FLIGHT,
@@ -19,7 +20,7 @@ from coca_scale.engine.config import (
     many_at_once,
 )
 from coca_scale.planning.gpus import Gpu
-from coca_scale.planning.memory import HostBytes, host_bytes, state_bytes
+from coca_scale.planning.memory import HostBytes, StateBytes, host_bytes, state_bytes
 from coca_scale.planning.simulate import TOWERS, Network, Passes, overlapped, simulate
 from coca_scale.planning.units import Unit
 from coca_scale.recipe import BatchSplit, Recipe
@@ -150,18 +151,8 @@ def make_plan(
         gpus_per_node: ranks that share a node.
         steps: of the run, None if unknown.
     """
-    state = state_bytes(recipe, batch, costs.parameters, costs.trained, gpus_per_node)
-    buffers = _buffer_bytes(costs, recipe, batch, gpus_per_node)
-    activations = costs.activations_bytes
-    reserved = RESERVED_BYTES if gpu.memory_bytes > 30e9 else 0
-    working = activations + costs.loss_bytes + buffers
-    here = round(state.total + working + state.updating) if gpu.is_host else 0
-    in_host = host_bytes(
-        recipe, batch, costs.image_size, costs.parameters, state.offloaded + here, state.saved
-    )
-    total = round(state.total + max(working, state.updating) + reserved)
-    total = in_host.total if gpu.is_host else total
-
+    memory = memory_of(recipe, batch, costs, gpu, gpus_per_node)
+    state, total = memory.state, memory.total
     flops = step_flops(batch, costs)
     device, host = compute_seconds(recipe, batch, costs, gpu)
     compute = overlapped(device, host)
@@ -179,11 +170,11 @@ def make_plan(
         parameters_bytes=state.parameters,
         gradients_bytes=state.gradients,
         optimizer_bytes=state.optimizer,
-        activations_bytes=activations,
+        activations_bytes=costs.activations_bytes,
         loss_bytes=costs.loss_bytes,
-        buffers_bytes=round(buffers + reserved),
+        buffers_bytes=memory.buffers,
         total_bytes=total,
-        host=in_host,
+        host=memory.host,
         device_bytes=round(gpu.memory_bytes),
         flops_per_sample=flops / batch.samples_per_rank,
         communication_bytes_per_step=line.sent_bytes,
@@ -199,6 +190,32 @@ def make_plan(
         gpu_hours=None if seconds is None else seconds / 3600 * batch.ranks,
         limited_by=limit,
     )
+
+
+class Memory(NamedTuple):
+    """Bytes of a rank: of its state, of buffers and libraries, of its device, of its host."""
+
+    state: StateBytes
+    buffers: int
+    total: int
+    host: HostBytes
+
+
+def memory_of(
+    recipe: Recipe, batch: BatchSplit, costs: Costs, gpu: Gpu, gpus_per_node: int
+) -> Memory:
+    """What `make_plan` says of memory, without the time of a step."""
+    state = state_bytes(recipe, batch, costs.parameters, costs.trained, gpus_per_node)
+    buffers = _buffer_bytes(costs, recipe, batch, gpus_per_node)
+    reserved = RESERVED_BYTES if gpu.memory_bytes > 30e9 else 0
+    working = costs.activations_bytes + costs.loss_bytes + buffers
+    here = round(state.total + working + state.updating) if gpu.is_host else 0
+    in_host = host_bytes(
+        recipe, batch, costs.image_size, costs.parameters, state.offloaded + here, state.saved
+    )
+    total = round(state.total + max(working, state.updating) + reserved)
+    total = in_host.total if gpu.is_host else total
+    return Memory(state, round(buffers + reserved), total, in_host)
 
 
 def step_flops(batch: BatchSplit, costs: Costs) -> int:

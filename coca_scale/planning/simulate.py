@@ -10,8 +10,9 @@ takes from the device's own memory and kernels, is left out.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from enum import Enum, auto
+from itertools import islice
 from typing import NamedTuple
 
 from coca_scale.engine.config import LIVE
@@ -19,7 +20,7 @@ from coca_scale.planning.units import Unit
 
 TOWERS = ("text", "image")
 OVERLAP = 3  # device and host hide behind each other: (a³ + b³)^⅓
-STEADY = 4  # passes, after which one more takes what the last took
+STEADY = 4  # passes of a kind, after which one more takes what the last took
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,14 @@ class Timeline:
     node_bytes: float
     sending_seconds: float
 
+    def __add__(self, other: Timeline) -> Timeline:
+        return Timeline(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    def growth(self, shorter: Timeline, times: int) -> Timeline:
+        """What a step has more than a shorter one, so many times."""
+        pairs = zip(astuple(self), astuple(shorter), strict=True)
+        return Timeline(*(times * (a - b) for a, b in pairs))
+
 
 @dataclass(frozen=True)
 class Passes:
@@ -100,10 +109,6 @@ class Passes:
     def first(self) -> int:
         """Those whose towers run before as well, without gradients."""
         return self.count - self.kept if self.count > 1 else 0
-
-    def fewer(self, by: int) -> Passes:
-        """Without so many of those that are not kept."""
-        return replace(self, count=self.count - by)
 
 
 class Phase(Enum):
@@ -156,17 +161,19 @@ def simulate(
         seconds / max(1, whole)
         for seconds, whole in zip((device, host), _work(units, passes), strict=True)
     )
-    more = max(0, passes.count - passes.kept - STEADY)
-    last, before = (
-        _Step(units, program_of(units, passes.fewer(by), per_flop, per_block), network).run()
-        for by in (more, more + 1 if more else 0)
-    )
-    return Timeline(
-        last.seconds + more * (last.seconds - before.seconds),
-        last.sent_bytes + more * (last.sent_bytes - before.sent_bytes),
-        last.node_bytes + more * (last.node_bytes - before.node_bytes),
-        last.sending_seconds + more * (last.sending_seconds - before.sending_seconds),
-    )
+
+    def run(kept: int, others: int) -> Timeline:
+        program = program_of(units, Passes(kept + others, kept), per_flop, per_block)
+        return _Step(units, program, network).run()
+
+    counts = passes.kept, passes.count - passes.kept
+    kept, others = (min(count, STEADY) for count in counts)
+    line = run(kept, others)
+    more = [
+        (counts[0] - kept, lambda: run(kept - 1, others)),
+        (counts[1] - others, lambda: run(kept, others - 1)),
+    ]
+    return sum((line.growth(shorter(), by) for by, shorter in more if by), line)
 
 
 def overlapped(device: float, host: float) -> float:
@@ -291,7 +298,7 @@ class _Step:
         unit, own = self._units[use.number], self._own[use.number]
         self._gather(use, issued)
         ahead = 0
-        for following in self._program[k + 1 :]:
+        for following in islice(self._program, k + 1, None):
             other = self._units[following.number]
             if following.phase != use.phase or ahead >= self._network.bucket:
                 break

@@ -13,6 +13,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader processes are
 import torch
 
 from coca_scale.engine.config import deepspeed_config, transfers
+from coca_scale.engine.host import free_memory
 from coca_scale.engine.launch import (
     LaunchError,
     end_world,
@@ -85,19 +86,28 @@ def _train_stages(
     """
     left, skip = recipe.health.rollbacks, None
     with owned(run_claim(recipe.run.folder), world) as owner:
-        while True:
+
+        def to_a_checkpoint() -> int | None:
+            """Train until there is one to go on from, or the run ends: its exit code."""
+            nonlocal left, skip
             trainer = Trainer(recipe, world, watchdog, left, skip, owner, signals)
+            skip = None
             try:
                 code = trainer.run()
-                if code is not None:
-                    return code
-                skip = None
             except Rollback as bad:
-                left -= 1
+                code, left = None, left - 1
                 skip = Skip(trainer.stage.number, trainer.lanes)
                 if world.rank == 0:
                     tell(f"going back to the last checkpoint: {bad}")
-            trainer.close()
+            if code is None:
+                trainer.close()
+            return code
+
+        while True:
+            code = to_a_checkpoint()
+            if code is not None:
+                return code
+            free_memory()  # of a model that would lie beside the next one
             again = recipe.checkpoint.model_copy(update={"resume": "auto"})
             recipe = recipe.model_copy(update={"checkpoint": again})
 

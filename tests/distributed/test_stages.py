@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -48,10 +49,12 @@ def part_of_a_run(rank, ranks, folder, until, changes):
     from coca_scale.training import run
     from coca_scale.training.requests import Asked, Requests
 
-    keys, notes, at = {}, [], [0]
+    keys, notes, at, models = {}, [], [0], []
 
     class Watched(run.Trainer):
         def _train(self, *args):
+            assert not any(model() for model in models), "of a stage before, still in memory"
+            models.append(weakref.ref(self.engine.module))
             notes.extend(self.setup.notes)
             at[0] = self.step
             return super()._train(*args)

@@ -117,7 +117,8 @@ FP8 = {"engine__precision": "bf16", "engine__fp8": True}
 
 
 @pytest.mark.parametrize(
-    ("micro_batch", "engine", "graphs"), [(16, {}, 5), (4, {}, 8), (4, FP8, 8)]
+    ("micro_batch", "engine", "graphs"),
+    [(16, {}, 5), (4, {}, 8), (4, FP8, 8), (4, {"engine__kept_graphs": 4}, 5)],
 )
 def test_captions_of_another_length_need_no_other_graph(micro_batch, engine, graphs):
     (counts,) = on_ranks(graphs_on_rank, 1, micro_batch, engine)

@@ -140,6 +140,8 @@ LAYOUTS = {  # by the number of ranks, each with a name
         "ZeRO-3, twice": layout(3, 4),
         "ZeRO-3, twice, full, let go": layout(3, 4, **FULL, engine__deepspeed=LET_GO),
         "ZeRO-3, compiled": layout(3, 8, **COMPILED),
+        "ZeRO-3, compiled, twice": layout(3, 4, **COMPILED),
+        "ZeRO-3, compiled, kept graph": layout(3, 4, **COMPILED, engine__kept_graphs=1),
         "ZeRO-3, compiled, let go": layout(3, 8, **COMPILED, engine__deepspeed=LET_GO),
         "ZeRO-3, fast": layout(3, 8, **FAST),
         "ZeRO-3, fast, again": layout(3, 8, **FAST),
@@ -156,6 +158,9 @@ LAYOUTS = {  # by the number of ranks, each with a name
         "ZeRO-3, second copies": layout(
             3, 4, engine__secondary_shard=True, engine__deepspeed=LET_GO
         ),
+        "ZeRO-3, second copies, kept graph": layout(
+            3, 2, engine__secondary_shard=True, engine__deepspeed=LET_GO, engine__kept_graphs=1
+        ),
     },
 }
 
@@ -164,6 +169,7 @@ SAME = {
     "ZeRO-3": ["ZeRO-3, let go", "ZeRO-3, selective, let go"],
     "ZeRO-3, twice": ["ZeRO-3, twice, full, let go"],
     "ZeRO-3, compiled": ["ZeRO-3, compiled, let go"],
+    "ZeRO-3, compiled, twice": ["ZeRO-3, compiled, kept graph"],
 }
 
 

@@ -12,7 +12,7 @@ from tests.engine.batches import BATCH, batch_of
 from tests.ranks import on_ranks, quiet
 from tests.variants import config_file
 
-STEPS, MICRO_BATCHES = 3, 4
+STEPS, MICRO_BATCHES = 2, 4
 
 
 def engine_on(rank, ranks, world, changes):
@@ -49,6 +49,11 @@ def curves_on_rank(rank, ranks, cases):
 def _curve(rank, ranks, world, changes):
     engine = engine_on(rank, ranks, world, changes)
     results = [run(engine, rank, ranks, step) for step in range(STEPS)]
+    engine.evaluate()  # which makes DeepSpeed forget the order
+    size = engine.module.config.vision_cfg.image_size
+    with torch.no_grad():
+        engine.module.encode_image(engine.prepare(torch.zeros(1, 3, size, size)))
+    results += [run(engine, rank, ranks, step) for step in range(STEPS, STEPS + 2)]
     curve = [(result.loss, result.grad_norm, result.logit_scale) for result in results]
     assert all(result.applied for result in results)
     weights = [float(w.detach().double().norm()) for w in engine._zero.own_weights().values()]
@@ -101,15 +106,21 @@ def test_so_it_is_on_one_rank():
 
 
 class Gathers:
-    """Elements that are gathered in a step: when they are needed, and ahead of that."""
+    """Elements that are gathered in a step: when they are needed, and ahead of that.
+
+    Beside these how often DeepSpeed forgets the order of modules, and of how many at most it misses
+    the end of the backward pass.
+    """
 
     def __init__(self, zero):
-        self.needed = self.ahead = self.forgotten = 0
+        self.needed = self.ahead = self.missed = self.forgotten = 0
         coordinator = zero._engine.optimizer.parameter_offload.get_param_coordinator()
         name = f"_{type(coordinator).__name__}__"
         self._watch(coordinator, f"{name}all_gather_params", self._of_deepspeed)
         self._watch(getattr(coordinator, f"{name}profiler"), "start_event", self._note)
         self._watch(coordinator, "_invalidate_trace", self._forget)
+        self._running = getattr(coordinator, f"{name}active_backward_submodules")
+        self._watch(coordinator, "release_backward_leftovers", self._miss)
         if zero._many is not None:
             self._watch(zero._many._layers, "_fetch", self._use)
             self._watch(zero._many._layers, "_gather", self._of_ours)
@@ -136,6 +147,9 @@ class Gathers:
     def _forget(self):
         self.forgotten += 1
 
+    def _miss(self):
+        self.missed = max(self.missed, len(self._running))
+
     def _use(self, layer, _):
         self._used = layer
 
@@ -158,12 +172,12 @@ def gathers_on_rank(rank, ranks, cases):
 
 def _gathers(rank, ranks, world, changes):
     engine = engine_on(rank, ranks, world, changes)
-    for step in range(3):  # in the first ones the order is learnt
+    for step in range(3):  # in which the order is learnt
         run(engine, rank, ranks, step)
     gathers = Gathers(engine._zero)
     run(engine, rank, ranks, 3)
     engine.close()
-    return gathers.needed, gathers.ahead, gathers.forgotten
+    return gathers.needed, gathers.ahead, gathers.missed, gathers.forgotten
 
 
 def test_weights_are_gathered_ahead_and_less_often():
@@ -173,12 +187,13 @@ def test_weights_are_gathered_ahead_and_less_often():
         for number in (0, 2)
     ]
     found = on_ranks(gathers_on_rank, 2, cases)[0]
-    for case, (needed, ahead, forgotten) in zip(cases, found, strict=True):
-        if case["engine__kept_graphs"] == 0:
-            before = (needed, ahead)
+    for case, (needed, ahead, missed, forgotten) in zip(cases, found, strict=True):
         print(f"{case}: {needed:,} when they are needed, {ahead:,} ahead")
         assert forgotten == 0, case
-        # the same for every number but 0, where all is used again soon
-        assert needed <= before[0] and ahead <= before[1], case
-        assert needed + ahead < before[0] + before[1] or case["engine__kept_graphs"] == 0, case
-        assert ahead > needed, case
+        assert needed < ahead, case
+        if case["engine__kept_graphs"] == 0:
+            before = (needed, ahead, missed)
+        else:
+            assert needed < before[0], case
+            assert ahead < before[1], case
+            assert missed <= before[2], case

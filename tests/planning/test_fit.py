@@ -65,7 +65,9 @@ def notes_on_rank(_rank, _ranks, recipe):
 
 
 def test_a_run_says_what_it_has_chosen(tmp_path):
-    recipe = tiny_recipe(run__dir=str(tmp_path), engine__activation_checkpointing="auto")
+    auto = {"engine__activation_checkpointing": "auto", "engine__kept_graphs": "auto"}
+    recipe = tiny_recipe(run__dir=str(tmp_path), train__micro_batch=2, **auto)
     for notes, selective in on_ranks(notes_on_rank, 2, recipe):
         assert "activation_checkpointing auto is none" in notes
+        assert "kept_graphs auto is 4 of 4 micro-batches" in notes
         assert selective == {False}

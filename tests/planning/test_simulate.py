@@ -75,15 +75,17 @@ def test_a_step_is_between_the_longer_of_both_and_their_sum(network, passes):
 
 @pytest.mark.parametrize("network", ALL.values(), ids=ALL)
 def test_passes_that_are_not_simulated_are_as_the_last(network):
-    # ten at once, without a shortcut
     from coca_scale.planning import simulate as module
 
     slow = replace(network, bytes_per_second=2e7)
-    short = step(slow, 10)
-    flops = sum(use.seconds for use in program(10).uses) * 1e9
-    whole = module._Step(MODEL, program_of(MODEL, Passes(10), DEVICE / flops, 0.0), slow).run()
-    assert short.seconds == pytest.approx(whole.seconds, rel=1e-6)
-    assert short.sent_bytes == pytest.approx(whole.sent_bytes)
+    for passes in (Passes(10), Passes(16, 7), Passes(9, 9)):
+        short = module.simulate(MODEL, passes, DEVICE, 0.0, slow)
+        per_flop = DEVICE / module._work(MODEL, passes)[0]
+        # all at once
+        whole = module._Step(MODEL, program_of(MODEL, passes, per_flop, 0.0), slow).run()
+        assert short.seconds == pytest.approx(whole.seconds, rel=1e-6)
+        assert short.sent_bytes == pytest.approx(whole.sent_bytes)
+        assert short.sending_seconds == pytest.approx(whole.sending_seconds)
 
 
 def test_what_computes_is_dealt_out_whole_and_in_order():

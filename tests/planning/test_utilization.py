@@ -43,3 +43,12 @@ def test_what_is_computed_twice_does_not_count(tmp_path):
         recipe = recipe_of(tmp_path, engine__activation_checkpointing=mode)
         found.append(model_flops(recipe, BatchSplit.from_recipe(recipe, 1)))
     assert found[0] == found[1] == found[2] > 1e6
+
+
+def test_patches_that_are_dropped_do_not_count(tmp_path):
+    found = []
+    for dropped in (0.0, 0.5):
+        recipe = recipe_of(tmp_path, model__patch_dropout=dropped)
+        found.append(model_flops(recipe, BatchSplit.from_recipe(recipe, 1)))
+    # of 36 patches, which are most of an image tower that is more than half of the whole
+    assert 0.6 < found[1] / found[0] < 0.8
