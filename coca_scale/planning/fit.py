@@ -8,7 +8,7 @@ from dataclasses import replace
 from coca_scale.errors import UserError
 from coca_scale.planning.costs import count_costs
 from coca_scale.planning.gpus import Gpu
-from coca_scale.planning.plan import Costs, Plan, make_plan
+from coca_scale.planning.plan import Costs, Plan, make_plan, memory_of
 from coca_scale.recipe import BatchSplit, Recipe
 from coca_scale.recipe.total_steps import total_steps
 
@@ -92,8 +92,8 @@ def _recomputing(
 
 def _room(recipe: Recipe, batch: BatchSplit, costs: Costs, gpu: Gpu, gpus_per_node: int) -> float:
     """Bytes for activations: what the device has for them, within the recipe's budget."""
-    plan = make_plan(recipe, batch, costs, gpu, gpus_per_node, None)
-    room = gpu.memory_bytes * (1 - MARGIN) - (plan.total_bytes - plan.activations_bytes)
+    total = memory_of(recipe, batch, costs, gpu, gpus_per_node).total
+    room = gpu.memory_bytes * (1 - MARGIN) - (total - costs.activations_bytes)
     wanted = recipe.engine.activation_budget_gb
     return room if wanted is None else min(room, wanted * 1e9)
 

@@ -19,7 +19,7 @@ from coca_scale.engine.config import (
     many_at_once,
 )
 from coca_scale.planning.gpus import Gpu
-from coca_scale.planning.memory import HostBytes, host_bytes, state_bytes
+from coca_scale.planning.memory import HostBytes, StateBytes, host_bytes, state_bytes
 from coca_scale.planning.simulate import TOWERS, Network, Passes, overlapped, simulate
 from coca_scale.planning.units import Unit
 from coca_scale.recipe import BatchSplit, Recipe
@@ -137,6 +137,40 @@ class Plan:
         return {**asdict(self), "host_bytes": self.host.total, "fits": self.fits}
 
 
+@dataclass(frozen=True)
+class Memory:
+    """Of a rank.
+
+    Attributes:
+        state: of weights, gradients and optimizer.
+        buffers: bytes of gathered layers and buckets, and what a process takes beside tensors.
+        host: beside the device.
+        total: bytes on the device, or in its host where it is that.
+    """
+
+    state: StateBytes
+    buffers: int
+    host: HostBytes
+    total: int
+
+
+def memory_of(
+    recipe: Recipe, batch: BatchSplit, costs: Costs, gpu: Gpu, gpus_per_node: int
+) -> Memory:
+    """What a rank of a run takes; arguments as of `make_plan`."""
+    state = state_bytes(recipe, batch, costs.parameters, costs.trained, gpus_per_node)
+    buffers = _buffer_bytes(costs, recipe, batch, gpus_per_node)
+    reserved = RESERVED_BYTES if gpu.memory_bytes > 30e9 else 0
+    working = costs.activations_bytes + costs.loss_bytes + buffers
+    here = round(state.total + working + state.updating) if gpu.is_host else 0
+    in_host = host_bytes(
+        recipe, batch, costs.image_size, costs.parameters, state.offloaded + here, state.saved
+    )
+    total = round(state.total + max(working, state.updating) + reserved)
+    total = in_host.total if gpu.is_host else total
+    return Memory(state, round(buffers + reserved), in_host, total)
+
+
 def make_plan(
     recipe: Recipe, batch: BatchSplit, costs: Costs, gpu: Gpu, gpus_per_node: int, steps: int | None
 ) -> Plan:
@@ -150,25 +184,15 @@ def make_plan(
         gpus_per_node: ranks that share a node.
         steps: of the run, None if unknown.
     """
-    state = state_bytes(recipe, batch, costs.parameters, costs.trained, gpus_per_node)
-    buffers = _buffer_bytes(costs, recipe, batch, gpus_per_node)
-    activations = costs.activations_bytes
-    reserved = RESERVED_BYTES if gpu.memory_bytes > 30e9 else 0
-    working = activations + costs.loss_bytes + buffers
-    here = round(state.total + working + state.updating) if gpu.is_host else 0
-    in_host = host_bytes(
-        recipe, batch, costs.image_size, costs.parameters, state.offloaded + here, state.saved
-    )
-    total = round(state.total + max(working, state.updating) + reserved)
-    total = in_host.total if gpu.is_host else total
-
+    memory = memory_of(recipe, batch, costs, gpu, gpus_per_node)
+    state = memory.state
     flops = step_flops(batch, costs)
     device, host = compute_seconds(recipe, batch, costs, gpu)
     compute = overlapped(device, host)
     network = network_of(recipe, batch, costs, gpu, gpus_per_node)
     passes = Passes(batch.accumulation, costs.kept_graphs)
     line = simulate(costs.units, passes, device, host, network)
-    limit = "memory" if total > gpu.memory_bytes else "compute"
+    limit = "memory" if memory.total > gpu.memory_bytes else "compute"
     if limit == "compute" and _waits_for_links(costs, batch, device, host, network):
         limit = "communication"
     elif limit == "compute" and host > device:
@@ -179,11 +203,11 @@ def make_plan(
         parameters_bytes=state.parameters,
         gradients_bytes=state.gradients,
         optimizer_bytes=state.optimizer,
-        activations_bytes=activations,
+        activations_bytes=costs.activations_bytes,
         loss_bytes=costs.loss_bytes,
-        buffers_bytes=round(buffers + reserved),
-        total_bytes=total,
-        host=in_host,
+        buffers_bytes=memory.buffers,
+        total_bytes=memory.total,
+        host=memory.host,
         device_bytes=round(gpu.memory_bytes),
         flops_per_sample=flops / batch.samples_per_rank,
         communication_bytes_per_step=line.sent_bytes,

@@ -83,6 +83,15 @@ class Timeline:
     node_bytes: float
     sending_seconds: float
 
+    def longer(self, passes: int, last: Timeline, before: Timeline) -> Timeline:
+        """With more passes, each of which adds what `last` has more than `before`."""
+        return Timeline(
+            self.seconds + passes * (last.seconds - before.seconds),
+            self.sent_bytes + passes * (last.sent_bytes - before.sent_bytes),
+            self.node_bytes + passes * (last.node_bytes - before.node_bytes),
+            self.sending_seconds + passes * (last.sending_seconds - before.sending_seconds),
+        )
+
 
 @dataclass(frozen=True)
 class Passes:
@@ -101,9 +110,9 @@ class Passes:
         """Those whose towers run before as well, without gradients."""
         return self.count - self.kept if self.count > 1 else 0
 
-    def fewer(self, by: int) -> Passes:
-        """Without so many of those that are not kept."""
-        return replace(self, count=self.count - by)
+    def without(self, count: int, kept: int) -> Passes:
+        """With so many less, `kept` of them with kept graphs."""
+        return Passes(self.count - count, self.kept - kept)
 
 
 class Phase(Enum):
@@ -156,17 +165,17 @@ def simulate(
         seconds / max(1, whole)
         for seconds, whole in zip((device, host), _work(units, passes), strict=True)
     )
-    more = max(0, passes.count - passes.kept - STEADY)
-    last, before = (
-        _Step(units, program_of(units, passes.fewer(by), per_flop, per_block), network).run()
-        for by in (more, more + 1 if more else 0)
-    )
-    return Timeline(
-        last.seconds + more * (last.seconds - before.seconds),
-        last.sent_bytes + more * (last.sent_bytes - before.sent_bytes),
-        last.node_bytes + more * (last.node_bytes - before.node_bytes),
-        last.sending_seconds + more * (last.sending_seconds - before.sending_seconds),
-    )
+
+    def line(passes: Passes) -> Timeline:
+        return _Step(units, program_of(units, passes, per_flop, per_block), network).run()
+
+    kept, plain = passes.kept, passes.count - passes.kept
+    some = Passes(min(kept, STEADY) + min(plain, STEADY), min(kept, STEADY))
+    found = last = line(some)
+    for more, fewer in ((plain - STEADY, (1, 0)), (kept - STEADY, (1, 1))):
+        if more > 0:
+            found = found.longer(more, last, line(some.without(*fewer)))
+    return found
 
 
 def overlapped(device: float, host: float) -> float:
