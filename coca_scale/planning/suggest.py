@@ -12,13 +12,14 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from math import log
 
 from coca_scale.errors import UserError
 from coca_scale.planning.costs import count_costs
 from coca_scale.planning.fit import MARGIN, most_graphs
 from coca_scale.planning.gpus import Gpu
-from coca_scale.planning.plan import Costs, Plan, make_plan
+from coca_scale.planning.plan import Costs, Plan, make_plan, memory_of
 from coca_scale.recipe import BatchSplit, Recipe, recipe_from_dict
 from coca_scale.recipe.batch import divisors
 
@@ -132,7 +133,8 @@ class _Search:
                 yield from self._estimates(micro, stage)
 
     def _estimates(self, micro: int, stage: int) -> Iterator[tuple[Choice, float]]:
-        plans: dict[str, Plan] = {}
+        tried: dict[str, tuple[int, Callable[[], Plan]]] = {}
+        most = self._gpu.memory_bytes * (1 - MARGIN)
         for mode in ("none", "selective", "full"):
             choice = Choice(micro, stage, mode)
             found = self.recipe(choice)
@@ -141,16 +143,15 @@ class _Search:
             costs = self._with_graphs(found, micro, self._estimated(micro, mode))
             if stage == 3 and found.engine.compile == "blocks" and not costs.layer_parameters:
                 return  # as `require_compilable`
-            plan = self._plan(found, micro, costs)
-            plans[mode] = plan
-            if _fits(plan):
-                yield choice, plan.step_seconds
-        if _fits(plans["full"]) and not _fits(plans["selective"]):
-            least, most = plans["selective"], plans["full"]
-            over = least.total_bytes - least.device_bytes * (1 - MARGIN)
-            share = over / (least.total_bytes - most.total_bytes)
-            step = least.step_seconds + share * (most.step_seconds - least.step_seconds)
-            yield Choice(micro, stage, "auto"), step
+            about = (found, self._batch(micro), costs, self._gpu, self._gpus_per_node)
+            tried[mode] = memory_of(*about).total, partial(make_plan, *about, None)
+            if tried[mode][0] <= most:
+                yield choice, tried[mode][1]().step_seconds
+        (selective, little), (full, all_blocks) = tried["selective"], tried["full"]
+        if full <= most < selective:
+            share = (selective - most) / (selective - full)
+            steps = little().step_seconds, all_blocks().step_seconds
+            yield Choice(micro, stage, "auto"), steps[0] + share * (steps[1] - steps[0])
 
     def recipe(self, choice: Choice) -> Recipe | None:
         """With a choice; None where it does not allow for it."""
