@@ -50,6 +50,7 @@ ENTRIES = (
         "",
         "8 to 14 min; 238 of 256 captions right, R@1 0.94/0.98",
     ),
+    Entry("tiny_staged", "drawings of 96 px, most samples at 48 px", 1, "cpu", ""),
     Entry("cc3m", "CC3M, one node", 8, "h100-80gb", ""),
     Entry("small", "CC12M, one node", 8, "h100-80gb", ""),
     Entry(

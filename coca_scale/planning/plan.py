@@ -9,7 +9,6 @@ and the host to issue it, each mostly behind the other, and what of the traffic 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import NamedTuple
 
 from coca_scale.engine.config import (
     BUCKETS_IN_FLIGHT,
@@ -138,6 +137,40 @@ class Plan:
         return {**asdict(self), "host_bytes": self.host.total, "fits": self.fits}
 
 
+@dataclass(frozen=True)
+class Memory:
+    """Of a rank.
+
+    Attributes:
+        state: of weights, gradients and optimizer.
+        buffers: bytes of gathered layers and buckets, and what a process takes beside tensors.
+        host: beside the device.
+        total: bytes on the device, or in its host where it is that.
+    """
+
+    state: StateBytes
+    buffers: int
+    host: HostBytes
+    total: int
+
+
+def memory_of(
+    recipe: Recipe, batch: BatchSplit, costs: Costs, gpu: Gpu, gpus_per_node: int
+) -> Memory:
+    """What a rank of a run takes; arguments as of `make_plan`."""
+    state = state_bytes(recipe, batch, costs.parameters, costs.trained, gpus_per_node)
+    buffers = _buffer_bytes(costs, recipe, batch, gpus_per_node)
+    reserved = RESERVED_BYTES if gpu.memory_bytes > 30e9 else 0
+    working = costs.activations_bytes + costs.loss_bytes + buffers
+    here = round(state.total + working + state.updating) if gpu.is_host else 0
+    in_host = host_bytes(
+        recipe, batch, costs.image_size, costs.parameters, state.offloaded + here, state.saved
+    )
+    total = round(state.total + max(working, state.updating) + reserved)
+    total = in_host.total if gpu.is_host else total
+    return Memory(state, round(buffers + reserved), in_host, total)
+
+
 def make_plan(
     recipe: Recipe, batch: BatchSplit, costs: Costs, gpu: Gpu, gpus_per_node: int, steps: int | None
 ) -> Plan:
@@ -152,14 +185,14 @@ def make_plan(
         steps: of the run, None if unknown.
     """
     memory = memory_of(recipe, batch, costs, gpu, gpus_per_node)
-    state, total = memory.state, memory.total
+    state = memory.state
     flops = step_flops(batch, costs)
     device, host = compute_seconds(recipe, batch, costs, gpu)
     compute = overlapped(device, host)
     network = network_of(recipe, batch, costs, gpu, gpus_per_node)
     passes = Passes(batch.accumulation, costs.kept_graphs)
     line = simulate(costs.units, passes, device, host, network)
-    limit = "memory" if total > gpu.memory_bytes else "compute"
+    limit = "memory" if memory.total > gpu.memory_bytes else "compute"
     if limit == "compute" and _waits_for_links(costs, batch, device, host, network):
         limit = "communication"
     elif limit == "compute" and host > device:
@@ -173,7 +206,7 @@ def make_plan(
         activations_bytes=costs.activations_bytes,
         loss_bytes=costs.loss_bytes,
         buffers_bytes=memory.buffers,
-        total_bytes=total,
+        total_bytes=memory.total,
         host=memory.host,
         device_bytes=round(gpu.memory_bytes),
         flops_per_sample=flops / batch.samples_per_rank,
@@ -190,32 +223,6 @@ def make_plan(
         gpu_hours=None if seconds is None else seconds / 3600 * batch.ranks,
         limited_by=limit,
     )
-
-
-class Memory(NamedTuple):
-    """Bytes of a rank: of its state, of buffers and libraries, of its device, of its host."""
-
-    state: StateBytes
-    buffers: int
-    total: int
-    host: HostBytes
-
-
-def memory_of(
-    recipe: Recipe, batch: BatchSplit, costs: Costs, gpu: Gpu, gpus_per_node: int
-) -> Memory:
-    """What `make_plan` says of memory, without the time of a step."""
-    state = state_bytes(recipe, batch, costs.parameters, costs.trained, gpus_per_node)
-    buffers = _buffer_bytes(costs, recipe, batch, gpus_per_node)
-    reserved = RESERVED_BYTES if gpu.memory_bytes > 30e9 else 0
-    working = costs.activations_bytes + costs.loss_bytes + buffers
-    here = round(state.total + working + state.updating) if gpu.is_host else 0
-    in_host = host_bytes(
-        recipe, batch, costs.image_size, costs.parameters, state.offloaded + here, state.saved
-    )
-    total = round(state.total + max(working, state.updating) + reserved)
-    total = in_host.total if gpu.is_host else total
-    return Memory(state, round(buffers + reserved), total, in_host)
 
 
 def step_flops(batch: BatchSplit, costs: Costs) -> int:

@@ -10,9 +10,8 @@ takes from the device's own memory and kernels, is left out.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from enum import Enum, auto
-from itertools import islice
 from typing import NamedTuple
 
 from coca_scale.engine.config import LIVE
@@ -20,7 +19,7 @@ from coca_scale.planning.units import Unit
 
 TOWERS = ("text", "image")
 OVERLAP = 3  # device and host hide behind each other: (a³ + b³)^⅓
-STEADY = 4  # passes of a kind, after which one more takes what the last took
+STEADY = 4  # passes, after which one more takes what the last took
 
 
 @dataclass(frozen=True)
@@ -84,13 +83,14 @@ class Timeline:
     node_bytes: float
     sending_seconds: float
 
-    def __add__(self, other: Timeline) -> Timeline:
-        return Timeline(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
-
-    def growth(self, shorter: Timeline, times: int) -> Timeline:
-        """What a step has more than a shorter one, so many times."""
-        pairs = zip(astuple(self), astuple(shorter), strict=True)
-        return Timeline(*(times * (a - b) for a, b in pairs))
+    def longer(self, passes: int, last: Timeline, before: Timeline) -> Timeline:
+        """With more passes, each of which adds what `last` has more than `before`."""
+        return Timeline(
+            self.seconds + passes * (last.seconds - before.seconds),
+            self.sent_bytes + passes * (last.sent_bytes - before.sent_bytes),
+            self.node_bytes + passes * (last.node_bytes - before.node_bytes),
+            self.sending_seconds + passes * (last.sending_seconds - before.sending_seconds),
+        )
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,10 @@ class Passes:
     def first(self) -> int:
         """Those whose towers run before as well, without gradients."""
         return self.count - self.kept if self.count > 1 else 0
+
+    def without(self, count: int, kept: int) -> Passes:
+        """With so many less, `kept` of them with kept graphs."""
+        return Passes(self.count - count, self.kept - kept)
 
 
 class Phase(Enum):
@@ -162,18 +166,16 @@ def simulate(
         for seconds, whole in zip((device, host), _work(units, passes), strict=True)
     )
 
-    def run(kept: int, others: int) -> Timeline:
-        program = program_of(units, Passes(kept + others, kept), per_flop, per_block)
-        return _Step(units, program, network).run()
+    def line(passes: Passes) -> Timeline:
+        return _Step(units, program_of(units, passes, per_flop, per_block), network).run()
 
-    counts = passes.kept, passes.count - passes.kept
-    kept, others = (min(count, STEADY) for count in counts)
-    line = run(kept, others)
-    more = [
-        (counts[0] - kept, lambda: run(kept - 1, others)),
-        (counts[1] - others, lambda: run(kept, others - 1)),
-    ]
-    return sum((line.growth(shorter(), by) for by, shorter in more if by), line)
+    kept, plain = passes.kept, passes.count - passes.kept
+    some = Passes(min(kept, STEADY) + min(plain, STEADY), min(kept, STEADY))
+    found = last = line(some)
+    for more, fewer in ((plain - STEADY, (1, 0)), (kept - STEADY, (1, 1))):
+        if more > 0:
+            found = found.longer(more, last, line(some.without(*fewer)))
+    return found
 
 
 def overlapped(device: float, host: float) -> float:
@@ -298,7 +300,7 @@ class _Step:
         unit, own = self._units[use.number], self._own[use.number]
         self._gather(use, issued)
         ahead = 0
-        for following in islice(self._program, k + 1, None):
+        for following in self._program[k + 1 :]:
             other = self._units[following.number]
             if following.phase != use.phase or ahead >= self._network.bucket:
                 break

@@ -74,18 +74,18 @@ def test_a_step_is_between_the_longer_of_both_and_their_sum(network, passes):
 
 
 @pytest.mark.parametrize("network", ALL.values(), ids=ALL)
-def test_passes_that_are_not_simulated_are_as_the_last(network):
+@pytest.mark.parametrize("kept", [0, 2, 7, 10])
+def test_passes_that_are_not_simulated_are_as_the_last(network, kept):
+    # ten at once, without a shortcut
     from coca_scale.planning import simulate as module
 
     slow = replace(network, bytes_per_second=2e7)
-    for passes in (Passes(10), Passes(16, 7), Passes(9, 9)):
-        short = module.simulate(MODEL, passes, DEVICE, 0.0, slow)
-        per_flop = DEVICE / module._work(MODEL, passes)[0]
-        # all at once
-        whole = module._Step(MODEL, program_of(MODEL, passes, per_flop, 0.0), slow).run()
-        assert short.seconds == pytest.approx(whole.seconds, rel=1e-6)
-        assert short.sent_bytes == pytest.approx(whole.sent_bytes)
-        assert short.sending_seconds == pytest.approx(whole.sending_seconds)
+    short = step(slow, 10, kept=kept)
+    flops = sum(use.seconds for use in program(10, kept).uses) * 1e9
+    made = program_of(MODEL, Passes(10, kept), DEVICE / flops, 0.0)
+    whole = module._Step(MODEL, made, slow).run()
+    assert short.seconds == pytest.approx(whole.seconds, rel=1e-6)
+    assert short.sent_bytes == pytest.approx(whole.sent_bytes)
 
 
 def test_what_computes_is_dealt_out_whole_and_in_order():
