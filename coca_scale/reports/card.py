@@ -23,6 +23,8 @@ from coca_scale.recipe.files import read_json_as
 from coca_scale.recipe.load import load_recipe
 from coca_scale.recipe.public import public_text
 from coca_scale.recipe.run_folder import RECIPE
+from coca_scale.recipe.schema import Recipe
+from coca_scale.recipe.stages import recipes_of
 from coca_scale.reports.page import LARGEST, RunRecord
 from coca_scale.version import __version__
 
@@ -170,14 +172,17 @@ def _eval_results(found: ScoreSet) -> list[EvalResult]:
 
 def _training_facts(record: RunRecord) -> dict[str, str]:
     recipe = load_recipe(record.folder / RECIPE)
-    shards = [source.shards for source in recipe.data.train]
+    stages = [*recipes_of(recipe).values()]
+    shards = [source.shards for stage in stages for source in stage.data.train]
     sources = [name for of in shards for name in (of if isinstance(of, list) else [of])]
     start, optim, schedule = recipe.model.pretrained, recipe.optim, recipe.schedule
-    weights = {name: recipe.loss.weight(name) for name in LABELS}
+    weights = {name: stages[-1].loss.weight(name) for name in LABELS}
+    several = len(stages) > 1
     return {
-        "data": ", ".join(map(public_text, sources)),
+        "data": ", ".join(dict.fromkeys(map(public_text, sources))),
         **({"starting from": public_text(start)} if start else {}),
-        "samples seen": _length(record.metrics[-1]),
+        "samples seen": _length(record.metrics[-1], with_batch=not several),
+        **({"stages": "; then ".join(map(_stage, stages))} if several else {}),
         "loss": " + ".join(f"{weight} × {name}" for name, weight in weights.items() if weight),
         "optimizer": f"{kind_of(optim).label}, lr {optim.lr}, weight decay {optim.weight_decay}, "
         f"{schedule.name} schedule, {schedule.warmup_steps} steps of warm-up",
@@ -187,8 +192,15 @@ def _training_facts(record: RunRecord) -> dict[str, str]:
     }
 
 
-def _length(last: dict[str, Any]) -> str:
+def _stage(recipe: Recipe) -> str:
+    """A part of a run in a few words; its lr where it has one of its own is in the recipe."""
+    train, size = recipe.train, recipe.model.image_size
+    length = f"{train.steps:,} steps" if train.samples is None else f"{train.samples:,} samples"
+    return f"{length} of {train.global_batch:,} at {'full size' if size is None else f'{size} px'}"
+
+
+def _length(last: dict[str, Any], with_batch: bool) -> str:
     """How far a run has come, as far as its last line of metrics says."""
     seen = f"{last['samples_seen']:,} in " if "samples_seen" in last else ""
-    batch = f" of {last['global_batch']:,}" if "global_batch" in last else ""
+    batch = f" of {last['global_batch']:,}" if with_batch and "global_batch" in last else ""
     return f"{seen}{last['step']:,} steps{batch}"

@@ -117,3 +117,19 @@ def test_scores_that_are_no_finite_numbers_are_refused(export, tmp_path, value):
     with pytest.raises(UserError, match=r"scores\.json: scores\.r1: .*: not scores") as caught:
         prepare(export, "org/name", scores=[scores])
     assert "\n" not in str(caught.value)
+
+
+def test_a_card_tells_of_the_stages_of_a_run(export, tmp_path):
+    lines = [{"step": 9, "samples_seen": 112, "global_batch": 8, "stage": 2}]
+    run = write_run(tmp_path / "run", lines)
+    (run / "recipe.yaml").write_text(
+        "run: {name: mine}\nmodel: {name: coca_tiny}\ndata: {train: shards/train.tar}\n"
+        "optim: {lr: 0.25}\ntrain: {global_batch: 8, micro_batch: 8}\nschedule: {stages: ["
+        "{steps: 5, image_size: 24, global_batch: 16, train: /home/me/first/train.csv}, "
+        "{samples: 32, caption_weight: 0.5}]}\n"
+    )
+    card = prepare(export, "org/name", run).card
+    assert "| samples seen | 112 in 9 steps |" in card
+    assert "| stages | 5 steps of 16 at 24 px; then 32 samples of 8 at full size |" in card
+    assert "| data | train.csv, train.tar |" in card
+    assert "0.5 × caption" in card and "/home/me" not in card
