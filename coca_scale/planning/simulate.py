@@ -371,7 +371,8 @@ class _Step:
 def needed_soon(units: Sequence[Unit], program: Program, own: Sequence[bool]) -> list[bool]:
     """Of each use, whether at most `LIVE` elements are used until the same weights are again.
 
-    What is not in `own` DeepSpeed has, whose order may begin anew with every pass.
+    What is not in `own` DeepSpeed has, whose order may begin anew with every pass; and embeddings
+    and projections of the towers, whose inputs have no gradients, it lets go after every pass.
     """
     soon = [False] * len(program.uses)
     used = {True: 0, False: 0}
@@ -380,7 +381,9 @@ def needed_soon(units: Sequence[Unit], program: Program, own: Sequence[bool]) ->
         kind = own[number]
         if number in last and (kind or program.in_one_order):
             before, after_it = last[number]
-            soon[before] = used[kind] - after_it <= LIVE
+            begins_tower = not kind and units[number].part in TOWERS
+            turned = program.uses[before].phase == Phase.BACKWARD
+            soon[before] = used[kind] - after_it <= LIVE and not (begins_tower and turned)
         used[kind] += units[number].elements
         last[number] = k, used[kind]
     return soon

@@ -174,10 +174,9 @@ def test_the_export_is_of_the_last_stage(whole):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stops", [(4, 7, 10), (3, 5, 11)])
-def test_stopped_at_boundaries_or_beside_them_it_is_the_same_to_the_bit(whole, tmp_path, stops):
+def test_stopped_at_boundaries_or_beside_them_it_is_the_same_to_the_bit(whole, tmp_path):
     folder, seen = tmp_path / "run", {}
-    for until in (*stops, STEPS):
+    for until in (3, 7, 11, STEPS):
         seen |= allocate(folder, 2, until)[0]
     assert seen == whole[1]
     assert_same_run(folder, whole[0])
@@ -197,22 +196,16 @@ def test_other_ranks_and_zero_stages_across_boundaries(whole, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+@pytest.mark.parametrize("zero_stage", [1, 3])
 def test_in_bf16_on_one_rank(tmp_path, zero_stage):
     layout = {"engine__precision": "bf16", "engine__zero_stage": zero_stage}
-    for name, stops in (("straight", (STEPS,)), ("stopped", (4, 9, STEPS))):
+    for name, stops in (("straight", (STEPS,)), ("stopped", (4, STEPS))):
         for until in stops:
             allocate(tmp_path / name, 1, until, **layout)
     assert_same_run(tmp_path / "stopped", tmp_path / "straight")
 
 
-WORDS = (
-    "step 3/12",
-    "stage 1 of 4 ends",
-    "stage 2 of 4 begins",
-    "saved step_00000007",
-    "step 8/12",
-)
+WORDS = ("stage 1 of 4 ends", "stage 2 of 4 begins", "saved step_00000007")
 
 
 @pytest.mark.slow

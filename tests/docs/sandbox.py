@@ -38,6 +38,7 @@ RULES = (
     (r"mpirun -n \d+( -H \S+)?", "mpirun --allow-run-as-root --oversubscribe -n 2"),
     (r"\.venv/bin/python", "python"),
     (r"\btrain\.(steps|epochs)=\d+", f"train.steps={STEPS}"),
+    (r"\bstages\.(\d)\.steps=\d+", r"stages.\1.steps=1"),
     (r"\btrain\.micro_batch=\d+", "train.micro_batch=4"),
     (r"\beval\.scored_captions=\d+", "eval.scored_captions=4"),
     (r"coca_ViT-L-14@\w[\w-]*", "runs/published"),
@@ -74,13 +75,17 @@ def shrink(recipe: dict[str, Any]) -> dict[str, Any]:
     batch = {"steps": STEPS, "global_batch": 8, "micro_batch": 4}
     engine = {**recipe["engine"], "precision": "fp32"}
     engine.pop("activation_budget_gb", None)
+    schedule = {**recipe["schedule"], "warmup_steps": 1}
+    if schedule.get("stages"):
+        schedule["stages"] = [{"steps": STEPS - 1, "image_size": 24}, {"steps": 1}]
+        del batch["steps"]
     return {
         **recipe,
         "model": model,
         "data": data,
         "train": batch,
         "engine": engine,
-        "schedule": {**recipe["schedule"], "warmup_steps": 1},
+        "schedule": schedule,
         "checkpoint": {**recipe["checkpoint"], "every_steps": 2},
         "eval": {"every_steps": None, "samples": 8, "captions": 2},
         "log": {"every_steps": 1},

@@ -168,7 +168,13 @@ def test_weights_that_are_used_again_soon_stay():
     assert once < again
     of_deepspeed = [False] * len(MODEL)
     assert not any(needed_soon(MODEL, program(2), of_deepspeed))
-    assert any(needed_soon(MODEL, program(2, kept=1), of_deepspeed))
+    kept = program(2, kept=1)
+    soon = needed_soon(MODEL, kept, of_deepspeed)
+    let_go = [k for k, use in enumerate(kept.uses) if not soon[k]]
+    last = [k for k, use in enumerate(kept.uses) if k >= len(kept.uses) - len(MODEL)]
+    towers = [k for k, use in enumerate(kept.uses) if use.number in TOWERS]
+    turned = [k for k in towers if kept.uses[k].phase == Phase.BACKWARD]
+    assert let_go == sorted({*last, *turned})
 
 
 def test_a_second_copy_in_the_node_is_gathered_there():

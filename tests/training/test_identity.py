@@ -4,46 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 import torch
 
-from coca_scale.data.sources import open_source
-from coca_scale.data.tokens import make_tokenizer
 from coca_scale.errors import UserError
-from coca_scale.model import ModelConfig
-from coca_scale.recipe import BatchSplit, Recipe
-from coca_scale.recipe.stages import stages_of
-from coca_scale.training.identity import KEYS, Key, compare, identify
+from coca_scale.recipe import Recipe
+from coca_scale.training.identity import KEYS, Key, compare
 from tests.conftest import tiny_recipe
 from tests.data.shards import write_shards
 from tests.distributed.launching import start
 from tests.json_lines import curve
+from tests.training.identities import HERE, is_of
 from tests.variants import raw_config
-
-HERE = Path("runs/x/checkpoints/step_00000004")
-
-
-def is_of(run, ranks=2, stage=1, step=None):
-    """What a checkpoint of a recipe keeps, and what a run of it compares that with."""
-    stages = stages_of(run, lambda: None)
-    here = stages[stage - 1]
-    recipe, step = here.recipe, here.first if step is None else step
-    config = ModelConfig.from_recipe(recipe.model)
-    source = open_source(recipe.data.train, recipe.data, recipe.run.seed)
-    identity = identify(run, recipe, ranks, make_tokenizer(config), source)
-    lanes = BatchSplit.from_recipe(recipe, ranks).lanes
-    saved = {
-        "step": step,
-        "samples_seen": here.samples_seen(step),
-        "stage": stage,
-        "model_cfg": config.to_dict(),
-        "lanes": [[0] * 5] * lanes,
-        "identity": asdict(identity),
-    }
-    return json.loads(json.dumps(saved)), (identity, config, lanes, here)
 
 
 def notes_of(before, after, **ranks):

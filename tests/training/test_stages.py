@@ -11,7 +11,7 @@ from coca_scale.training.identity import compare
 from coca_scale.training.positions import Positions
 from coca_scale.training.schedule import learning_rate, rate_of
 from tests.conftest import tiny_recipe
-from tests.training.test_identity import HERE, is_of
+from tests.training.identities import HERE, is_of
 
 A, B = "synthetic://shapes?count=512&size=48", "synthetic://shapes?count=600&size=48"
 
