@@ -18,6 +18,7 @@ LOGIT_SCALE = "logit_scale.log_scale"
 _IMAGE_POSITIONS = "image.position_embedding"
 _TIMM_POSITIONS = "image.trunk.pos_embed"
 _TEXT_POSITIONS = "text.position_embedding"
+_POSITIONS = (_IMAGE_POSITIONS, _TIMM_POSITIONS, _TEXT_POSITIONS)
 _TOKEN_EMBEDDINGS = (
     "text.token_embedding.weight",
     "text.transformer.embeddings.word_embeddings.weight",
@@ -177,6 +178,24 @@ def fit_weight(name: str, old: Tensor, shape: torch.Size, config: ModelConfig) -
         grown = old.mean(0, keepdim=True).expand(shape[0] - old.shape[0], -1)
         return torch.cat([old, grown])
     return None
+
+
+def require_resizable(before: ModelConfig, after: ModelConfig) -> None:
+    """See that weights of one config can be made to fit another of other sizes.
+
+    Raises:
+        UserError: naming a weight whose size changes and that nothing can resize.
+    """
+    with torch.device("meta"):
+        old, new = (dict(CoCa(config).named_parameters()) for config in (before, after))
+    for name, parameter in new.items():
+        found = old[name].shape
+        if found != parameter.shape and name not in _POSITIONS:
+            raise UserError(
+                f"{name} has shape {tuple(found)} before and {tuple(parameter.shape)} here, and "
+                "only position embeddings of images and captions can be resized; keep the sizes of "
+                "this model"
+            )
 
 
 def resize_grid(positions: Tensor, length: int) -> Tensor:

@@ -24,6 +24,7 @@ from coca_scale.evaluation.zeroshot import open_labelled
 from coca_scale.inference.load import pretrained_name
 from coca_scale.model import CoCa, ModelConfig
 from coca_scale.model.freeze import freeze
+from coca_scale.model.weights import require_resizable
 from coca_scale.planning.fit import plan_run
 from coca_scale.planning.gpus import GPUS
 from coca_scale.recipe import BatchSplit, Recipe
@@ -65,12 +66,22 @@ def check(recipe: Recipe, ranks: int, device_bytes: int | None = None) -> Report
     if (fault := tracking_fault(recipe)) is not None:
         report.faults.append(fault)
     stages = recipes_of(recipe)
+    for (_, before), (name, stage) in itertools.pairwise(stages.items()):
+        _sizes(before, stage, name, report)
     for name, stage in stages.items():
         found = _stage(stage, ranks, device_bytes, with_validation=name == [*stages][-1])
         report.add(found, f"{name}: " if name else "")
     _zeroshot(recipe, report)
     _folder(recipe.run.folder, report)
     return report
+
+
+def _sizes(before: Recipe, after: Recipe, name: str, report: Report) -> None:
+    """See that the weights of one stage can be those of the next."""
+    try:
+        require_resizable(*(ModelConfig.from_recipe(r.model) for r in (before, after)))
+    except UserError as error:
+        report.faults.append(f"{name}: model: {error}")
 
 
 def _stage(recipe: Recipe, ranks: int, device_bytes: int | None, with_validation: bool) -> Report:

@@ -33,6 +33,7 @@ from coca_scale.engine.world import World
 from coca_scale.errors import AgreedError, UserError
 from coca_scale.evaluation.zeroshot import open_labelled
 from coca_scale.model import CoCa, LogitScale, ModelConfig
+from coca_scale.model.weights import require_resizable
 from coca_scale.planning.check import tracking_fault
 from coca_scale.planning.costs import blocks_to_recompute, model_flops
 from coca_scale.planning.fit import fitted
@@ -123,10 +124,14 @@ class Preparation:
         self._opened: dict[str, Source] = {}
         self._prepared: dict[int, Prepared] = {}
         self.stages = stages_of(recipe, self._samples_per_epoch)
+        before: ModelConfig | None = None
         for stage in self.stages:
             with faults_of(stage.name):
                 BatchSplit.from_recipe(stage.recipe, world.size)
-                ModelConfig.from_recipe(stage.recipe.model)
+                config = ModelConfig.from_recipe(stage.recipe.model)
+                if before is not None and config != before:
+                    require_resizable(before, config)
+            before = config
 
     def of(self, stage: Stage) -> Prepared:
         """A stage, with its data opened.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from coca_scale.errors import UserError
+from coca_scale.model.config import parse_model_config
+from coca_scale.model.weights import require_resizable
 from coca_scale.recipe import BatchSplit, RecipeError
 from coca_scale.recipe.stages import stage_at, stages_of
 from coca_scale.training.identity import compare
@@ -12,6 +14,7 @@ from coca_scale.training.positions import Positions
 from coca_scale.training.schedule import learning_rate, rate_of
 from tests.conftest import tiny_recipe
 from tests.training.identities import HERE, is_of
+from tests.variants import raw_config
 
 A, B = "synthetic://shapes?count=512&size=48", "synthetic://shapes?count=600&size=48"
 
@@ -153,3 +156,17 @@ def test_a_finished_run_may_get_another_stage():
     longer = staged({"steps": 8, "image_size": 24}, {"steps": 4, "image_size": 48})
     (note,) = resume(plain, longer, 1, 8)
     assert "train.steps" not in note and "schedule.stages" in note
+
+
+@pytest.mark.parametrize("tower", ["vit_tiny_patch16_224", "beit_base_patch16_224"])
+def test_what_cannot_be_resized_is_told_before_a_run_begins(tower):
+    pooler = {"attentional_pool": True, "attn_pooler_heads": 4, "attn_pooler_queries": 17}
+    raw = raw_config("coca_tiny")
+    raw["vision_cfg"] = {"image_size": 64, "timm_model_name": tower, **pooler}
+    small = parse_model_config(raw, tower)
+    large = small.resized(image_size=96)
+    if tower.startswith("vit"):
+        require_resizable(small, large)
+    else:
+        with pytest.raises(UserError, match="relative_position_bias_table has shape"):
+            require_resizable(small, large)
