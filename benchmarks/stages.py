@@ -29,7 +29,10 @@ from coca_scale.recipe import BatchSplit, load_recipe
 from coca_scale.recipe.stages import stages_of
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "tiny_staged.yaml"
-CASES = {"96 px throughout": ("schedule.stages=[]", "train.steps=600"), "48 px, then 96": ()}
+CASES = {
+    "96 px throughout": ("schedule.stages=[]", "train.steps=600", "schedule.name=cosine"),
+    "48 px, then 96": (),
+}
 RUN = "import sys; from coca_scale import train_recipe; train_recipe(sys.argv[1], *sys.argv[2:])"
 SCORES = ("image_to_text_r1", "text_to_image_r1", "exact")
 QUIET = ("log.tensorboard=false", "log.every_steps=100", "eval.scored_captions=256")
