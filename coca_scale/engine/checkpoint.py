@@ -249,9 +249,8 @@ def fitting_state(
         UserError: it cannot be converted; on every rank.
     """
     saved = saved_layout(checkpoint)
-    if (not remade and saved == layout) or (
-        saved.zero_stage == layout.zero_stage == 0
-    ):  # plain replicas fit all
+    replicas = saved.zero_stage == layout.zero_stage == 0  # which fit any number of ranks
+    if replicas or (saved == layout and not remade):
         yield None
         return
     if 0 in (saved.zero_stage, layout.zero_stage):

@@ -25,7 +25,6 @@ from coca_scale.recipe.batch import divisors
 
 STAGES = (1, 2, 3)
 MODES = ("none", "selective", "auto", "full")  # auto here: some blocks whole, by a budget
-STAGES_KEY = "schedule.stages"
 WORTH = 0.005  # of a step, below which two take the same
 COUNTED = (8, 32)  # micro-batches, about
 
@@ -216,7 +215,7 @@ class _Search:
         return overrides
 
     def _key(self, key: str) -> str:
-        return key if self._stage is None else f"{STAGES_KEY}.{self._stage}.{key.split('.')[1]}"
+        return key if self._stage is None else f"schedule.stages.{self._stage}.{key.split('.')[1]}"
 
     def _batch(self, micro: int) -> BatchSplit:
         accumulation = self._split.samples_per_rank // micro

@@ -123,6 +123,7 @@ class Preparation:
         self._world = world
         self._opened: dict[str, Source] = {}
         self._prepared: dict[int, Prepared] = {}
+        self._identities: dict[int, Identity] = {}
         self.stages = stages_of(recipe, self._samples_per_epoch)
         before: ModelConfig | None = None
         for stage in self.stages:
@@ -143,6 +144,14 @@ class Preparation:
             with faults_of(stage.name):
                 self._prepared[stage.number] = self._prepare(stage)
         return self._prepared[stage.number]
+
+    def identity(self, stage: Stage) -> Identity:
+        """Of the run in a stage; the first samples of its data are read once."""
+        if stage.number not in self._identities:
+            found = self.of(stage)
+            about = (stage.recipe, self._world.size, found.tokenizer, found.source)
+            self._identities[stage.number] = identify(self.run, *about)
+        return self._identities[stage.number]
 
     def after(self, step: int) -> list[Prepared]:
         """The stages that are still to come after `step` steps, or the last one."""
@@ -246,7 +255,7 @@ def set_up(recipe: Recipe, world: World, skip: Skip | None = None) -> Setup:
     progress = dict[str, Any]()
     if resumed is not None:
         progress = world.agree(lambda: read_progress(resumed))
-        notes += world.on_first(lambda: _compare(preparation, resumed, progress, world))
+        notes += world.on_first(lambda: _compare(preparation, resumed, progress))
     stage = stage_at(preparation.stages, progress.get("step", 0))
     prepared = world.agree(lambda: preparation.of(stage))
     held = preparation.stages[progress.get("stage", stage.number) - 1]
@@ -255,7 +264,7 @@ def set_up(recipe: Recipe, world: World, skip: Skip | None = None) -> Setup:
     if crossing:
         before = world.agree(lambda: preparation.of(held))
         notes.append(_beginning(before, prepared, remade))
-    identity = world.on_first(lambda: _identity(recipe, prepared, world))
+    identity = world.on_first(lambda: preparation.identity(stage))
     start = find_start(prepared.recipe, prepared.config, resumed, world)
     prepared = replace(prepared, config=start.config)
     split, positions = prepared.batch_split, Positions.of(progress, preparation.stages, stage)
@@ -273,7 +282,6 @@ def set_up(recipe: Recipe, world: World, skip: Skip | None = None) -> Setup:
     notes += [note for note in (room, crowded) if note is not None]
     samples_at_peak = _samples_at_peak(prepared, world)
     engine = _engine(prepared, coca, logit_scale, world, notes)
-    about_data = (positions, lanes, batches)
     return Setup(
         preparation,
         prepared,
@@ -281,7 +289,9 @@ def set_up(recipe: Recipe, world: World, skip: Skip | None = None) -> Setup:
         crossing,
         remade,
         progress,
-        *about_data,
+        positions,
+        lanes,
+        batches,
         engine,
         identity,
         samples_at_peak,
@@ -307,7 +317,8 @@ def _facts(prepared: Prepared) -> dict[str, Any]:
     facts = {key: values[name][key] for name in sorted(sections) for key in STAGE_KEYS[name]}
     config = prepared.config
     sizes = {"image_size": config.vision_cfg.image_size, "context_length": config.context_length}
-    return {**sizes, **facts, **sizes, "patch_dropout": config.vision_cfg.patch_dropout}
+    resolved = {**sizes, "patch_dropout": config.vision_cfg.patch_dropout}  # and told first
+    return resolved | facts | resolved
 
 
 def _engine(
@@ -339,14 +350,7 @@ def _chosen(recipe: Recipe, fitting: Recipe, split: BatchSplit) -> list[str]:
     return notes
 
 
-def _identity(recipe: Recipe, prepared: Prepared, world: World) -> Identity:
-    """Of a run in one of its stages."""
-    return identify(recipe, prepared.recipe, world.size, prepared.tokenizer, prepared.source)
-
-
-def _compare(
-    preparation: Preparation, checkpoint: Path, progress: dict[str, Any], world: World
-) -> list[str]:
+def _compare(preparation: Preparation, checkpoint: Path, progress: dict[str, Any]) -> list[str]:
     """See that a checkpoint is of this run, as it is in the stage of the checkpoint.
 
     Raises:
@@ -359,7 +363,7 @@ def _compare(
             "stay in a run's recipe"
         )
     held = preparation.of(stages[number - 1])
-    identity = _identity(preparation.run, held, world)
+    identity = preparation.identity(held.stage)
     about = (held.config, held.batch_split.lanes, held.stage)
     return compare(checkpoint, progress, identity, *about)
 
