@@ -13,10 +13,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from coca_scale.engine.world import World
-from coca_scale.losses import LABELS, FeatureGather, contrastive_loss
+from coca_scale.losses import (
+    LABELS,
+    ContrastiveResult,
+    FeatureGather,
+    contrastive_loss,
+    sigmoid_loss,
+)
 from coca_scale.model.packing import PackedCaptions
 from coca_scale.recipe.schema import LossSection
 
@@ -32,11 +39,13 @@ class FeatureTerms:
         grad_features: [n, 2, d], gradient of their weighted sum for this rank's samples; None if
             no weight is above 0.
         grad_log_scale: of their weighted sum, the same on every rank.
+        grad_bias: likewise; None where no loss has one.
     """
 
     values: dict[str, Tensor]
     grad_features: Tensor | None
     grad_log_scale: Tensor
+    grad_bias: Tensor | None = None
 
 
 class Objective:
@@ -57,20 +66,23 @@ class Objective:
         resident = self._section.contrastive_resident
         return FeatureGather(features, self._world.gather_group, resident)
 
-    def of_features(self, gather: FeatureGather, log_scale: Tensor) -> FeatureTerms:
+    def of_features(
+        self, gather: FeatureGather, log_scale: Tensor, bias: Tensor | None = None
+    ) -> FeatureTerms:
         """The losses of features. A collective.
 
         Args:
             gather: begun for this step.
             log_scale: ln of the logit scale, detached.
+            bias: of the logits, where the loss has one.
         """
-        group, rows = self._world.group, self._section.contrastive_chunk_rows
-        found = contrastive_loss(gather, log_scale, group, rows)
+        found = contrastive(self._section, gather, log_scale, bias, self._world.group)
         weight = self._weights["contrastive"]
         return FeatureTerms(
             values={"contrastive": found.loss},
             grad_features=weight * found.grad_features if weight else None,
             grad_log_scale=weight * found.grad_log_scale,
+            grad_bias=None if found.grad_bias is None else weight * found.grad_bias,
         )
 
     def surrogate(
@@ -116,6 +128,21 @@ class Objective:
     def total(self, values: Mapping[str, float]) -> float:
         """The weighted sum of the losses."""
         return sum(self._weights[name] * value for name, value in values.items())
+
+
+def contrastive(
+    section: LossSection,
+    gather: FeatureGather,
+    log_scale: Tensor,
+    bias: Tensor | None,
+    group: dist.ProcessGroup | None,
+) -> ContrastiveResult:
+    """The contrastive loss that a recipe names. A collective."""
+    rows = section.contrastive_chunk_rows
+    if section.contrastive == "softmax":  # which a bias does not change
+        return contrastive_loss(gather, log_scale, group, rows)
+    assert bias is not None, "this model has no bias to train"
+    return sigmoid_loss(gather, log_scale, bias, group, rows)
 
 
 class Tally:

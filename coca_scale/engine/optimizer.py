@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from coca_scale.model import CoCa
+from coca_scale.model import CoCa, LogitScale
 from coca_scale.model.freeze import layer_scales
 from coca_scale.recipe.schema import OptimSection
 
@@ -93,9 +93,10 @@ def make_optimizer(model: CoCa, optim: OptimSection) -> tuple[torch.optim.Optimi
     return kind_of(optim).make(listed, optim), [scale for scale, _ in ordered]
 
 
-def make_scale_optimizer(parameter: nn.Parameter, optim: OptimSection) -> torch.optim.Optimizer:
-    """The same one for the replicated logit scale, without decay."""
-    return kind_of(optim).make([{"params": [parameter], "weight_decay": 0.0}], optim)
+def make_scale_optimizer(logit_scale: LogitScale, optim: OptimSection) -> torch.optim.Optimizer:
+    """The same one for the replicated logit scale and its bias, without decay."""
+    parameters = list(logit_scale.parameters())
+    return kind_of(optim).make([{"params": parameters, "weight_decay": 0.0}], optim)
 
 
 def only_where(optimizer: torch.optim.Optimizer, applied: Tensor) -> None:

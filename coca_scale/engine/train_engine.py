@@ -77,6 +77,7 @@ class StepResult:
         losses: each of them, by the names of `losses.LABELS`; nats, per token for captions.
         grad_norm: global norm before clipping, logit scale not included.
         logit_scale: s, after the step.
+        logit_bias: b, after the step; None of a model without one.
         applied: False where a loss or gradient was not finite and nothing was updated.
         finite_here: whether this rank's own features and summed losses were finite.
     """
@@ -85,6 +86,7 @@ class StepResult:
     losses: dict[str, float]
     grad_norm: float
     logit_scale: float
+    logit_bias: float | None
     applied: bool
     finite_here: bool
 
@@ -111,6 +113,7 @@ class StepInFlight:
             losses=losses,
             grad_norm=found["grad_norm"],
             logit_scale=found["logit_scale"],
+            logit_bias=found.get("logit_bias"),
             applied=bool(found["applied"]),
             finite_here=bool(found["finite_here"]),
         )
@@ -153,7 +156,7 @@ class TrainEngine:
         self._objective = Objective(recipe.loss, world)
         apply_settings(model, recipe, recomputed)
         self._logit_scale = logit_scale.to(world.device)
-        self._scale_optimizer = make_scale_optimizer(self._logit_scale.log_scale, recipe.optim)
+        self._scale_optimizer = make_scale_optimizer(self._logit_scale, recipe.optim)
         optimizer, self._lr_scales = make_optimizer(model, recipe.optim)
         self._optimizer_kind = kind_of(recipe.optim)
         self._updates = torch.zeros((), dtype=torch.int64, device=world.device)
@@ -225,7 +228,7 @@ class TrainEngine:
             terms = self._pass_twice(batches, counts, tally)
         grad_norm, applied = self._zero.update()
         self._updates += applied
-        self._update_scale(terms.grad_log_scale, applied)
+        self._update_scale(terms, applied)
         if self._average is not None:
             self._average.update(applied)
         values = {
@@ -235,6 +238,8 @@ class TrainEngine:
             "applied": applied,
             "finite_here": tally.finite,
         }
+        if self._logit_scale.bias is not None:
+            values["logit_bias"] = self._logit_scale.bias
         return StepInFlight(values, self._objective)
 
     def _pass_once(self, batch: _MicroBatch, counts: Counts, tally: Tally) -> FeatureTerms:
@@ -293,7 +298,8 @@ class TrainEngine:
         return encoded
 
     def _feature_terms(self, gather: FeatureGather) -> FeatureTerms:
-        return self._objective.of_features(gather, self._logit_scale.log_scale.detach())
+        log_scale, bias = self._logit_scale.log_scale.detach(), self._logit_scale.bias
+        return self._objective.of_features(gather, log_scale, bias)
 
     def _backward(self, surrogate: Tensor) -> None:
         # DeepSpeed averages over ranks; the loss is of the global batch, so undo that
@@ -322,9 +328,11 @@ class TrainEngine:
         for group in self._scale_optimizer.param_groups:
             group["lr"] = lr
 
-    def _update_scale(self, grad: Tensor, applied: Tensor) -> None:
-        parameter = self._logit_scale.log_scale
-        parameter.grad = grad.to(parameter.dtype).reshape_as(parameter)
+    def _update_scale(self, terms: FeatureTerms, applied: Tensor) -> None:
+        grads = {"log_scale": terms.grad_log_scale, "bias": terms.grad_bias}
+        for name, parameter in self._logit_scale.named_parameters():
+            grad = grads[name]  # of a bias that the loss does not use None
+            parameter.grad = None if grad is None else grad.to(parameter.dtype).view_as(parameter)
         only_where(self._scale_optimizer, applied)
         self._scale_optimizer.step()
         self._logit_scale.clamp_()
@@ -401,7 +409,7 @@ class TrainEngine:
             else:
                 others = self._refitted(folder, folder / AVERAGE_FOLDER, remade)
                 self._average.load_resharded(folder, others)
-        scale = {"logit_scale": self._logit_scale.log_scale}
+        scale = {f"logit_scale.{n}": p for n, p in self._logit_scale.named_parameters()}
         try:
             world.agree(lambda: require_finite({**self._zero.own_weights(), **scale}))
         except AgreedError as error:

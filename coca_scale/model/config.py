@@ -7,6 +7,7 @@ that a config never means one thing here and another there.
 from __future__ import annotations
 
 import difflib
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,6 +15,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    FiniteFloat,
     ValidationError,
     field_validator,
     model_validator,
@@ -33,8 +35,9 @@ from coca_scale.model.sizes import (
     Vocabulary,
 )
 from coca_scale.recipe.files import read_json
-from coca_scale.recipe.schema import ModelSection
+from coca_scale.recipe.schema import LossSection, ModelSection
 
+SIGMOID_START = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}
 CONFIG_FOLDER = Path(__file__).parent / "configs"
 
 
@@ -169,7 +172,8 @@ class ModelConfig(_Config):
     """A whole CoCa; without `multimodal_cfg` a CLIP.
 
     `preprocess_cfg` stands beside the `model_cfg` in OpenCLIP's files; it is part of what a model
-    is, since the same weights see something else in other pixels.
+    is, since the same weights see something else in other pixels. A model with `init_logit_bias`
+    has a bias beside its logit scale, as SigLIP's have.
     """
 
     embed_dim: Count
@@ -178,6 +182,8 @@ class ModelConfig(_Config):
     multimodal_cfg: DecoderConfig | None = None
     custom_text: bool = False
     quick_gelu: bool = False
+    init_logit_scale: FiniteFloat | None = None
+    init_logit_bias: FiniteFloat | None = None
     preprocess_cfg: Preprocess = OPENAI
 
     @model_validator(mode="after")
@@ -246,12 +252,24 @@ class ModelConfig(_Config):
         """The JSON object this config was made of: only fields that were given."""
         return self.model_dump(mode="json", exclude_unset=True)
 
+    def for_loss(self, loss: LossSection) -> ModelConfig:
+        """This model with the bias that its loss trains; one of its own begins as it says.
+
+        Sigmoid begins with a scale of 10 and a bias of -10, at which all pairs look unlike (Zhai
+        et al. 2023, section 3.1).
+        """
+        if loss.contrastive == "softmax" or self.init_logit_bias is not None:
+            return self
+        return self.model_copy(update=SIGMOID_START)
+
     def for_weights_of(self, trained: ModelConfig) -> ModelConfig:
         """This model for weights of another config: as they were trained in what it leaves open.
 
-        That is QuickGELU, and how pictures become pixels.
+        That is QuickGELU, a bias of logits, and how pictures become pixels.
         """
         found: dict[str, Any] = {}
+        if self.init_logit_bias is None and trained.init_logit_bias is not None:
+            found = trained.model_dump(include=set(SIGMOID_START), exclude_unset=True)
         if "quick_gelu" not in self.model_fields_set and trained.quick_gelu:
             found["quick_gelu"] = True
         preprocess = trained.preprocess_cfg.but_as(self.preprocess_cfg)

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from coca_scale.errors import UserError
-from coca_scale.model.weights import LOGIT_SCALE
+from coca_scale.model.weights import LOGIT_BIAS, LOGIT_SCALE
 
 THEIR_LOGIT_SCALE = "logit_scale"
+_SCALARS = {LOGIT_SCALE: THEIR_LOGIT_SCALE, LOGIT_BIAS: "logit_bias"}
+_THEIR_SCALARS = {theirs: ours for ours, theirs in _SCALARS.items()}
 # buffers of old transformers versions, and of TorchScript archives
 _NOT_WEIGHTS = re.compile(
     r"(.+\.)?(position_ids|attn_mask|input_resolution|context_length|vocab_size)"
@@ -106,8 +108,8 @@ def _export_one(
 ) -> Iterator[tuple[str, Tensor]]:
     if foreign := _rename_prefix(name, 1, _FOREIGN):
         yield foreign, tensor
-    elif name == LOGIT_SCALE:
-        yield THEIR_LOGIT_SCALE, tensor.reshape(())
+    elif name in _SCALARS:
+        yield _SCALARS[name], tensor.reshape(())
     elif name == "caption_head.weight":
         yield "text_decoder.text_projection", tensor.T
     elif match := re.fullmatch(r"(.+\.attn)\.qkv\.(weight|bias)", name):
@@ -137,8 +139,8 @@ def _import_one(
 ) -> Iterator[tuple[str, Tensor]]:
     if foreign := _rename_prefix(name, 0, _FOREIGN):
         yield foreign, tensor
-    elif name == THEIR_LOGIT_SCALE:
-        yield LOGIT_SCALE, tensor.reshape(1)
+    elif name in _THEIR_SCALARS:
+        yield _THEIR_SCALARS[name], tensor.reshape(1)
     elif name == "text_decoder.text_projection":
         yield "caption_head.weight", tensor.T
     elif match := re.fullmatch(r"(.+\.attn)\.in_proj_(weight|bias)", name):

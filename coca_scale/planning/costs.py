@@ -23,8 +23,9 @@ from coca_scale.engine.config import (
     takes_images,
     transfers,
 )
+from coca_scale.engine.objective import contrastive
 from coca_scale.errors import UserError
-from coca_scale.losses import FeatureGather, contrastive_loss
+from coca_scale.losses import FeatureGather
 from coca_scale.model import CoCa, ModelConfig
 from coca_scale.model.coca import Encoded
 from coca_scale.model.config import VisionConfig
@@ -281,7 +282,7 @@ def _contrastive_bytes(recipe: Recipe, batch: BatchSplit, width: int, dtype: tor
     def count(group: dist.ProcessGroup | None) -> int:
         with LiveBytes() as live:
             gather = FeatureGather(features, group, recipe.loss.contrastive_resident)
-            contrastive_loss(gather, scale, group, recipe.loss.contrastive_chunk_rows)
+            contrastive(recipe.loss, gather, scale, scale, group)
         return live.peak
 
     # of its own, beside that of a job whose rank counts; a constructor until torch 2.8

@@ -92,6 +92,11 @@ class LossSection(Section):
         """Of a loss, by its name."""
         return float(getattr(self, f"{name}_weight"))
 
+    contrastive: Literal["softmax", "sigmoid"] = Field(
+        "softmax",
+        description="What compares pictures and captions of the global batch: CLIP's softmax over "
+        "all others, or SigLIP's sigmoid of every pair, which trains a bias of logits too.",
+    )
     contrastive_weight: Annotated[float, Field(ge=0.0)] = Field(1.0, description="Factor.")
     caption_weight: Annotated[float, Field(ge=0.0)] = Field(2.0, description="Factor.")
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(

@@ -56,6 +56,7 @@ _TRAINING = {
     "grad_norm": "gradient norm before clipping",
     "lr": "learning rate",
     "logit_scale": "logit scale (1 / temperature)",
+    "logit_bias": "logit bias",
     "skipped_steps": "skipped steps",
 }
 _VALIDATION = {

@@ -59,7 +59,9 @@ KEYS: dict[str, Key] = {
     **_keys("data", Key.FIXED, "image_column caption_column encoding"),
     **_keys("data", Key.FREE, "val mean_tokens train_samples workers crop_scale_min"),
     **_keys("data", Key.FREE, "retries timeout_seconds cache_dir cache_gigabytes max_bad_fraction"),
-    **_keys("loss", Key.FIXED, "contrastive_weight caption_weight label_smoothing z_loss"),
+    **_keys(
+        "loss", Key.FIXED, "contrastive contrastive_weight caption_weight label_smoothing z_loss"
+    ),
     **_keys("loss", Key.FREE, "contrastive_chunk_rows contrastive_resident caption_chunk_rows"),
     **_keys("loss", Key.FREE, "caption_kernel"),
     **_keys("optim", Key.FIXED, "layer_decay"),  # the groups that the optimizer's state is cut for

@@ -16,6 +16,7 @@ from coca_scale.engine.world import World
 from coca_scale.errors import UserError
 from coca_scale.inference.load import Found, find_model, pretrained_name
 from coca_scale.model import CoCa, LogitScale, ModelConfig
+from coca_scale.model.config import SIGMOID_START
 from coca_scale.model.freeze import freeze
 from coca_scale.model.preprocess import OPENAI
 from coca_scale.model.tower_weights import load_tower_weights, require_statistics
@@ -105,7 +106,7 @@ def _find(section: ModelSection, config: ModelConfig, checkpoint: Path | None) -
 
 def _build(recipe: Recipe, start: Start, notes: list[str]) -> tuple[CoCa, LogitScale]:
     torch.manual_seed(recipe.run.seed)
-    logit_scale = LogitScale()
+    logit_scale = LogitScale.of(start.config)
     if start.checkpoint is not None:
         coca = CoCa(start.config)
         freeze(coca, recipe.model, recipe.loss)
@@ -193,6 +194,8 @@ def _differences(made_for: ModelConfig, wanted: ModelConfig) -> str:
             if old[key] != new[key]:
                 lines.append(f"{part}.{key} {old[key]}, not {new[key]}")
     for key in ("custom_text", "preprocess_cfg"):
+        theirs.pop(key), ours.pop(key)
+    for key in SIGMOID_START:  # weights without a bias get one
         theirs.pop(key), ours.pop(key)
     lines += [f"{key} {theirs[key]}, not {ours[key]}" for key in theirs if theirs[key] != ours[key]]
     return "; ".join(lines)

@@ -294,6 +294,7 @@ class Trainer:
             "lr": step.lr,
             "grad_norm": result.grad_norm,
             "logit_scale": result.logit_scale,
+            **({} if result.logit_bias is None else {"logit_bias": result.logit_bias}),
             "global_batch": self.recipe.train.global_batch,
             **times,
             "peak_memory_bytes": peak_memory_bytes(),

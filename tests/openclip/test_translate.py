@@ -157,7 +157,6 @@ def test_gpus_are_those_of_the_launcher(launcher, gpus):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ("--siglip", "softmax"),
         ("--distill-model ViT-L-14", "no distillation"),
         ("--opt timm/lion", "AdamW"),
         ("--resume logs/epoch_3.pt", "--pretrained logs/epoch_3.pt"),
