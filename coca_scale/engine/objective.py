@@ -25,6 +25,7 @@ from coca_scale.losses import (
     sigmoid_loss,
 )
 from coca_scale.model.packing import PackedCaptions
+from coca_scale.recipe.loss_weights import factors
 from coca_scale.recipe.schema import LossSection
 
 Counts = Mapping[str, float]
@@ -49,12 +50,20 @@ class FeatureTerms:
 
 
 class Objective:
-    """The losses of a recipe."""
+    """The losses of a recipe, with their weights in a step.
 
-    def __init__(self, section: LossSection, world: World) -> None:
+    Attributes:
+        weights: of that step, by name.
+    """
+
+    def __init__(
+        self, section: LossSection, world: World, weights: Mapping[str, float] | None = None
+    ) -> None:
+        """`weights`: None where none follows a schedule."""
         self._section = section
         self._world = world
-        self._weights = {name: section.weight(name) for name in LABELS}
+        self._most = {name: max(factors(section.weight(name))) for name in LABELS}
+        self.weights = dict(self._most if weights is None else weights)
 
     def counts(self, micro_batches: Sequence[PackedCaptions]) -> Counts:
         """What summed losses are divided by: in all micro-batches of all ranks. A collective."""
@@ -77,10 +86,10 @@ class Objective:
             bias: of the logits, where the loss has one.
         """
         found = contrastive(self._section, gather, log_scale, bias, self._world.group)
-        weight = self._weights["contrastive"]
+        weight, learns = self.weights["contrastive"], self._section.learns("contrastive")
         return FeatureTerms(
             values={"contrastive": found.loss},
-            grad_features=weight * found.grad_features if weight else None,
+            grad_features=weight * found.grad_features if learns else None,
             grad_log_scale=weight * found.grad_log_scale,
             grad_bias=None if found.grad_bias is None else weight * found.grad_bias,
         )
@@ -92,7 +101,10 @@ class Objective:
         sums: Mapping[str, Tensor],
         counts: Counts,
     ) -> Tensor:
-        """A scalar whose gradient is that of the objective; a loss of weight 0 has no graph at all.
+        """A scalar whose gradient is that of the objective.
+
+        A loss of weight 0 has no graph at all; one of weight 0 in this step alone has, so that
+        gradients of 0 reach whatever the engine waits for.
 
         Args:
             features: [b, 2, d] of a micro-batch, with a graph.
@@ -104,8 +116,8 @@ class Objective:
         if grad_features is not None:
             parts.append((features.to(grad_features.dtype) * grad_features).sum())
         for name, total in sums.items():
-            if self._weights[name]:
-                parts.append(self._weights[name] / counts[name] * total)
+            if self._section.learns(name):
+                parts.append(self.weights[name] / counts[name] * total)
         assert parts, "the recipe leaves nothing to train"
         return sum(parts[1:], start=parts[0])
 
@@ -127,7 +139,11 @@ class Objective:
 
     def total(self, values: Mapping[str, float]) -> float:
         """The weighted sum of the losses."""
-        return sum(self._weights[name] * value for name, value in values.items())
+        return sum(self.weights[name] * value for name, value in values.items())
+
+    def total_at_most(self, values: Mapping[str, float]) -> float:
+        """The same with the largest weights of the run, which does not move when they do."""
+        return sum(self._most[name] * value for name, value in values.items())
 
 
 def contrastive(

@@ -42,6 +42,7 @@ from coca_scale.engine.host import available_bytes, memory_bytes, regrowth_bytes
 from coca_scale.engine.objective import Counts, FeatureTerms, Objective, Tally
 from coca_scale.engine.optimizer import (
     ADAMW,
+    SCALE_RATE,
     kind_of,
     make_optimizer,
     make_scale_optimizer,
@@ -74,6 +75,8 @@ class StepResult:
 
     Attributes:
         loss: weighted sum of the losses.
+        loss_at_most: the same with the largest weights of the run.
+        weights: of the losses in this step, by name.
         losses: each of them, by the names of `losses.LABELS`; nats, per token for captions.
         grad_norm: global norm before clipping, logit scale not included.
         logit_scale: s, after the step.
@@ -83,6 +86,8 @@ class StepResult:
     """
 
     loss: float
+    loss_at_most: float
+    weights: dict[str, float]
     losses: dict[str, float]
     grad_norm: float
     logit_scale: float
@@ -110,6 +115,8 @@ class StepInFlight:
         losses = {name: found[name] for name in LABELS}
         return StepResult(
             loss=self._objective.total(losses),
+            loss_at_most=self._objective.total_at_most(losses),
+            weights=self._objective.weights,
             losses=losses,
             grad_norm=found["grad_norm"],
             logit_scale=found["logit_scale"],
@@ -153,11 +160,12 @@ class TrainEngine:
         self._batch_split = batch_split
         self._kept_graphs = kept_graphs(recipe, batch_split)
         self._seed = recipe.run.seed
+        self._losses = recipe.loss
         self._objective = Objective(recipe.loss, world)
         apply_settings(model, recipe, recomputed)
         self._logit_scale = logit_scale.to(world.device)
         self._scale_optimizer = make_scale_optimizer(self._logit_scale, recipe.optim)
-        optimizer, self._lr_scales = make_optimizer(model, recipe.optim)
+        optimizer, self._rates = make_optimizer(model, recipe.optim, recipe.loss)
         self._optimizer_kind = kind_of(recipe.optim)
         self._updates = torch.zeros((), dtype=torch.int64, device=world.device)
         config = deepspeed_config(recipe, batch_split, transfers(model), world.ranks_per_node)
@@ -205,6 +213,7 @@ class TrainEngine:
         lr: float,
         samples_seen: int = 0,
         share_indices: Tensor | None = None,
+        loss_weights: Mapping[str, float] | None = None,
     ) -> StepInFlight:
         """One optimizer step, which a GPU may have before it when this returns.
 
@@ -215,9 +224,11 @@ class TrainEngine:
             samples_seen: by all ranks before this step; which patches are dropped follows from it.
             share_indices: int64 [n], of each sample in this rank's share of the step before it was
                 arranged; None if none was moved.
+            loss_weights: of this step, by name; None where none follows a schedule.
         """
         self._zero.train()
         self._zero.begin_step()
+        self._objective = Objective(self._losses, self.world, loss_weights)
         self._set_learning_rate(lr)
         batches = self._micro_batches(images, captions, samples_seen, share_indices)
         counts = self._objective.counts([batch.captions for batch in batches])
@@ -324,9 +335,10 @@ class TrainEngine:
         return batches
 
     def _set_learning_rate(self, lr: float) -> None:
-        self._zero.set_learning_rates([lr * scale for scale in self._lr_scales])
+        weights = self._objective.weights
+        self._zero.set_learning_rates([lr * rate.at(weights) for rate in self._rates])
         for group in self._scale_optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * SCALE_RATE.at(weights)
 
     def _update_scale(self, terms: FeatureTerms, applied: Tensor) -> None:
         grads = {"log_scale": terms.grad_log_scale, "bias": terms.grad_bias}

@@ -14,6 +14,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from coca_scale.recipe.data import DataSection
 from coca_scale.recipe.lanes import usual_lanes
+from coca_scale.recipe.loss_weights import LossWeight, factors
 from coca_scale.recipe.section import (
     MAX_STEPS,
     Minutes,
@@ -88,17 +89,26 @@ class ModelSection(Section):
 class LossSection(Section):
     """Weights and memory settings of the losses."""
 
-    def weight(self, name: str) -> float:
-        """Of a loss, by its name."""
-        return float(getattr(self, f"{name}_weight"))
+    def weight(self, name: str) -> float | dict[str, float]:
+        """Of a loss, by its name: a number, or points as `weight_at` takes them."""
+        found: float | dict[str, float] = getattr(self, f"{name}_weight")
+        return found
+
+    def learns(self, *names: str) -> bool:
+        """Whether one of these losses has a weight above 0 at any time."""
+        return any(max(factors(self.weight(name))) > 0 for name in names)
 
     contrastive: Literal["softmax", "sigmoid"] = Field(
         "softmax",
         description="What compares pictures and captions of the global batch: CLIP's softmax over "
         "all others, or SigLIP's sigmoid of every pair, which trains a bias of logits too.",
     )
-    contrastive_weight: Annotated[float, Field(ge=0.0)] = Field(1.0, description="Factor.")
-    caption_weight: Annotated[float, Field(ge=0.0)] = Field(2.0, description="Factor.")
+    contrastive_weight: LossWeight = Field(
+        1.0,
+        description="Factor: a number, or points between which it moves in straight lines, in "
+        "steps {0: 0.0, 1000: 2.0} or in shares of the run {0%: 0.0, 10%: 2.0}.",
+    )
+    caption_weight: LossWeight = Field(2.0, description="Factor, as contrastive_weight.")
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
         0.0, description="Caption loss: probability mass spread over the vocabulary."
     )

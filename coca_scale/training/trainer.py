@@ -31,7 +31,7 @@ from coca_scale.training.positions import Skip
 from coca_scale.training.profiling import StepProfiler
 from coca_scale.training.requests import Asked, Requests, Signals
 from coca_scale.training.saving import Saver
-from coca_scale.training.schedule import rate_of
+from coca_scale.training.schedule import loss_weights_of, rate_of, weights_move
 from coca_scale.training.setup import set_up
 from coca_scale.training.skipped import SkipLog
 
@@ -192,7 +192,10 @@ class Trainer:
         lr = rate_of(self.setup.preparation.stages, self.step)
         seen = self.stage.samples_seen(self.step)
         share = batch.share
-        flight = self.engine.step(share.images, batch.captions, lr, seen, share.share_indices)
+        weights = loss_weights_of(self.setup.preparation.stages, self.step)
+        flight = self.engine.step(
+            share.images, batch.captions, lr, seen, share.share_indices, loss_weights=weights
+        )
         self.step += 1
         self.lanes = share.lanes
         self._behind.append(_Behind(self.step, flight, lr, share.keys, share.lanes))
@@ -303,6 +306,8 @@ class Trainer:
             "bad_samples": self.skips.bad,
             "filtered_samples": self.skips.filtered,
         }
+        if weights_move(self.setup.preparation.stages):
+            values |= {f"{name}_weight": weight for name, weight in result.weights.items()}
         if self.stage.of > 1:
             values["stage"] = self.stage.number
         if self.setup.samples_at_peak is not None:
