@@ -15,7 +15,6 @@ from torch import nn
 
 from coca_scale.errors import UserError
 from coca_scale.model import CoCa, fp8
-from coca_scale.model.config import VisionConfig
 from coca_scale.model.layers import (
     AttentionalPooler,
     AttentionKernel,
@@ -26,6 +25,7 @@ from coca_scale.model.layers import (
     is_short,
 )
 from coca_scale.model.recompute import Linear
+from coca_scale.model.tower_config import VisionConfig
 from coca_scale.model.varlen import MOST_HEAD_WIDTH
 from coca_scale.recipe import BatchSplit, Recipe
 from coca_scale.recipe.schema import EngineSection

@@ -6,11 +6,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coca_scale.losses.caption import Kernel, chunked_cross_entropy
-from coca_scale.model.config import DecoderConfig
 from coca_scale.model.kv_cache import KVCache
 from coca_scale.model.layers import Block, BlockShape, CrossBlock, Stack, normal_parameter
 from coca_scale.model.packing import Packing
 from coca_scale.model.recompute import run_block
+from coca_scale.model.tower_config import DecoderConfig
 
 
 class MultimodalDecoder(nn.Module):

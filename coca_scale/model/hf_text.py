@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from coca_scale.errors import UserError
-from coca_scale.model.config import TextConfig
 from coca_scale.model.kv_cache import KVCache
 from coca_scale.model.packing import PackedCaptions, pack_captions, real_lengths
 from coca_scale.model.recompute import Recomputable
+from coca_scale.model.tower_config import TextConfig
 
 NEW_SWITCH = "activation_checkpointing_enable"
 

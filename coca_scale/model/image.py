@@ -7,11 +7,11 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from coca_scale.model.config import VisionConfig
 from coca_scale.model.layers import AttentionalPooler, Block, BlockShape, Stack, normal_parameter
 from coca_scale.model.patch_dropout import drop_patches
 from coca_scale.model.preprocess import CHANNELS, Preprocess
 from coca_scale.model.recompute import run_block
+from coca_scale.model.tower_config import VisionConfig
 
 
 def normalize_pixels(images: Tensor, dtype: torch.dtype, preprocess: Preprocess) -> Tensor:

@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from coca_scale.model.config import TextConfig
 from coca_scale.model.kv_cache import KVCache
 from coca_scale.model.layers import Block, BlockShape, Stack, normal_parameter
 from coca_scale.model.packing import PackedCaptions, Packing, pack_captions, pick, real_lengths
 from coca_scale.model.recompute import run_block
+from coca_scale.model.tower_config import TextConfig
 
 
 class TextTransformer(nn.Module):

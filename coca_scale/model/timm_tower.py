@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from coca_scale.errors import UserError
-from coca_scale.model.config import VisionConfig
 from coca_scale.model.image import PooledTower
 from coca_scale.model.recompute import Recomputable
+from coca_scale.model.tower_config import VisionConfig
 
 
 def make_trunk(config: VisionConfig, pool: str) -> Any:

@@ -27,8 +27,8 @@ from coca_scale.errors import UserError
 from coca_scale.losses import FeatureGather, contrastive_loss
 from coca_scale.model import CoCa, ModelConfig
 from coca_scale.model.coca import Encoded
-from coca_scale.model.config import VisionConfig
 from coca_scale.model.freeze import freeze
+from coca_scale.model.tower_config import VisionConfig
 from coca_scale.planning.counting import LiveBytes, flops, parts
 from coca_scale.planning.plan import Costs
 from coca_scale.planning.units import model_units

@@ -303,7 +303,7 @@ def test_every_field_of_our_configs_is_openclips_or_dropped():
     from open_clip.coca_model import MultimodalCfg
     from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 
-    from coca_scale.model.config import DecoderConfig, TextConfig, VisionConfig
+    from coca_scale.model.tower_config import DecoderConfig, TextConfig, VisionConfig
 
     dropped = {"hf_config", "correct_cls_mask"}  # by to_openclip_config
     for ours, theirs in (
