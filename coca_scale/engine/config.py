@@ -16,12 +16,11 @@ from torch import nn
 from coca_scale.errors import UserError
 from coca_scale.model import CoCa, fp8
 from coca_scale.model.layers import (
+    Attention,
     AttentionalPooler,
     AttentionKernel,
-    Block,
-    CrossAttention,
-    CrossBlock,
     SelfAttention,
+    TransformerBlock,
     is_short,
 )
 from coca_scale.model.recompute import Linear
@@ -74,7 +73,7 @@ def transfers(model: nn.Module) -> Transfers:
 
 def layers(model: nn.Module) -> list[nn.Module]:
     """Blocks and poolers of this package, in the order of their names."""
-    return [m for m in model.modules() if isinstance(m, Block | CrossBlock | AttentionalPooler)]
+    return [m for m in model.modules() if isinstance(m, TransformerBlock | AttentionalPooler)]
 
 
 def gathered_whole(model: nn.Module) -> list[nn.Module]:
@@ -257,8 +256,8 @@ def apply_settings(
     for module in model.modules():
         if isinstance(module, SelfAttention):
             module.kernel = kernel
-        if isinstance(module, SelfAttention | CrossAttention):
-            width = module.out.in_features // module.heads
+        if isinstance(module, Attention):
+            width = module.head_width
             module.varlen = varlen and width % 8 == 0 and width <= MOST_HEAD_WIDTH
     for layer in _fp8_layers(model):
         layer.fp8 = recipe.engine.fp8
@@ -268,7 +267,7 @@ def own_attention(model: CoCa, precision: str) -> str | None:
     """What our own kernels attend to after `apply_settings`, for the log; None if to nothing."""
     kernels = any(isinstance(m, SelfAttention) and m.kernel is not None for m in model.modules())
     short = takes_images(model.config.vision_cfg, precision)
-    packed = any(m.varlen for m in model.modules() if isinstance(m, SelfAttention | CrossAttention))
+    packed = any(m.varlen for m in model.modules() if isinstance(m, Attention))
     parts = ["images"] * (kernels and short) + ["packed captions"] * packed
     return f"attention by our Triton kernels to {' and '.join(parts)}" if parts else None
 
@@ -281,7 +280,7 @@ def takes_images(vision: VisionConfig, precision: str) -> bool:
 
 def _fp8_layers(model: nn.Module) -> list[Linear]:
     """Linear layers of transformer blocks whose sizes FP8 takes; poolers have little to gain."""
-    blocks = [m for m in model.modules() if isinstance(m, Block | CrossBlock)]
+    blocks = [m for m in model.modules() if isinstance(m, TransformerBlock)]
     linears = [m for block in blocks for m in block.modules() if isinstance(m, Linear)]
     return [layer for layer in linears if fp8.takes(layer)]
 

@@ -12,7 +12,14 @@ from coca_scale.errors import UserError
 from coca_scale.model.hf_config import architecture
 from coca_scale.model.preprocess import OPENAI, Preprocess
 from coca_scale.model.sizes import Count
-from coca_scale.model.tower_config import Config, DecoderConfig, TextConfig, VisionConfig
+from coca_scale.model.tower_config import (
+    MAMMUT_FIELDS,
+    Config,
+    DecoderConfig,
+    TextConfig,
+    TransformerConfig,
+    VisionConfig,
+)
 from coca_scale.recipe.files import read_json
 from coca_scale.recipe.schema import ModelSection
 
@@ -20,7 +27,7 @@ CONFIG_FOLDER = Path(__file__).parent / "configs"
 
 
 class ModelConfig(Config):
-    """A whole CoCa; without `multimodal_cfg` a CLIP.
+    """A whole CoCa; without `multimodal_cfg` a CLIP, without `text_cfg` a MaMMUT.
 
     `preprocess_cfg` stands beside the `model_cfg` in OpenCLIP's files; it is part of what a model
     is, since the same weights see something else in other pixels.
@@ -28,7 +35,7 @@ class ModelConfig(Config):
 
     embed_dim: Count
     vision_cfg: VisionConfig
-    text_cfg: TextConfig
+    text_cfg: TextConfig | None = None
     multimodal_cfg: DecoderConfig | None = None
     custom_text: bool = False
     quick_gelu: bool = False
@@ -36,27 +43,39 @@ class ModelConfig(Config):
 
     @model_validator(mode="after")
     def _fits_together(self) -> ModelConfig:
-        text = self.text_cfg
+        text, decoder = self.text_cfg, self.multimodal_cfg
+        if text is None:
+            if decoder is None:
+                raise ValueError(
+                    "text_cfg is missing: of a CLIP or CoCa; of a MaMMUT, multimodal_cfg"
+                )
+            self._check_mammut(decoder)
+            return self
         if text.hf_model_name is None and text.width % text.heads:
             raise ValueError(f"text_cfg: width {text.width} over {text.heads} heads")
         if text.pad_id >= text.vocab_size:
             raise ValueError(f"text_cfg: pad_id {text.pad_id} is none of {text.vocab_size} tokens")
-        if self.multimodal_cfg is not None:
-            self._check_coca(self.multimodal_cfg)
+        if decoder is not None:
+            self._check_coca(text, decoder)
         elif text.embed_cls or self.vision_cfg.attentional_pool not in (False, True):
             raise ValueError("text_cfg.embed_cls and two poolers belong to a CoCa: multimodal_cfg")
         return self
 
-    def _check_coca(self, decoder: DecoderConfig) -> None:
-        vision, text = self.vision_cfg, self.text_cfg
-        if text.hf_model_name is None and not text.embed_cls:
+    def _check_coca(self, text: TextConfig, decoder: DecoderConfig) -> None:
+        vision = self.vision_cfg
+        if text.hf_model_name is None and not text.modern and not text.embed_cls:
             raise ValueError("a CoCa's text_cfg needs embed_cls: true")
+        if given := sorted(decoder.model_fields_set & MAMMUT_FIELDS):
+            raise ValueError(f"multimodal_cfg: {', '.join(given)} belong to a MaMMUT: no text_cfg")
+        if not decoder.modern and decoder.cross_attn_ratio != 1:
+            raise ValueError("multimodal_cfg.cross_attn_ratio: in a CoCa of text_arch modern only")
+        if not decoder.modern and decoder.mlp_ratio != 4:
+            raise ValueError(
+                "multimodal_cfg: OpenCLIP builds a CoCa's decoder with mlp_ratio 4 only"
+            )
         if vision.timm_model_name is not None and not vision.attentional_pool:
             raise ValueError("a timm image tower of a CoCa needs vision_cfg.attentional_pool: true")
-        if vision.attentional_pool and self.embed_dim % vision.attn_pooler_heads:
-            raise ValueError(
-                f"vision_cfg: embed_dim {self.embed_dim} over {vision.attn_pooler_heads} heads"
-            )
+        self._check_decoder(decoder)
         token_width = self.embed_dim if vision.attentional_pool else vision.width
         if token_width != decoder.width:
             raise ValueError(
@@ -73,8 +92,46 @@ class ModelConfig(Config):
                 f"text_cfg.vocab_size {text.vocab_size} and multimodal_cfg.vocab_size "
                 f"{decoder.vocab_size} differ"
             )
+
+    def _check_mammut(self, decoder: DecoderConfig) -> None:
+        if self.vision_cfg.timm_model_name is not None or self.vision_cfg.attentional_pool:
+            raise ValueError("a MaMMUT's image tower is a ViT of this package without a pooler")
+        self._check_decoder(decoder)
+        if decoder.pad_id >= decoder.vocab_size:
+            raise ValueError(
+                f"multimodal_cfg: pad_id {decoder.pad_id} is none of {decoder.vocab_size} tokens"
+            )
+        if decoder.proj_type == "none" and self.embed_dim != decoder.width:
+            raise ValueError(
+                f"embed_dim {self.embed_dim} is not multimodal_cfg.width {decoder.width}, which "
+                'without a projection it has to be; or give proj_type: "linear"'
+            )
+
+    def _check_decoder(self, decoder: DecoderConfig) -> None:
+        vision = self.vision_cfg
+        if vision.attentional_pool and self.embed_dim % vision.attn_pooler_heads:
+            raise ValueError(
+                f"vision_cfg: embed_dim {self.embed_dim} over {vision.attn_pooler_heads} heads"
+            )
         if decoder.width % decoder.heads:
             raise ValueError(f"multimodal_cfg: width {decoder.width} over {decoder.heads} heads")
+
+    @property
+    def text(self) -> TextConfig:
+        """What a text is to this model; of a MaMMUT, what its decoder says of it."""
+        if self.text_cfg is not None:
+            return self.text_cfg
+        assert self.multimodal_cfg is not None
+        shared = self.multimodal_cfg.model_dump(
+            include=set(TransformerConfig.model_fields), exclude_unset=True
+        )
+        pooled = {"pool_type": "mean"} if self.multimodal_cfg.modern else {}
+        return TextConfig(**shared, **pooled)
+
+    @property
+    def text_section(self) -> str:
+        """Where its vocabulary and tokenizer stand."""
+        return "multimodal_cfg" if self.text_cfg is None else "text_cfg"
 
     @classmethod
     def from_recipe(cls, section: ModelSection) -> ModelConfig:
@@ -89,12 +146,12 @@ class ModelConfig(Config):
     @property
     def context_length(self) -> int:
         """Tokens per caption, start and end tokens included."""
-        return self.text_cfg.context_length
+        return self.text.context_length
 
     @property
     def pad_id(self) -> int:
         """Token id of padding."""
-        return self.text_cfg.pad_id
+        return self.text.pad_id
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object this config was made of: only fields that were given."""
@@ -130,9 +187,9 @@ class ModelConfig(Config):
         if patch_dropout is not None:
             raw["vision_cfg"]["patch_dropout"] = patch_dropout
         if context_length is not None:
-            raw["text_cfg"]["context_length"] = context_length
-            if self.multimodal_cfg is not None:
-                raw["multimodal_cfg"]["context_length"] = context_length
+            for part in ("text_cfg", "multimodal_cfg"):
+                if getattr(self, part) is not None:
+                    raw[part]["context_length"] = context_length
         return parse_model_config(raw, "model")
 
 
@@ -192,6 +249,8 @@ def parse_model_config(raw: Any, origin: str) -> ModelConfig:
 def _completed(raw: Any, origin: str) -> Any:
     """`raw` with the fields filled in that OpenCLIP's files leave open."""
     text = raw.get("text_cfg") if isinstance(raw, dict) else None
+    if isinstance(text, dict) and text.get("does_full_decoding") is True:
+        return _from_laion(raw, text)
     if not isinstance(text, dict):
         return raw  # left to the validation
     text, decoder = dict(text), raw.get("multimodal_cfg")
@@ -206,3 +265,15 @@ def _completed(raw: Any, origin: str) -> Any:
         vocab_size = text.get("vocab_size", TextConfig.model_fields["vocab_size"].default)
         completed["multimodal_cfg"] = {"vocab_size": vocab_size, **decoder}
     return completed
+
+
+def _from_laion(raw: dict[str, Any], text: dict[str, Any]) -> dict[str, Any]:
+    """A MaMMUT as LAION's fork of OpenCLIP describes it, which had no `multimodal_cfg` for it."""
+    decoder = {k: v for k, v in text.items() if k not in ("does_full_decoding", "embed_cls")}
+    legacy = {"pool_type": "avg_all", "use_pad_mask": False, "proj_type": "none"}
+    vision = raw.get("vision_cfg")
+    if isinstance(vision, dict) and vision.get("global_average_pool") is True:
+        vision = {k: v for k, v in vision.items() if k != "global_average_pool"}
+        vision |= {"pool_type": "avg_all", "final_ln_after_pool": True}
+    rest = {k: v for k, v in raw.items() if k not in ("text_cfg", "custom_text")}
+    return {**rest, "vision_cfg": vision, "multimodal_cfg": {**decoder, **legacy}}

@@ -30,6 +30,7 @@ class Packing:
         starts: int32 [B + 1], the first row of every sequence, and N; None while captions are
             being written.
         seen_N: bool, False for rows that attention must not see; None where it may see all.
+        causal: whether a row sees none of those after it.
     """
 
     batch: int
@@ -37,6 +38,7 @@ class Packing:
     indices: Tensor | None
     starts: Tensor | None = None
     seen_N: Tensor | None = None
+    causal: bool = True
 
     def pad(self, x_ND: Tensor) -> Tensor:
         """[N, D] → [B, L, D], zero where no row belongs."""
@@ -52,11 +54,40 @@ class Packing:
     def map(self, function: Move) -> Packing:
         """The same with other tensors."""
         tensors = (self.indices, self.starts, self.seen_N)
-        moved = (None if tensor is None else function(tensor) for tensor in tensors)
-        return Packing(self.batch, self.longest, *moved)
+        indices, starts, seen_N = (None if t is None else function(t) for t in tensors)
+        return replace(self, indices=indices, starts=starts, seen_N=seen_N)
+
+    def places(self) -> Tensor:
+        """Where in its sequence each row stands, int64 [N]; not while captions are being written.
+
+        Under OpenCLIP's CLS that is not its position.
+        """
+        if self.indices is not None:
+            return self.indices % self.longest
+        assert self.starts is not None
+        return torch.arange(self.longest, device=self.starts.device).repeat(self.batch)
+
+    def mean(self, x_ND: Tensor, counted_N: Tensor | None) -> Tensor:
+        """Mean [B, D] over the rows of each sequence that count, added up in fp32 at least."""
+        if counted_N is None:
+            counted_N = x_ND.new_ones(len(x_ND), dtype=torch.bool)
+        wide = torch.promote_types(x_ND.dtype, torch.float32)
+        total_BD = self.pad(x_ND * counted_N[:, None]).sum(1, dtype=wide)
+        return (total_BD / self.pad(counted_N[:, None]).sum(1).clamp(min=1)).to(x_ND.dtype)
 
     def mask(self) -> Tensor | None:
-        """Causal mask without what must not be seen, bool [B, 1, L, L]; None if all may be."""
+        """Which keys may be seen, bool, [B, 1, L, L] or without order [B, 1, 1, L].
+
+        None where all may be, or all up to the query.
+        """
+        if not self.causal:
+            if self.seen_N is None and self.indices is None:
+                return None
+            seen_N = self.seen_N
+            if seen_N is None:
+                assert self.indices is not None
+                seen_N = torch.ones_like(self.indices, dtype=torch.bool)
+            return self.pad(seen_N[:, None]).squeeze(-1)[:, None, None, :]
         if self.seen_N is None:
             return None
         hidden_BL = self.pad(~self.seen_N[:, None]).squeeze(-1)

@@ -23,6 +23,10 @@ class ModelPart(Protocol):
         """As of nn.Module."""
         ...
 
+    def modules(self) -> Iterator[nn.Module]:
+        """As of nn.Module."""
+        ...
+
     def get_submodule(self, target: str) -> nn.Module:
         """As of nn.Module."""
         ...
@@ -47,7 +51,8 @@ class ImageTower(ModelPart, Protocol):
 
         Returns:
             The embedding [B, embed_dim], not of unit length; and the tokens [B, S, D] that the
-            decoder reads, of the decoder's width, or None in a tower of a CLIP.
+            decoder reads, of the decoder's width (in a MaMMUT of the tower's), or None in a tower
+            of a CLIP.
         """
         ...
 

@@ -62,7 +62,7 @@ def count_costs(recipe: Recipe, batch: BatchSplit, varlen: bool = False) -> Cost
                 lambda: model(*case.inputs, features_only=True, sample_ids=case.sample_ids)
             )
         step_flops = flops(lambda: case.forward().backward())
-    units = model_units(model, case.forward_flops(), step_flops)
+    units = model_units(model, case.forward_flops(True), case.forward_flops(), step_flops)
     bytes_per_flop = case.bytes_per_flop(_image_passes(recipe, model.config.vision_cfg))
     parameters = list(model.parameters())
     width, dtype = model.config.embed_dim, DTYPES[recipe.engine.precision]
@@ -204,10 +204,10 @@ class _Case:
         with self.fake:
             return moved / flops(lambda: self.forward().backward())
 
-    def forward_flops(self) -> dict[str, int]:
+    def forward_flops(self, features_only: bool = False) -> dict[str, int]:
         """Of a forward pass, by the names of modules in the order in which they run."""
         with self.fake, FlopCounterMode(display=False) as counter:
-            self.forward()
+            self.model(*self.inputs, features_only=features_only, sample_ids=self.sample_ids)
         counts = counter.get_flop_counts()
         return {name.partition(".")[2]: sum(c.values()) for name, c in counts.items()}
 

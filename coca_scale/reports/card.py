@@ -110,7 +110,7 @@ def model_card(
         UserError: the run's recipe is none.
     """
     captions = config.multimodal_cfg is not None
-    vision, text = config.vision_cfg, config.text_cfg
+    vision, text = config.vision_cfg, config.text
     model = {
         "image tower": vision.label,
         "picture size": f"{vision.image_size} px",

@@ -87,6 +87,7 @@ _FREE_IN_MODEL = {
     *("text_cfg.hf_model_pretrained", "text_cfg.hf_model_name", "text_cfg.hf_tokenizer_name"),
     *("text_cfg.hf_config._name_or_path", "text_cfg.hf_config.transformers_version"),
     *("multimodal_cfg.dim_head", "multimodal_cfg.n_queries", "multimodal_cfg.attn_pooler_heads"),
+    *("multimodal_cfg.hf_tokenizer_name", "text_cfg.variable_text", "multimodal_cfg.variable_text"),
 }
 _MODEL_KEYS = {
     "vision_cfg.image_size": "model.image_size",

@@ -20,6 +20,7 @@ from coca_scale.engine.world import World
 from coca_scale.errors import AgreedError, UserError
 from coca_scale.inference.export import export
 from coca_scale.inference.load import load_model
+from coca_scale.openclip.folder import what_reads
 from coca_scale.recipe import Recipe
 from coca_scale.recipe.exits import REQUEUE
 from coca_scale.recipe.run_folder import CHECKPOINTS, EXPORT, PROFILE
@@ -275,6 +276,8 @@ class Trainer:
             obstacle = self.world.on_first(self._export)
         if obstacle is not None:
             log.say(f"{self.folder / EXPORT} is for coca-scale alone: {obstacle}")
+        elif (newer := what_reads(self.engine.module.config)) is not None:
+            log.say(f"{self.folder / EXPORT}: {newer}")
         if self.skips.causes:
             log.say(f"skipped samples: {self.skips.summary()}")
         log.say(f"finished {self.step} steps; run folder {self.folder}")

@@ -17,9 +17,9 @@ def uneven_captions(config):
 
     transformers knows no empty captions, and its towers compute all as long as the longest one.
     """
-    hugging_face = config.text_cfg.hf_model_name is not None
+    hugging_face = config.text.hf_model_name is not None
     full, least = config.context_length - 2 * hugging_face, int(hugging_face)
-    tokens = torch.randint(5, config.text_cfg.vocab_size, (6, config.context_length))
+    tokens = torch.randint(5, config.text.vocab_size, (6, config.context_length))
     for row, count in enumerate((2, 7, full, full - 1, 9, least)):
         tokens[row, count:] = config.pad_id
     tokens[2, 4] = tokens[4, 3] = tokens[4, 5] = config.pad_id
@@ -47,7 +47,9 @@ def test_leaving_padding_out_changes_neither_loss_nor_gradient(kind, tmp_path):
 
     image, image_tokens = coca.image(images)
     padded = coca.text.pack(tokens, keep_padding=True)
-    assert len(packed.tokens_N) < len(padded.tokens_N)
+    assert len(packed.read_M) < len(padded.read_M)
+    if kind != "mammut_laion":  # to which padding is a part of the caption
+        assert len(packed.tokens_N) < len(padded.tokens_N)
     text = coca.text(padded)[0]
     expected = torch.stack([F.normalize(image, dim=-1), F.normalize(text, dim=-1)], 1)
     expected_sum = torch.zeros(())
