@@ -16,8 +16,10 @@ from coca_scale.data.loader import Draws, TrainLoader, decode_sample
 from coca_scale.data.rules import SampleRules, sentences_of
 from coca_scale.data.sample import BadSample, DataError, RawSample
 from coca_scale.data.sources import open_source
-from coca_scale.recipe import recipe_from_dict
+from coca_scale.model import load_model_config
+from coca_scale.recipe import load_recipe, recipe_from_dict
 from coca_scale.recipe.data import DataFilters
+from coca_scale.training.validation import HeldPictures, ToWrite
 from tests.conftest import tiny_recipe
 from tests.data.loading import loader
 from tests.data.shards import encoded
@@ -154,6 +156,19 @@ def test_a_share_is_arranged_by_what_both_losses_read():
     assert seen[0].tolist() == lengths
 
 
+def test_validation_matches_the_one_and_scores_the_other():
+    config = load_model_config("coca_tiny")
+    data = tiny_recipe(data__train=DRAWINGS, **TWO).data
+    pictures = HeldPictures(open_source(data.train, data, 0), 5)
+    found = list(pictures.entries(config, 0, 1, True))
+    to_write = list(ToWrite(pictures).entries(config, 0, 1, True))
+    assert len(found) == len(to_write) == ToWrite(pictures).count == 5
+    for picture, other in zip(found, to_write, strict=True):
+        assert picture.targets == other.captions
+        assert other.captions[0].startswith(f"{picture.captions[0]}. it is at the ")
+        assert picture.pixels is other.pixels
+
+
 def test_where_there_is_one_text_two_cannot_be_asked_for(tmp_path):
     (tmp_path / "t.csv").write_text("filepath,title\na.jpg,words\n")
     for train, message in (
@@ -166,8 +181,6 @@ def test_where_there_is_one_text_two_cannot_be_asked_for(tmp_path):
 
 
 def test_names_of_sentences_are_written_as_they_are(tmp_path):
-    from coca_scale.recipe import load_recipe
-
     recipe = tiny_recipe(data__contrastive_captions={"long:sentences": 1.0}).model_dump()
     (tmp_path / "r.yaml").write_text(json.dumps(recipe))
     for text in ("{long:sentences: 0.5, txt: 0.5}", "{'long:sentences': 0.5, txt: 0.5}"):

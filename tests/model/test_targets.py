@@ -128,3 +128,23 @@ def test_what_is_predicted_in_parallel_knows_no_word_before_it(tmp_path):
     assert not torch.allclose(*(hidden(words, False)[0] for words in (tokens, others)))
     longer = hidden(tokens[:1].expand(2, -1).clone(), True)[0]
     assert torch.allclose(longer[-(config.context_length - 1) :][:4], one[-4:], atol=1e-12)
+
+
+def test_layers_see_no_row_more_than_losses_need(tmp_path):
+    config = variant("coca", tmp_path)
+    coca, seen = CoCa(config), {"text": [], "decoder": []}
+    for name, rows in seen.items():
+        linear = getattr(coca, name).blocks[-1].attn.qkv
+        linear.register_forward_hook(lambda _, __, out, rows=rows: rows.append(len(out)))
+    tokens, targets = texts_of(config)
+    captions = coca.text.pack(tokens, targets=targets)
+    size = config.vision_cfg.image_size
+    images = torch.randn(6, 3, size, size)
+    with torch.no_grad():
+        coca(images, captions, features_only=True)
+        coca(images, captions)
+    real = [(row != config.pad_id).nonzero().flatten().tolist() for row in targets.tokens_BT]
+    reads = [places[-1] if places else 0 for places in real]
+    own = [read for number, read in enumerate(reads) if number != 4]  # which is the same for both
+    first = len(coca.text.pack(tokens).tokens_N)
+    assert seen == {"text": [first, first + sum(own)], "decoder": [sum(reads)]}

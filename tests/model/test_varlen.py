@@ -136,13 +136,15 @@ MODELS = """
 from coca_scale.model import CoCa, load_model_config
 from coca_scale.model.layers import CrossAttention, SelfAttention
 from tests.model.test_padding import uneven_captions
+from tests.model.test_targets import texts_of
 
-def gradients(model, images, tokens, weights, varlen):
+def gradients(model, images, tokens, targets, weights, varlen):
     for module in model.modules():
         if isinstance(module, SelfAttention | CrossAttention):
             module.varlen = varlen
     model.zero_grad()
-    features, sums = model(images, model.text.pack(tokens).to(torch.device(device)))
+    captions = model.text.pack(tokens, targets=targets)
+    features, sums = model(images, captions.to(torch.device(device)))
     ((features * weights).sum() + sum(sums.values()) / 10).backward()
     found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     return {"features": features.detach(), **sums, **found}
@@ -155,9 +157,9 @@ for kind, file in FILES.items():
     size = config.vision_cfg.image_size
     images = torch.randn(6, 3, size, size, dtype=torch.float16, device=device)
     weights = torch.randn(6, 2, config.embed_dim, dtype=torch.float16, device=device)
-    tokens = uneven_captions(config)
-    ours, theirs = (gradients(model, images, tokens, weights, v) for v in (True, False))
-    wide = images.double(), tokens, weights.double()
+    texts = (uneven_captions(config), None) if "clip" in kind else texts_of(config)
+    ours, theirs = (gradients(model, images, *texts, weights, v) for v in (True, False))
+    wide = images.double(), *texts, weights.double()
     exact = gradients(model.double(), *wide, False)
     assert ours.keys() == exact.keys()
     assert any(not torch.equal(ours[name], theirs[name]) for name in ours)
