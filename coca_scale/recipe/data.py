@@ -133,7 +133,7 @@ class DataSection(Section):
     contrastive_captions: CaptionWeights = Field(
         default_factory=dict,
         description="Likewise of the captions that pictures are matched to, where captions to "
-        "write are drawn apart: {txt: 1.0, 'recaption:sentences': 1.0}. Empty: as captions.",
+        "write are drawn apart: {txt: 1.0, recaption:sentences: 1.0}. Empty: as captions.",
     )
     caption_captions: CaptionWeights = Field(
         default_factory=dict,
