@@ -74,6 +74,10 @@ def data_inspect(
     write_manifest: Annotated[
         bool, typer.Option("--write-manifest", help="Write manifest.json beside the shards.")
     ] = False,
+    captions: Annotated[
+        list[str] | None,
+        typer.Option(help="Where captions are, as in data.captions: txt, a field, NAME:sentences."),
+    ] = None,
     workers: Workers = CORES,
 ) -> None:
     """Count what shards hold: samples, sizes, caption lengths, faults by cause.
@@ -83,7 +87,7 @@ def data_inspect(
     from coca_scale.data import inspection
 
     with progress_bar("shards") as progress:
-        found = inspection.inspect_shards(shards, decode, workers, progress)
+        found = inspection.inspect_shards(shards, decode, workers, progress, captions or ())
     say(found.text())
     if picture is not None:
         found.draw(picture)

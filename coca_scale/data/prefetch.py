@@ -12,8 +12,9 @@ from torch import Tensor
 
 from coca_scale.data.loader import StepBatch
 from coca_scale.model.packing import PackedCaptions, sent
+from coca_scale.model.targets import Targets
 
-LayOut = Callable[[Tensor], list[PackedCaptions]]
+LayOut = Callable[[Tensor, Targets | None], list[PackedCaptions]]
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Prefetcher:
     """
 
     def __init__(self, batches: Iterator[StepBatch], lay_out: LayOut, device: torch.device) -> None:
-        """`lay_out`: from token ids int64 [n, T] on the host to captions on the device."""
+        """`lay_out`: from token ids int64 [n, T] and targets to captions on the device."""
         self._batches = batches
         self._lay_out = lay_out
         self._device = device
@@ -76,4 +77,4 @@ class Prefetcher:
         batch = next(self._batches)
         with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
             share = replace(batch, images=sent(batch.images, self._device))
-            return ReadyBatch(share, self._lay_out(batch.tokens))
+            return ReadyBatch(share, self._lay_out(batch.tokens, batch.targets))

@@ -61,6 +61,7 @@ from coca_scale.model.coca import Encoded
 from coca_scale.model.image import normalize_pixels
 from coca_scale.model.packing import PackedCaptions, sent
 from coca_scale.model.pickles import read_pickle
+from coca_scale.model.targets import Targets
 from coca_scale.model.timm_tower import cast_statistics
 from coca_scale.model.weights import require_finite
 from coca_scale.recipe import BatchSplit, Recipe
@@ -185,15 +186,19 @@ class TrainEngine:
         if self._compiled:
             torch._dynamo.reset()  # another stage's pictures are compiled as if they were the first
 
-    def lay_out(self, tokens: Tensor) -> list[PackedCaptions]:
+    def lay_out(self, tokens: Tensor, targets: Targets | None = None) -> list[PackedCaptions]:
         """Captions of this rank's share as `step` takes them. Local, in any thread.
 
         Args:
             tokens: int64 [n, T], on the host: their lengths are read.
+            targets: what is to be written, where that is not the same; likewise.
         """
         assert tokens.device.type == "cpu", "a GPU would make the host wait at every length"
-        parts = tokens.split(self._batch_split.micro_batch)
-        return [self.module.text.pack(part).to(self.world.device) for part in parts]
+        size, pack = self._batch_split.micro_batch, self.module.text.pack
+        parts = tokens.split(size)
+        wanted = [None] * len(parts) if targets is None else targets.split(size)
+        pairs = zip(parts, wanted, strict=True)
+        return [pack(part, targets=of_it).to(self.world.device) for part, of_it in pairs]
 
     def step(
         self,

@@ -185,7 +185,8 @@ class CoCa(nn.Module):
         if isinstance(images, Encoded):
             features, text_ND, image_tokens = images
         else:
-            features, text_ND, image_tokens = self.encode(images, captions, sample_ids)
+            read = captions.pooled_only() if features_only else captions
+            features, text_ND, image_tokens = self.encode(images, read, sample_ids)
         if features_only:
             return features, {}
         if on_features is not None:

@@ -25,6 +25,7 @@ from coca_scale.model.layers import Block, BlockShape, CrossBlock, Stack, linear
 from coca_scale.model.modern import ModernBlock, final_norm, rotation
 from coca_scale.model.packing import PackedCaptions, Packing, pack_captions, real_lengths
 from coca_scale.model.recompute import run_block
+from coca_scale.model.targets import Targets, with_targets
 from coca_scale.model.tower_config import DecoderConfig
 
 # applies block `number` to rows
@@ -62,29 +63,39 @@ class MammutText(nn.Module):
         """None: all are the decoder's."""
         return 0
 
-    def pack(self, tokens_BT: Tensor, keep_padding: bool = False) -> PackedCaptions:
-        """Lay out token ids [B, T], T up to the context length, for `forward`.
+    def pack(
+        self, tokens_BT: Tensor, keep_padding: bool = False, targets: Targets | None = None
+    ) -> PackedCaptions:
+        """Lay out token ids [B, T], T up to the context length, for `forward`, and targets.
 
         Padding inside of a caption is hidden; of an empty caption the first token is not. With
         `use_pad_mask: false`, as LAION trained, padding is a part of the caption.
         """
-        given = tokens_BT.shape[1]
-        if not self.config.use_pad_mask:
-            short = self.config.context_length - given
-            tokens_BT = F.pad(tokens_BT, (0, short), value=self.pad_id)
+        given, hides = tokens_BT.shape[1], self.config.use_pad_mask
+        if not hides:
+            tokens_BT = self._filled(tokens_BT)
         seen_BT = tokens_BT != self.pad_id
         real_B = real_lengths(tokens_BT, self.pad_id)
         lengths_B, reads_B = real_B.clamp(min=1), (real_B - 1).clamp(min=0)
-        if keep_padding or not self.config.use_pad_mask:
+        if keep_padding or not hides:
             lengths_B = torch.full_like(real_B, tokens_BT.shape[1])
         if keep_padding:
             reads_B = torch.full_like(real_B, given)
         seen_BT[:, 0] |= real_B == 0
-        seen = seen_BT if self.config.use_pad_mask else None
-        found = pack_captions(
-            tokens_BT, lengths_B, reads_B, torch.zeros_like(real_B), seen, self.pad_id
-        )
-        return replace(found, text=replace(found.text, causal=False))
+        none_B = torch.zeros_like(real_B)  # not used: the mean is the embedding
+        seen = seen_BT if hides else None
+        first = pack_captions(tokens_BT, lengths_B, reads_B, none_B, seen, self.pad_id)
+        first = replace(first, text=replace(first.text, causal=False))
+        if targets is None:
+            return first
+        if not hides:
+            targets = replace(targets, tokens_BT=self._filled(targets.tokens_BT))
+        return with_targets(first, tokens_BT, targets, None, self.pad_id, keep_padding)
+
+    def _filled(self, tokens_BT: Tensor) -> Tensor:
+        """With padding up to the context length."""
+        missing = self.config.context_length - tokens_BT.shape[1]
+        return F.pad(tokens_BT, (0, missing), value=self.pad_id)
 
     def forward(
         self, captions: PackedCaptions, cache: KVCache | None = None
@@ -100,11 +111,12 @@ class MammutText(nn.Module):
             x = x + F.embedding(captions.positions_N, self.position_embedding)
         if cache is not None:
             return x[:0], x
-        step = self.step(captions.text, captions.positions_N, x.dtype)
-        y = x
+        rows = captions.pooled or captions.text
+        step = self.step(rows, captions.positions_N[: rows.rows], x.dtype)
+        y = x[: rows.rows]
         for number in range(len(self.blocks)):
             y = step(number, y)
-        pooled = captions.text.mean(self.norm_final(y), captions.text.seen_N)
+        pooled = rows.mean(self.norm_final(y), rows.seen_N)
         return pooled if self.projection is None else self.projection(pooled), x
 
     def step(

@@ -10,6 +10,7 @@ from coca_scale.model.layers import Stack, linear
 from coca_scale.model.modern import ModernBlock, final_norm, rotation
 from coca_scale.model.packing import PackedCaptions, pack_captions, pick, real_lengths
 from coca_scale.model.recompute import run_block
+from coca_scale.model.targets import Targets, with_targets
 from coca_scale.model.tower_config import TextConfig, TransformerConfig
 
 
@@ -42,8 +43,10 @@ class ModernText(nn.Module):
         """Every block."""
         return len(self.blocks)
 
-    def pack(self, tokens_BT: Tensor, keep_padding: bool = False) -> PackedCaptions:
-        """Lay out token ids [B, T], T up to the context length, for `forward`.
+    def pack(
+        self, tokens_BT: Tensor, keep_padding: bool = False, targets: Targets | None = None
+    ) -> PackedCaptions:
+        """Lay out token ids [B, T], T up to the context length, for `forward`, and targets.
 
         Pooled is the first end token, or without one the last token that is no padding.
         """
@@ -55,7 +58,10 @@ class ModernText(nn.Module):
         reads_B = (real_B - 1).clamp(min=0)
         if keep_padding:
             lengths_B = reads_B = torch.full_like(real_B, tokens_BT.shape[1])
-        return pack_captions(tokens_BT, lengths_B, reads_B, pooled_B, None, self.pad_id)
+        first = pack_captions(tokens_BT, lengths_B, reads_B, pooled_B, None, self.pad_id)
+        if targets is None:
+            return first
+        return with_targets(first, tokens_BT, targets, None, self.pad_id, keep_padding)
 
     def forward(
         self, captions: PackedCaptions, cache: KVCache | None = None
@@ -72,9 +78,11 @@ class ModernText(nn.Module):
 
     def _pooled(self, x_ND: Tensor, captions: PackedCaptions) -> Tensor:
         if self.config.pool_type == "mean" and len(captions.pooled_B):
-            real_N = captions.tokens_N != self.pad_id
+            rows = captions.pooled or captions.text
+            real_N = captions.tokens_N[: rows.rows] != self.pad_id
             # of an empty caption the first token, as OpenCLIP does; others pool a real one
-            return captions.text.mean(x_ND, real_N.index_fill(0, captions.pooled_B, True))
+            real_N = real_N.index_fill(0, captions.pooled_B, True)
+            return rows.mean(x_ND[: rows.rows], real_N)
         return pick(x_ND, captions.pooled_B)
 
     def contrastive_parameters(self) -> list[nn.Parameter]:

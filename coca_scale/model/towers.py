@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from coca_scale.model.kv_cache import KVCache
 from coca_scale.model.packing import PackedCaptions, Packing
+from coca_scale.model.targets import Targets
 
 
 class ModelPart(Protocol):
@@ -72,10 +73,13 @@ class TextTower(ModelPart, Protocol):
         """Layers that keep keys and values in `KVCache.text`; 0 where it caches by itself."""
         ...
 
-    def pack(self, tokens_BT: Tensor, keep_padding: bool = False) -> PackedCaptions:
+    def pack(
+        self, tokens_BT: Tensor, keep_padding: bool = False, targets: Targets | None = None
+    ) -> PackedCaptions:
         """Lay out token ids [B, T], T up to the context length, for the tower and the decoder.
 
-        Computed on the device of the ids. With `keep_padding` every given token has a row.
+        Computed on the device of the ids. With `keep_padding` every given token has a row. With
+        `targets` (`with_targets`) these are what the decoder reads and learns.
         """
         ...
 

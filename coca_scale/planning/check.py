@@ -105,6 +105,19 @@ def tracking_fault(recipe: Recipe) -> str | None:
     return None
 
 
+def caption_fault(recipe: Recipe, config: ModelConfig) -> str | None:
+    """What a recipe asks of captions that its model cannot do; None if it can."""
+    if config.multimodal_cfg is not None:
+        return None
+    for key, asked in (
+        ("data.caption_captions", recipe.data.caption_captions),
+        ("loss.caption_parallel", recipe.loss.caption_parallel),
+    ):
+        if asked:
+            return f"{key} is for models that write captions, and {recipe.model.name} is a CLIP"
+    return None
+
+
 def _batch(recipe: Recipe, ranks: int, report: Report) -> BatchSplit | None:
     try:
         batch = BatchSplit.from_recipe(recipe, ranks)
@@ -126,6 +139,8 @@ def _batch(recipe: Recipe, ranks: int, report: Report) -> BatchSplit | None:
 def _model(recipe: Recipe, report: Report) -> ModelConfig | None:
     try:
         config = ModelConfig.from_recipe(recipe.model)
+        if (fault := caption_fault(recipe, config)) is not None:
+            raise UserError(fault)
         with torch.device("meta"):
             model = CoCa(config)
             freeze(model, recipe.model, recipe.loss)
@@ -296,8 +311,9 @@ def _samples(
             skipped[bad.cause] += 1
             continue
         good += 1
-        captions += len(sample.captions)
-        cut += sum(tokenizer.cuts(caption) for caption, _ in sample.captions)
+        texts = [text for text, _ in (*sample.captions, *(sample.targets or ()))]
+        captions += len(texts)
+        cut += sum(map(tokenizer.cuts, texts))
     causes = causes_text(skipped)
     if not good:
         report.faults.append(f"{label}: none of the first samples can be used ({causes})")

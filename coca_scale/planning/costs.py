@@ -15,6 +15,7 @@ from torch.testing._internal.distributed.fake_pg import FakeProcessGroup
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from coca_scale.data.loader import Draws
 from coca_scale.engine.config import (
     DTYPES,
     apply_settings,
@@ -28,6 +29,7 @@ from coca_scale.losses import FeatureGather, contrastive_loss
 from coca_scale.model import CoCa, ModelConfig
 from coca_scale.model.coca import Encoded
 from coca_scale.model.freeze import freeze
+from coca_scale.model.targets import Targets
 from coca_scale.model.tower_config import VisionConfig
 from coca_scale.planning.counting import LiveBytes, flops, parts
 from coca_scale.planning.plan import Costs
@@ -153,8 +155,7 @@ class _Case:
         config = ModelConfig.from_recipe(recipe.model)
         dtype = DTYPES[recipe.engine.precision]
         micro, size = batch.micro_batch, config.vision_cfg.image_size
-        mean = recipe.data.mean_tokens
-        tokens = caption_quantiles(micro, mean, config.context_length, config.pad_id)
+        tokens, targets = _captions(recipe, micro, config)
         with FakeTensorMode() as self.fake, _default_dtype(dtype):
             self.model = CoCa(config).train()
             images = torch.randn(micro, 3, size, size, dtype=dtype)
@@ -163,7 +164,8 @@ class _Case:
         for parameter in self.model.parameters():  # gradients are counted with the state
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(_drop)
-        self.inputs = images, self.model.text.pack(tokens).map(self.fake.from_tensor)
+        captions = self.model.text.pack(tokens, targets=targets)
+        self.inputs = images, captions.map(self.fake.from_tensor)
 
     def forward(self, encoded: Encoded | None = None) -> Tensor:
         """What the engine calls backward on, without its factors."""
@@ -229,6 +231,23 @@ class _Case:
         graphs = {name: 1 if name.startswith("decoder.") else 1 + waiting for name in blocks}
         saved = {n: graphs[n] * max(0, kept.get(n, 0) - outputs[n]) for n in blocks}
         return saved, peak + waiting * graph
+
+
+def _captions(recipe: Recipe, count: int, config: ModelConfig) -> tuple[Tensor, Targets | None]:
+    """Captions as a recipe draws them, those to write where they are others or in parallel."""
+    about, data, draws = (config.context_length, config.pad_id), recipe.data, Draws.of(recipe)
+    match, write = data.mean_tokens, data.caption_mean_tokens or data.mean_tokens
+    if not data.two_captions or not draws.write:
+        tokens = written = caption_quantiles(count, match, *about)
+    elif not draws.match:
+        tokens = written = caption_quantiles(count, write, *about)
+    else:
+        tokens, written = (caption_quantiles(count, mean, *about) for mean in (match, write))
+        written = torch.where(written == config.pad_id, config.pad_id, config.pad_id + 2)
+    parallel = (torch.arange(1, count + 1) * draws.parallel).floor().diff(prepend=torch.zeros(1))
+    if written is tokens and not draws.parallel:
+        return tokens, None
+    return tokens, Targets(written, parallel > 0)
 
 
 def caption_quantiles(captions: int, mean_tokens: float, context: int, pad_id: int) -> Tensor:

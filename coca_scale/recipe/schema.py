@@ -16,6 +16,7 @@ from coca_scale.recipe.data import DataSection
 from coca_scale.recipe.lanes import usual_lanes
 from coca_scale.recipe.section import (
     MAX_STEPS,
+    Fraction,
     Minutes,
     NonNegativeInt,
     PathText,
@@ -94,6 +95,11 @@ class LossSection(Section):
 
     contrastive_weight: Annotated[float, Field(ge=0.0)] = Field(1.0, description="Factor.")
     caption_weight: Annotated[float, Field(ge=0.0)] = Field(2.0, description="Factor.")
+    caption_parallel: Fraction = Field(
+        0.0,
+        description="Share of samples whose caption is predicted in parallel: every input is the "
+        "start token, so that each word is found in the picture alone (CapPa).",
+    )
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
         0.0, description="Caption loss: probability mass spread over the vocabulary."
     )

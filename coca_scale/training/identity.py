@@ -56,11 +56,14 @@ KEYS: dict[str, Key] = {
     **_keys("data", Key.RESOLVED, "train lanes"),
     # which samples there are, and their order (docs/data.md)
     **_keys("data", Key.FIXED, "shuffle_window replacement captions filters"),
+    **_keys("data", Key.FIXED, "contrastive_captions caption_captions"),
     **_keys("data", Key.FIXED, "image_column caption_column encoding"),
     **_keys("data", Key.FREE, "val mean_tokens train_samples workers crop_scale_min"),
+    **_keys("data", Key.FREE, "caption_mean_tokens"),
     **_keys("data", Key.FREE, "retries timeout_seconds cache_dir cache_gigabytes max_bad_fraction"),
     **_keys("loss", Key.FIXED, "contrastive_weight caption_weight label_smoothing z_loss"),
     **_keys("loss", Key.FREE, "contrastive_chunk_rows contrastive_resident caption_chunk_rows"),
+    **_keys("loss", Key.FIXED, "caption_parallel"),
     **_keys("loss", Key.FREE, "caption_kernel"),
     **_keys("optim", Key.FIXED, "layer_decay"),  # the groups that the optimizer's state is cut for
     **_keys("optim", Key.FREE, "lr weight_decay beta1 beta2 eps clip_norm ema_decay"),

@@ -15,7 +15,14 @@ from typing import Any
 import torch
 
 from coca_scale.data.lengths import balanced_order
-from coca_scale.data.loader import LaneStates, StepBatch, TrainDataset, TrainLoader, deal_lanes
+from coca_scale.data.loader import (
+    Draws,
+    LaneStates,
+    StepBatch,
+    TrainDataset,
+    TrainLoader,
+    deal_lanes,
+)
 from coca_scale.data.sample import Source
 from coca_scale.data.sources import open_source, train_crop
 from coca_scale.data.tokens import FastTokenizer, Tokenizer, make_tokenizer
@@ -34,7 +41,7 @@ from coca_scale.errors import AgreedError, UserError
 from coca_scale.evaluation.zeroshot import open_labelled
 from coca_scale.model import CoCa, LogitScale, ModelConfig
 from coca_scale.model.weights import require_resizable
-from coca_scale.planning.check import tracking_fault
+from coca_scale.planning.check import caption_fault, tracking_fault
 from coca_scale.planning.costs import blocks_to_recompute, model_flops
 from coca_scale.planning.fit import fitted
 from coca_scale.planning.gpus import GPUS, Gpu, peak_flops
@@ -98,6 +105,7 @@ class Prepared:
             lanes=split.lanes,
             samples_per_lane=split.samples_per_lane,
             states=lanes,
+            draws=Draws.of(recipe),
         )
         arrange = partial(balanced_order, micro_batch=split.micro_batch)
         return TrainLoader(
@@ -130,6 +138,8 @@ class Preparation:
             with faults_of(stage.name):
                 BatchSplit.from_recipe(stage.recipe, world.size)
                 config = ModelConfig.from_recipe(stage.recipe.model)
+                if (fault := caption_fault(stage.recipe, config)) is not None:
+                    raise UserError(fault)
                 if before is not None and config != before:
                     require_resizable(before, config)
             before = config

@@ -6,7 +6,7 @@ from functools import cache
 
 import torch
 
-from coca_scale.data.loader import TrainDataset, TrainLoader, deal_lanes
+from coca_scale.data.loader import Draws, TrainDataset, TrainLoader, deal_lanes
 from coca_scale.data.sources import open_source, train_crop
 from coca_scale.data.tokens import make_tokenizer
 from coca_scale.model import load_model_config
@@ -33,6 +33,7 @@ def loader(
         lanes=lanes,
         samples_per_lane=batch // lanes,
         states=deal_lanes(lanes, rank, ranks, saved),
+        draws=Draws.of(recipe),
     )
     return TrainLoader(dataset, workers)
 

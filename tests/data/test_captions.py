@@ -43,7 +43,7 @@ def captions_of(weights, files=FILES, draws=4000):
     sample = SampleRules(weights, DataFilters()).sample("k", files, "s.tar")
     rng = np.random.default_rng(0)
     crop = TrainCrop(8, 1.0)
-    drawn = Counter(decode_sample(sample, Echo(), crop, rng)[1] for _ in range(draws))
+    drawn = Counter(decode_sample(sample, Echo(), crop, rng).tokens for _ in range(draws))
     return sample, {text: count / draws for text, count in drawn.items()}
 
 

@@ -19,7 +19,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 PREPARE = """
 from dataclasses import replace
-from coca_scale.model.packing import _packing
+from coca_scale.model.packing import packing_of
 from coca_scale.model.varlen import varlen_cross_attention, varlen_self_attention
 
 def heads_apart(x_BLW, heads):
@@ -44,7 +44,7 @@ def results(function, inputs, rows, heads, grad):
     return [out.detach(), *(x.grad for x in inputs)]
 
 def draw(lengths, heads, width, context, dtype, hidden=0.0, causal=True):
-    rows = _packing(torch.tensor(lengths))[0].map(lambda x: x.to(device))
+    rows = packing_of(torch.tensor(lengths))[0].map(lambda x: x.to(device))
     rows = replace(rows, causal=causal)
     count = sum(lengths)
     shape = (count, 3 * heads * width) if context is None else (count, heads * width)
@@ -82,7 +82,7 @@ for width in (8, 32, 64, 88):
 # A caption by itself is what it is among others.
 inputs, rows, grad = draw((9, 40, 3), 2, 32, None, torch.float16)
 found = results(varlen_self_attention, inputs, rows, 2, grad)
-alone = _packing(torch.tensor([40]))[0].map(lambda x: x.to(device))
+alone = packing_of(torch.tensor([40]))[0].map(lambda x: x.to(device))
 again = results(varlen_self_attention, [inputs[0][9:49]], alone, 2, grad[9:49])
 assert all(torch.equal(a[9:49], b) for a, b in zip(found, again, strict=True))
 # Rows that see nothing are zero, and have no gradient; scores far from zero do not overflow.
@@ -139,13 +139,15 @@ MODELS = """
 from coca_scale.model import CoCa, load_model_config
 from coca_scale.model.layers import Attention
 from tests.model.test_padding import uneven_captions
+from tests.model.test_targets import texts_of
 
-def gradients(model, images, tokens, weights, varlen):
+def gradients(model, images, tokens, targets, weights, varlen):
     for module in model.modules():
         if isinstance(module, Attention):
             module.varlen = varlen
     model.zero_grad()
-    features, sums = model(images, model.text.pack(tokens).to(torch.device(device)))
+    captions = model.text.pack(tokens, targets=targets)
+    features, sums = model(images, captions.to(torch.device(device)))
     ((features * weights).sum() + sum(sums.values()) / 10).backward()
     found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     return {"features": features.detach(), **sums, **found}
@@ -158,9 +160,9 @@ for kind, file in FILES.items():
     size = config.vision_cfg.image_size
     images = torch.randn(6, 3, size, size, dtype=torch.float16, device=device)
     weights = torch.randn(6, 2, config.embed_dim, dtype=torch.float16, device=device)
-    tokens = uneven_captions(config)
-    ours, theirs = (gradients(model, images, tokens, weights, v) for v in (True, False))
-    wide = images.double(), tokens, weights.double()
+    texts = (uneven_captions(config), None) if "clip" in kind else texts_of(config)
+    ours, theirs = (gradients(model, images, *texts, weights, v) for v in (True, False))
+    wide = images.double(), *texts, weights.double()
     exact = gradients(model.double(), *wide, False)
     assert ours.keys() == exact.keys()
     assert any(not torch.equal(ours[name], theirs[name]) for name in ours)
