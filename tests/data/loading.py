@@ -15,6 +15,13 @@ from tests.conftest import tiny_recipe
 BATCH = 12
 
 
+class Echo:
+    """A tokenizer that gives the caption back."""
+
+    def __call__(self, captions):
+        return captions
+
+
 @cache
 def _tokenizer():
     return make_tokenizer(load_model_config("coca_tiny"))

@@ -16,7 +16,7 @@ from coca_scale.data.sample import BadSample
 from coca_scale.recipe import RecipeError
 from coca_scale.recipe.data import DataFilters
 from tests.conftest import tiny_recipe
-from tests.data.loading import loader
+from tests.data.loading import Echo, loader
 from tests.data.shards import encoded
 
 FIELDS = {
@@ -30,13 +30,6 @@ FIELDS = {
     "NSFW": None,
 }
 FILES = {"jpg": encoded(), "txt": b"from txt", "json": json.dumps(FIELDS).encode()}
-
-
-class Echo:
-    """A tokenizer that gives the caption back."""
-
-    def __call__(self, captions):
-        return captions
 
 
 def captions_of(weights, files=FILES, draws=4000):

@@ -21,9 +21,8 @@ from coca_scale.recipe import load_recipe, recipe_from_dict
 from coca_scale.recipe.data import DataFilters
 from coca_scale.training.validation import HeldPictures, ToWrite
 from tests.conftest import tiny_recipe
-from tests.data.loading import loader
+from tests.data.loading import Echo, loader
 from tests.data.shards import encoded
-from tests.data.test_captions import Echo
 
 LONG = "A red cat. It sleeps on version 3.5 of a mat! Is it old? yes"
 FILES = {"jpg": encoded(), "txt": b"a cat", "json": json.dumps({"long": LONG}).encode()}

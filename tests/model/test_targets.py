@@ -8,15 +8,8 @@ import torch.nn.functional as F
 
 from coca_scale.model import CoCa
 from coca_scale.model.targets import Targets
-from tests.model.test_padding import uneven_captions
+from tests.model.captions import texts_of, uneven_captions
 from tests.variants import CAPTIONERS, variant
-
-
-def texts_of(config):
-    """Captions to match, captions to write, of which one is the same, and which are parallel."""
-    tokens, written = uneven_captions(config), uneven_captions(config).roll(2, 0)
-    written[4] = tokens[4]
-    return tokens, Targets(written, torch.tensor([0, 1, 0, 0, 0, 1]).bool())
 
 
 def inputs_of(targets, pad_id):

@@ -138,8 +138,7 @@ opcheck(ops.varlen_self_attention.default, (qkv[0].requires_grad_(), *others))
 MODELS = """
 from coca_scale.model import CoCa, load_model_config
 from coca_scale.model.layers import Attention
-from tests.model.test_padding import uneven_captions
-from tests.model.test_targets import texts_of
+from tests.model.captions import texts_of, uneven_captions
 
 def gradients(model, images, tokens, targets, weights, varlen):
     for module in model.modules():
