@@ -7,6 +7,7 @@ from coca_scale.losses.caption import LABEL as CAPTION
 from coca_scale.losses.caption import chunked_cross_entropy
 from coca_scale.losses.contrastive import LABEL as CONTRASTIVE
 from coca_scale.losses.contrastive import ContrastiveResult, FeatureGather, contrastive_loss
+from coca_scale.losses.distill import distill_loss, feature_loss
 
 # as people call them, by name; the first kind sees features and trains what makes them, the second
 # is a sum over tokens and trains the decoder
@@ -22,4 +23,6 @@ __all__ = [
     "FeatureGather",
     "chunked_cross_entropy",
     "contrastive_loss",
+    "distill_loss",
+    "feature_loss",
 ]
