@@ -31,6 +31,7 @@ PLACES = (
     *("data.cache_dir", "data.image_column", "data.caption_column", "data.captions"),
     *("data.filters.fields", "engine.deepspeed", "checkpoint.resume", "eval.zeroshot"),
     *("eval.classnames", "eval.templates", "log.wandb", "schedule.stages"),
+    *("loss.distill.teacher", "loss.distill.config"),
 )
 
 

@@ -35,6 +35,8 @@ MAX_EMPTY_EPOCHS = 10
 LOOK_SECONDS = 1.0
 
 LaneStates = dict[int, Position]
+# what a teacher is told of a sample and the caption that was drawn; raises BadSample
+Tell = Callable[[RawSample, str], Tensor]
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class StepBatch:
     Attributes:
         images: uint8 [n, 3, H, W], channels last in memory.
         tokens: int64 [n, T].
+        told: what a teacher is told of the samples, [n, …]; None where it is `tokens`, or nobody.
         keys: sample names.
         share_indices: int64 [n], index of each sample in this share before it was arranged.
         lanes: where each of this rank's lanes stands once this batch has been used.
@@ -52,6 +55,7 @@ class StepBatch:
 
     images: Tensor
     tokens: Tensor
+    told: Tensor | None
     keys: list[str]
     share_indices: Tensor
     lanes: LaneStates
@@ -72,6 +76,14 @@ def decode_sample(
     Raises:
         BadSample: the image cannot be used or is filtered out, or the caption has no words.
     """
+    pixels, caption = drawn_sample(sample, crop, rng)
+    return pixels, tokenizer([caption])[0]
+
+
+def drawn_sample(
+    sample: RawSample, crop: TrainCrop, rng: np.random.Generator
+) -> tuple[Tensor, str]:
+    """Pixels and the caption that was drawn; arguments and errors as of `decode_sample`."""
     if not sample.caption:
         raise BadSample("empty_caption", sample.key)
     caption = sample.caption
@@ -79,7 +91,7 @@ def decode_sample(
         weights = np.cumsum([weight for _, weight in sample.captions])
         drawn = np.searchsorted(weights, rng.uniform(0.0, weights[-1]), side="right")
         caption = sample.captions[min(int(drawn), len(weights) - 1)][0]
-    return train_pixels(sample.image, sample.key, crop, rng), tokenizer([caption])[0]
+    return train_pixels(sample.image, sample.key, crop, rng), caption
 
 
 @dataclass(frozen=True)
@@ -89,6 +101,7 @@ class _Taken:
     key: str
     pixels: Tensor
     tokens: Tensor
+    told: Tensor | None
 
 
 class _LaneReader:
@@ -117,7 +130,8 @@ class _LaneReader:
                 try:
                     if isinstance(sample, BadSample):
                         raise sample
-                    pixels, tokens = decode_sample(sample, d.tokenizer, d.crop, rng)
+                    pixels, caption = drawn_sample(sample, d.crop, rng)
+                    told = None if d.tell is None else d.tell(sample, caption)
                 except BadSample as bad:
                     skipped = bad.skipped
                     if isinstance(sample, RawSample):
@@ -126,7 +140,7 @@ class _LaneReader:
                     causes[skipped.cause] += skipped.lost
                     continue
                 good = True
-                yield _Taken(sample.key, pixels, tokens)
+                yield _Taken(sample.key, pixels, d.tokenizer([caption])[0], told)
             empty = 0 if good else empty + 1
             if empty == MAX_EMPTY_EPOCHS:  # each had other shards
                 found = causes_text(causes) or "nothing"
@@ -148,6 +162,7 @@ class TrainDataset(IterableDataset):
     lanes: int
     samples_per_lane: int
     states: LaneStates
+    tell: Tell | None = None
 
     def __iter__(self) -> Iterator[StepBatch | str]:
         """Endless; a DataError ends it and comes out as its text, so that all ranks can agree."""
@@ -169,6 +184,7 @@ class TrainDataset(IterableDataset):
 
     def _piece(self, readers: Mapping[int, _LaneReader]) -> StepBatch:
         taken = [r.take() for r in readers.values() for _ in range(self.samples_per_lane)]
+        told = [t.told for t in taken if t.told is not None]
         skipped = []
         for reader in readers.values():
             skipped += reader.skipped
@@ -177,6 +193,7 @@ class TrainDataset(IterableDataset):
             # as the pictures lie in memory: stacking without transposing
             images=torch.stack([t.pixels.permute(1, 2, 0) for t in taken]).permute(0, 3, 1, 2),
             tokens=torch.stack([t.tokens for t in taken]),
+            told=torch.stack(told) if told else None,
             keys=[t.key for t in taken],
             share_indices=torch.arange(len(taken)),
             lanes={lane: reader.position for lane, reader in readers.items()},
@@ -249,9 +266,11 @@ def _heed_signals_of_the_rank_alone() -> None:
 def _join(pieces: Sequence[StepBatch]) -> StepBatch:
     if len(pieces) == 1:
         return pieces[0]
+    told = [p.told for p in pieces if p.told is not None]
     return StepBatch(
         images=torch.cat([p.images for p in pieces]),
         tokens=torch.cat([p.tokens for p in pieces]),
+        told=torch.cat(told) if told else None,
         keys=[key for p in pieces for key in p.keys],
         share_indices=torch.arange(sum(len(p.keys) for p in pieces)),
         lanes={lane: position for p in pieces for lane, position in p.lanes.items()},
@@ -265,6 +284,7 @@ def _arranged(batch: StepBatch, order: Tensor) -> StepBatch:
         # channels stay last in memory, as they came
         images=batch.images.permute(0, 2, 3, 1)[order].permute(0, 3, 1, 2),
         tokens=batch.tokens[order],
+        told=None if batch.told is None else batch.told[order],
         keys=[batch.keys[i] for i in order.tolist()],
         share_indices=batch.share_indices[order],
     )
