@@ -18,6 +18,7 @@ and two log-sum-exps per sample, here of both models: tiles of z and y exist, ne
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -61,7 +62,7 @@ def distill_loss(
     ranks = dist.get_world_size(group) if group is not None else 1
     batch, width = ranks * len(mine), mine.shape[2]
     scale = log_scale.to(wide).exp().reshape(())
-    teacher_scale = scale.new_tensor(teacher_log_scale).exp()
+    teacher_scale = scale.new_full((), math.exp(teacher_log_scale))  # not a copy from the host
     grads = torch.zeros_like(mine, dtype=wide)
     tile = tile_of(chunk_rows, mine)
     sides = [

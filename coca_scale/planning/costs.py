@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ from torch.testing._internal.distributed.fake_pg import FakeProcessGroup
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from coca_scale.data.stored_features import StoredFeatures, are_stored
 from coca_scale.engine.config import (
     DTYPES,
     apply_settings,
@@ -25,7 +23,6 @@ from coca_scale.engine.config import (
     transfers,
 )
 from coca_scale.errors import UserError
-from coca_scale.inference.load import model_config
 from coca_scale.losses import FeatureGather, contrastive_loss, distill_loss
 from coca_scale.model import CoCa, ModelConfig
 from coca_scale.model.coca import Encoded
@@ -39,7 +36,7 @@ from coca_scale.planning.counting import (
     parts,
 )
 from coca_scale.planning.plan import Costs
-from coca_scale.planning.teacher import teacher_costs
+from coca_scale.planning.teacher import teacher_costs, teacher_width
 from coca_scale.planning.units import model_units
 from coca_scale.recipe import BatchSplit, Recipe
 
@@ -75,7 +72,7 @@ def count_costs(recipe: Recipe, batch: BatchSplit, varlen: bool = False) -> Cost
     bytes_per_flop = case.bytes_per_flop(_image_passes(recipe, model.config.vision_cfg))
     parameters = list(model.parameters())
     width, dtype = model.config.embed_dim, DTYPES[recipe.engine.precision]
-    taught = _teacher_width(recipe)
+    taught = teacher_width(recipe.loss.distill)
     whole = gathered_whole(model)
     in_layers = [p for module in whole for p in module.parameters()]
     return Costs(
@@ -258,16 +255,6 @@ def _named_parts(model: CoCa) -> dict[str, nn.Module]:
 
 def _drop(parameter: Tensor) -> None:
     parameter.grad = None
-
-
-def _teacher_width(recipe: Recipe) -> int:
-    """Elements of its features, 0 without a teacher."""
-    section = recipe.loss.distill
-    if section.teacher is None:
-        return 0
-    if are_stored(section.teacher):
-        return StoredFeatures(Path(section.teacher)).facts.embed_dim
-    return model_config(section.teacher, section.config).embed_dim
 
 
 def _loss_bytes(

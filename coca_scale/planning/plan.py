@@ -187,10 +187,12 @@ def _memory_with(
     reserved = RESERVED_BYTES if gpu.memory_bytes > 30e9 else 0
     working = costs.activations_bytes + costs.loss_bytes + buffers
     if taught is not None:  # which is through before the model begins
-        working = max(working, taught.peak_bytes + buffers)
+        gathered = 2 * taught.weights_bytes // max(1, taught.blocks) if cut else 0
+        working = max(working, taught.peak_bytes + gathered + buffers)
     here = round(state.total + teacher + working + state.updating) if gpu.is_host else 0
+    built = costs.parameters + (0 if taught is None else taught.parameters)
     in_host = host_bytes(
-        recipe, batch, costs.image_size, costs.parameters, state.offloaded + here, state.saved
+        recipe, batch, costs.image_size, built, state.offloaded + here, state.saved
     )
     total = round(state.total + teacher + max(working, state.updating) + reserved)
     total = in_host.total if gpu.is_host else total

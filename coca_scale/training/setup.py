@@ -39,6 +39,7 @@ from coca_scale.planning.check import tracking_fault
 from coca_scale.planning.costs import blocks_to_recompute, model_flops
 from coca_scale.planning.fit import fitted, teacher_is_cut
 from coca_scale.planning.gpus import GPUS, Gpu, peak_flops
+from coca_scale.planning.teacher import require_same_size
 from coca_scale.recipe import BatchSplit, Recipe, dump_recipe
 from coca_scale.recipe.data import WeightedShards
 from coca_scale.recipe.run_folder import CHECKPOINTS, RECIPE, VERSIONS
@@ -49,7 +50,7 @@ from coca_scale.training.identity import Identity, compare, identify
 from coca_scale.training.initial import find_start, initial_model, trained_sizes
 from coca_scale.training.positions import Positions, Skip
 from coca_scale.training.preflight import preflight, room_for_checkpoints, room_in_host
-from coca_scale.training.teaching import Teaching, find_teaching, require_same_size
+from coca_scale.training.teaching import Teaching, find_teaching
 from coca_scale.training.validation import Validation
 from coca_scale.version import __version__
 

@@ -19,7 +19,6 @@ from coca_scale.engine.teacher import RunningTeacher, StoredTeacher, Teacher
 from coca_scale.engine.world import World
 from coca_scale.errors import UserError
 from coca_scale.inference.load import Found, find_model
-from coca_scale.model import ModelConfig
 from coca_scale.model.weights import build_model
 from coca_scale.recipe import Recipe
 from coca_scale.recipe.distill import DistillSection
@@ -76,20 +75,6 @@ def find_teaching(section: DistillSection) -> Teaching | None:
         raise UserError(
             f"loss.distill.teacher: {error}; or a folder of features (coca-scale data embed)"
         ) from error
-
-
-def require_same_size(section: DistillSection, width: int, config: ModelConfig) -> None:
-    """See that features can be compared where the recipe compares them.
-
-    Raises:
-        UserError: they are of another size than the student's.
-    """
-    if section.feature_weight and width != config.embed_dim:
-        raise UserError(
-            f"loss.distill.feature_weight: the teacher's features have {width} elements, this "
-            f"model's {config.embed_dim}; set it to 0 and learn from similarities, or take a "
-            "teacher of the same embed_dim"
-        )
 
 
 @dataclass(frozen=True)
