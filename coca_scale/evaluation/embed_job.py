@@ -29,6 +29,8 @@ from coca_scale.evaluation.pictures import Part, Picture, read_pictures
 from coca_scale.model.weights import require_finite_features
 from coca_scale.recipe.lock import folder_claim
 
+_UNREAD = ("missing_shard", "unreadable_shard")
+
 
 @dataclass
 class Embedded:
@@ -91,7 +93,7 @@ class EmbedJob:
         self._done = Embedded()
 
     def to_folder(self, folder: Path) -> Embedded:
-        """A file for every shard that has none yet.
+        """A file for every shard that has none yet; none for one that cannot be read to its end.
 
         Raises:
             DataError: a folder of another teacher.
@@ -120,6 +122,7 @@ class EmbedJob:
 
     def _embed(self, part: Part, path: Path) -> None:
         started, done = time.perf_counter(), self._done
+        before = done.bad.copy()
         config = self._encoder.config
         width, size = config.embed_dim, config.vision_cfg.image_size
         samples: list[tuple[str, tuple[str, ...]]] = []
@@ -132,6 +135,8 @@ class EmbedJob:
             captions = [caption for picture in batch for caption in picture.captions]
             texts += self._texts(captions)
             samples += [(picture.key, picture.captions) for picture in batch]
+        if any(done.bad[cause] > before[cause] for cause in _UNREAD):
+            return  # there may be more of it another time
         found = torch.cat(images), torch.cat(texts)
         require_finite_features(torch.cat(found), "pictures and captions")
         write_features(path, samples, *found)

@@ -122,6 +122,13 @@ def test_a_folder_is_of_one_teacher_and_a_shard_known_by_its_name(trained, shard
     assert not list(out.glob("000*"))
 
 
+def test_a_shard_that_could_not_be_read_is_tried_again(trained, shards, tmp_path):
+    later = f"pipe:cat {tmp_path}/later.tar"
+    told = embed(trained.folder, shards / "001.tar", later, "--out", tmp_path)
+    assert "8 pictures" in told and "unreadable_shard" in told
+    assert [path.name for path in tmp_path.glob("*.safetensors")] == ["001.safetensors"]
+
+
 def test_what_is_damaged_is_told(tmp_path, shards, trained):
     assert not are_stored(str(tmp_path))
     embed(trained.folder, shards / "001.tar", "--out", tmp_path)
