@@ -32,6 +32,7 @@ PLACES = (
     *("data.contrastive_captions", "data.caption_captions"),
     *("data.filters.fields", "engine.deepspeed", "checkpoint.resume", "eval.zeroshot"),
     *("eval.classnames", "eval.templates", "log.wandb", "schedule.stages"),
+    *("loss.distill.teacher", "loss.distill.config"),
 )
 
 

@@ -38,6 +38,8 @@ MAX_EMPTY_EPOCHS = 10
 LOOK_SECONDS = 1.0
 
 LaneStates = dict[int, Position]
+# what a teacher is told of a sample and the caption that was drawn; raises BadSample
+Tell = Callable[[RawSample, str], Tensor]
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class StepBatch:
         images: uint8 [n, 3, H, W], channels last in memory.
         tokens: int64 [n, T].
         targets: what is to be written, where that is not always the same; of the same T.
+        told: what a teacher is told of the samples, [n, …]; None where it is `tokens`, or nobody.
         keys: sample names.
         share_indices: int64 [n], index of each sample in this share before it was arranged.
         lanes: where each of this rank's lanes stands once this batch has been used.
@@ -57,6 +60,7 @@ class StepBatch:
     images: Tensor
     tokens: Tensor
     targets: Targets | None
+    told: Tensor | None
     keys: list[str]
     share_indices: Tensor
     lanes: LaneStates
@@ -94,12 +98,14 @@ class Decoded(NamedTuple):
     Attributes:
         pixels: uint8 [3, size, size].
         tokens: int64 [T], of the caption that is matched.
+        caption: which that is.
         target: int64 [T], of that which is written; None where it is the same.
         parallel: whether that is predicted in parallel.
     """
 
     pixels: Tensor
     tokens: Tensor
+    caption: str
     target: Tensor | None = None
     parallel: bool = False
 
@@ -131,7 +137,7 @@ def decode_sample(
     pixels = train_pixels(sample.image, sample.key, crop, rng)
     target = None if targets is None or not draws.match else tokenizer([_drawn(targets, rng)])[0]
     parallel = draws.parallel > 0 and bool(rng.random() < draws.parallel)
-    return Decoded(pixels, tokenizer([caption])[0], target, parallel)
+    return Decoded(pixels, tokenizer([caption])[0], caption, target, parallel)
 
 
 def _drawn(captions: Sequence[tuple[str, float]], rng: np.random.Generator) -> str:
@@ -147,6 +153,7 @@ class _Taken(NamedTuple):
 
     key: str
     sample: Decoded
+    told: Tensor | None
 
 
 class _LaneReader:
@@ -176,6 +183,7 @@ class _LaneReader:
                     if isinstance(sample, BadSample):
                         raise sample
                     decoded = decode_sample(sample, d.tokenizer, d.crop, rng, d.draws)
+                    told = None if d.tell is None else d.tell(sample, decoded.caption)
                 except BadSample as bad:
                     skipped = bad.skipped
                     if isinstance(sample, RawSample):
@@ -184,7 +192,7 @@ class _LaneReader:
                     causes[skipped.cause] += skipped.lost
                     continue
                 good = True
-                yield _Taken(sample.key, decoded)
+                yield _Taken(sample.key, decoded, told)
             empty = 0 if good else empty + 1
             if empty == MAX_EMPTY_EPOCHS:  # each had other shards
                 found = causes_text(causes) or "nothing"
@@ -207,6 +215,7 @@ class TrainDataset(IterableDataset):
     samples_per_lane: int
     states: LaneStates
     draws: Draws = EVERY
+    tell: Tell | None = None
 
     def __iter__(self) -> Iterator[StepBatch | str]:
         """Endless; a DataError ends it and comes out as its text, so that all ranks can agree."""
@@ -228,6 +237,7 @@ class TrainDataset(IterableDataset):
 
     def _piece(self, readers: Mapping[int, _LaneReader]) -> StepBatch:
         taken = [r.take() for r in readers.values() for _ in range(self.samples_per_lane)]
+        told = [t.told for t in taken if t.told is not None]
         skipped = []
         for reader in readers.values():
             skipped += reader.skipped
@@ -238,6 +248,7 @@ class TrainDataset(IterableDataset):
             images=torch.stack([s.pixels.permute(1, 2, 0) for s in samples]).permute(0, 3, 1, 2),
             tokens=torch.stack([s.tokens for s in samples]),
             targets=_targets(samples, self.draws.parallel > 0),
+            told=torch.stack(told) if told else None,
             keys=[t.key for t in taken],
             share_indices=torch.arange(len(taken)),
             lanes={lane: reader.position for lane, reader in readers.items()},
@@ -322,10 +333,12 @@ def _heed_signals_of_the_rank_alone() -> None:
 def _join(pieces: Sequence[StepBatch]) -> StepBatch:
     if len(pieces) == 1:
         return pieces[0]
+    told = [p.told for p in pieces if p.told is not None]
     return StepBatch(
         images=torch.cat([p.images for p in pieces]),
         tokens=torch.cat([p.tokens for p in pieces]),
         targets=Targets.cat([p.targets for p in pieces]),
+        told=torch.cat(told) if told else None,
         keys=[key for p in pieces for key in p.keys],
         share_indices=torch.arange(sum(len(p.keys) for p in pieces)),
         lanes={lane: position for p in pieces for lane, position in p.lanes.items()},
@@ -340,6 +353,7 @@ def _arranged(batch: StepBatch, order: Tensor) -> StepBatch:
         images=batch.images.permute(0, 2, 3, 1)[order].permute(0, 3, 1, 2),
         tokens=batch.tokens[order],
         targets=None if batch.targets is None else batch.targets[order],
+        told=None if batch.told is None else batch.told[order],
         keys=[batch.keys[i] for i in order.tolist()],
         share_indices=batch.share_indices[order],
     )

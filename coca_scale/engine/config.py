@@ -249,18 +249,23 @@ def apply_settings(
         model.caption_head.label_smoothing = recipe.loss.label_smoothing
         model.caption_head.z_loss = recipe.loss.z_loss
         model.caption_head.kernel = recipe.loss.caption_kernel
-    wanted = recipe.engine.attention_kernel == "triton"
+    apply_kernels(model, recipe.engine, varlen)
+    for layer in _fp8_layers(model):
+        layer.fp8 = recipe.engine.fp8
+
+
+def apply_kernels(model: CoCa, engine: EngineSection, varlen: bool | None = None) -> None:
+    """What attends in a model that computes in `engine.precision`; `varlen` as `apply_settings`."""
+    wanted = engine.attention_kernel == "triton"
     kernel = _attention_kernel() if wanted else None
     varlen = kernel is not None if varlen is None else varlen and wanted
-    varlen = varlen and recipe.engine.precision != "fp32"
+    varlen = varlen and engine.precision != "fp32"
     for module in model.modules():
         if isinstance(module, SelfAttention):
             module.kernel = kernel
         if isinstance(module, Attention):
             width = module.head_width
             module.varlen = varlen and width % 8 == 0 and width <= MOST_HEAD_WIDTH
-    for layer in _fp8_layers(model):
-        layer.fp8 = recipe.engine.fp8
 
 
 def own_attention(model: CoCa, precision: str) -> str | None:

@@ -27,6 +27,7 @@ from coca_scale.openclip.newer import (
     split_newer,
 )
 from coca_scale.openclip.options import OPTIONS, Fate
+from coca_scale.openclip.weight_files import WEIGHT_SUFFIXES
 from coca_scale.recipe import recipe_from_dict
 from coca_scale.recipe.batch import default_lanes
 from coca_scale.recipe.files import read_text
@@ -218,6 +219,8 @@ def _refuse(args: Namespace, newer: Given, typed: Sequence[str]) -> None:
         )
     if args.csv_separator not in ("\t", ",", "\\t"):
         faults.append(f"--csv-separator {args.csv_separator}: tables have tabs or commas")
+    if (args.distill_model is None) != (args.distill_pretrained is None):
+        faults.append("--distill-model and --distill-pretrained: OpenCLIP distills with both only")
     if args.train_data is None and args.dataset_type != "synthetic":
         faults.append("--train-data is missing")
     if faults:
@@ -368,10 +371,21 @@ def _sources(names: str, factors: str | None) -> Any:
 def _loss(args: Namespace) -> dict[str, Any]:
     """OpenCLIP takes the captioning loss if the name of the model has "coca" in it."""
     captions = load_model_config(args.model).multimodal_cfg is not None
-    return {
+    weights = {
         "contrastive_weight": args.coca_contrastive_loss_weight if captions else 1.0,
         "caption_weight": args.coca_caption_loss_weight if captions else 0.0,
     }
+    return weights | _distill(args)
+
+
+def _distill(args: Namespace) -> dict[str, Any]:
+    """A teacher, which OpenCLIP has for CLIP only, without accumulation and with weight 1."""
+    model, weights = args.distill_model, args.distill_pretrained
+    if model is None:
+        return {}
+    if Path(weights).suffix in WEIGHT_SUFFIXES:
+        return {"distill": {"teacher": weights, "config": model}}
+    return {"distill": {"teacher": f"{model}@{weights}"}}
 
 
 def _schedule(args: Namespace, epoch: int | None) -> dict[str, Any]:

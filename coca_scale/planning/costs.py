@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -25,14 +24,21 @@ from coca_scale.engine.config import (
     transfers,
 )
 from coca_scale.errors import UserError
-from coca_scale.losses import FeatureGather, contrastive_loss
+from coca_scale.losses import FeatureGather, contrastive_loss, distill_loss
 from coca_scale.model import CoCa, ModelConfig
 from coca_scale.model.coca import Encoded
 from coca_scale.model.freeze import freeze
 from coca_scale.model.targets import Targets
 from coca_scale.model.tower_config import VisionConfig
-from coca_scale.planning.counting import LiveBytes, flops, parts
+from coca_scale.planning.counting import (
+    LiveBytes,
+    caption_quantiles,
+    default_dtype,
+    flops,
+    parts,
+)
 from coca_scale.planning.plan import Costs
+from coca_scale.planning.teacher import teacher_costs, teacher_width
 from coca_scale.planning.units import model_units
 from coca_scale.recipe import BatchSplit, Recipe
 
@@ -68,6 +74,7 @@ def count_costs(recipe: Recipe, batch: BatchSplit, varlen: bool = False) -> Cost
     bytes_per_flop = case.bytes_per_flop(_image_passes(recipe, model.config.vision_cfg))
     parameters = list(model.parameters())
     width, dtype = model.config.embed_dim, DTYPES[recipe.engine.precision]
+    taught = teacher_width(recipe.loss.distill)
     whole = gathered_whole(model)
     in_layers = [p for module in whole for p in module.parameters()]
     return Costs(
@@ -81,7 +88,7 @@ def count_costs(recipe: Recipe, batch: BatchSplit, varlen: bool = False) -> Cost
             *(_numel(module.parameters()) for module in whole),
         ),
         bucket=transfers(model).bucket,
-        features_bytes=batch.samples_per_rank * 2 * width * dtype.itemsize,
+        features_bytes=batch.samples_per_rank * 2 * (width + taught) * dtype.itemsize,
         checkpointing=recipe.engine.activation_checkpointing,
         recomputed=len(recomputed),
         blocks=len(model.blocks()),
@@ -92,7 +99,8 @@ def count_costs(recipe: Recipe, batch: BatchSplit, varlen: bool = False) -> Cost
         tower_flops=tower_flops,
         step_flops=step_flops,
         bytes_per_flop=bytes_per_flop,
-        loss_bytes=_contrastive_bytes(recipe, batch, width, dtype),
+        loss_bytes=_loss_bytes(recipe, batch, (width, taught), dtype),
+        teacher=teacher_costs(recipe, batch, varlen),
     )
 
 
@@ -156,7 +164,7 @@ class _Case:
         dtype = DTYPES[recipe.engine.precision]
         micro, size = batch.micro_batch, config.vision_cfg.image_size
         tokens, targets = _captions(recipe, micro, config)
-        with FakeTensorMode() as self.fake, _default_dtype(dtype):
+        with FakeTensorMode() as self.fake, default_dtype(dtype):
             self.model = CoCa(config).train()
             images = torch.randn(micro, 3, size, size, dtype=dtype)
             self.sample_ids = torch.arange(micro)  # by which patches are dropped
@@ -250,19 +258,6 @@ def _captions(recipe: Recipe, count: int, config: ModelConfig) -> tuple[Tensor, 
     return tokens, Targets(written, parallel > 0)
 
 
-def caption_quantiles(captions: int, mean_tokens: float, context: int, pad_id: int) -> Tensor:
-    """Token ids [captions, context] whose lengths are evenly spaced quantiles of a distribution.
-
-    A start and an end token, and between them a Poisson number of words.
-    """
-    generator = torch.Generator().manual_seed(0)
-    words = torch.poisson(torch.full((8192,), max(mean_tokens - 2, 0.0)), generator).sort().values
-    quantiles = ((torch.arange(captions) + 0.5) / captions * len(words)).long()
-    lengths = (words[quantiles].long() + 2).clamp(max=context)
-    inside = torch.arange(context) < lengths[:, None]
-    return torch.where(inside, pad_id + 1, pad_id)
-
-
 def _numel(parameters: Iterable[Tensor]) -> int:
     return sum(parameter.numel() for parameter in parameters)
 
@@ -277,30 +272,31 @@ def _named_parts(model: CoCa) -> dict[str, nn.Module]:
     return {name.replace("_", " "): part for name, part in model.named_children()}
 
 
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """New parameters have it; those without data cannot be cast in place."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
 def _drop(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-def _contrastive_bytes(recipe: Recipe, batch: BatchSplit, width: int, dtype: torch.dtype) -> int:
-    """Most bytes alive in the loss of the global batch on one of its ranks."""
-    features = torch.empty(batch.samples_per_rank, 2, width, dtype=dtype, device="meta")
+def _loss_bytes(
+    recipe: Recipe, batch: BatchSplit, widths: tuple[int, int], dtype: torch.dtype
+) -> int:
+    """Most bytes alive in the losses of features of the global batch on one of its ranks."""
+    features, teacher = (
+        torch.empty(batch.samples_per_rank, 2, width, dtype=dtype, device="meta")
+        for width in widths
+    )
     scale = torch.zeros((), device="meta")
 
     def count(group: dist.ProcessGroup | None) -> int:
         with LiveBytes() as live:
-            gather = FeatureGather(features, group, recipe.loss.contrastive_resident)
-            contrastive_loss(gather, scale, group, recipe.loss.contrastive_chunk_rows)
+            about, resident = (
+                (group, recipe.loss.contrastive_chunk_rows),
+                recipe.loss.contrastive_resident,
+            )
+            taught = teacher if widths[1] else None
+            gather = FeatureGather(features, group, resident, taught)
+            contrastive_loss(gather, scale, *about)
+            if recipe.loss.weight("distill"):
+                distill_loss(gather, scale, 0.0, *about)
         return live.peak
 
     # of its own, beside that of a job whose rank counts; a constructor until torch 2.8

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from coca_scale.recipe.data import DataSection
+from coca_scale.recipe.distill import DistillSection
 from coca_scale.recipe.lanes import usual_lanes
 from coca_scale.recipe.section import (
     MAX_STEPS,
@@ -91,7 +92,8 @@ class LossSection(Section):
 
     def weight(self, name: str) -> float:
         """Of a loss, by its name."""
-        return float(getattr(self, f"{name}_weight"))
+        of_teacher = self.distill.weights()
+        return of_teacher[name] if name in of_teacher else float(getattr(self, f"{name}_weight"))
 
     contrastive_weight: Annotated[float, Field(ge=0.0)] = Field(1.0, description="Factor.")
     caption_weight: Annotated[float, Field(ge=0.0)] = Field(2.0, description="Factor.")
@@ -99,6 +101,11 @@ class LossSection(Section):
         0.0,
         description="Share of samples whose caption is predicted in parallel: every input is the "
         "start token, so that each word is found in the picture alone (CapPa).",
+    )
+    distill: DistillSection = Field(
+        default_factory=lambda: DistillSection(),
+        description="A teacher: {teacher: MODEL, weight: 1.0, feature_weight: 0.0}, or a folder of "
+        "features instead of the model; docs/distillation.md.",
     )
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
         0.0, description="Caption loss: probability mass spread over the vocabulary."

@@ -176,11 +176,13 @@ def _training_facts(record: RunRecord) -> dict[str, str]:
     shards = [source.shards for stage in stages for source in stage.data.train]
     sources = [name for of in shards for name in (of if isinstance(of, list) else [of])]
     start, optim, schedule = recipe.model.pretrained, recipe.optim, recipe.schedule
+    teacher = recipe.loss.distill.teacher
     weights = {name: stages[-1].loss.weight(name) for name in LABELS}
     several = len(stages) > 1
     return {
         "data": ", ".join(dict.fromkeys(map(public_text, sources))),
         **({"starting from": public_text(start)} if start else {}),
+        **({"learnt from": public_text(teacher)} if teacher else {}),
         "samples seen": _length(record.metrics[-1], with_batch=not several),
         **({"stages": "; then ".join(map(_stage, stages))} if several else {}),
         "loss": " + ".join(f"{weight} × {name}" for name, weight in weights.items() if weight),

@@ -62,6 +62,7 @@ KEYS: dict[str, Key] = {
     **_keys("data", Key.FREE, "caption_mean_tokens"),
     **_keys("data", Key.FREE, "retries timeout_seconds cache_dir cache_gigabytes max_bad_fraction"),
     **_keys("loss", Key.FIXED, "contrastive_weight caption_weight label_smoothing z_loss"),
+    **_keys("loss", Key.RESOLVED, "distill"),
     **_keys("loss", Key.FREE, "contrastive_chunk_rows contrastive_resident caption_chunk_rows"),
     **_keys("loss", Key.FIXED, "caption_parallel"),
     **_keys("loss", Key.FREE, "caption_kernel"),
@@ -118,6 +119,7 @@ class Identity:
         tokenizer: digest of what it makes of captions.
         data: digest of the training data's names, sizes and weights, wherever they lie.
         samples: digest of the first samples; None if one of them could not be read.
+        teacher: digest of what the run learns from beside its data; None for nothing.
     """
 
     recipe: dict[str, Any]
@@ -125,18 +127,30 @@ class Identity:
     tokenizer: str
     data: str
     samples: str | None
+    teacher: str | None = None
 
 
 def identify(
-    run: Recipe, recipe: Recipe, ranks: int, tokenizer: Tokenizer, source: Source
+    run: Recipe,
+    recipe: Recipe,
+    ranks: int,
+    tokenizer: Tokenizer,
+    source: Source,
+    teacher: str | None = None,
 ) -> Identity:
     """What a run is in the stage that has `recipe`; reads the first samples of its data."""
     values = recipe.model_dump(mode="json")
     flat = {key: _value(values, key) for key in KEYS}
     flat[STAGES] = run.model_dump(mode="json")["schedule"]["stages"]
+    tokens = tokenizer_digest(tokenizer)
+    return Identity(flat, ranks, tokens, source.identity(), _first_samples(source), teacher)
+
+
+def tokenizer_digest(tokenizer: Tokenizer) -> str:
+    """Of what it makes of captions, its context included."""
     about = (tokenizer.vocab_size, tokenizer.start_id, tokenizer.end_id, tokenizer.pad_id)
     ids = [ids.tolist() for ids in tokenizer(list(_PROBES))]
-    return Identity(flat, ranks, _digest(about, ids), source.identity(), _first_samples(source))
+    return _digest(about, ids)
 
 
 def compare(
@@ -181,6 +195,7 @@ def compare(
                 (other if kind is Key.FIXED else changed).append(line)
         if identity["tokenizer"] != now.tokenizer and not other:  # another context cuts elsewhere
             other.append("the tokenizer makes other tokens of captions")
+        other += _other_teacher(identity.get("teacher"), now.teacher, values, now.recipe)
         moved = values.get("data.train") != now.recipe["data.train"]
         other += _other_data(identity, now, moved, notes)
         if identity["ranks"] != now.ranks:
@@ -220,6 +235,20 @@ def _other_stages(old: list[Any], new: list[Any], finished: int) -> Iterator[str
             if before.get(key) != after.get(key):
                 shown = f"{_shown(before.get(key))} → {_shown(after.get(key))}"
                 yield f"{STAGES}.{number}.{key} {shown}, of a stage that is finished"
+
+
+def _other_teacher(
+    old: str | None, new: str | None, before: Mapping[str, Any], after: Mapping[str, Any]
+) -> Iterator[str]:
+    """What of a teacher makes it another run: who it is, and how much is learnt from it."""
+    if old != new:
+        there = ("none" if one is None else "one" for one in (old, new))
+        yield f"loss.distill: {'another teacher' if old and new else ' → '.join(there)}"
+    elif new is not None:
+        for key in ("weight", "feature_weight"):
+            values = [recipe["loss.distill"][key] for recipe in (before, after)]
+            if values[0] != values[1]:
+                yield f"loss.distill.{key} {values[0]} → {values[1]}"
 
 
 def _other_data(

@@ -10,7 +10,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from coca_scale.data.loader import LaneStates
+from coca_scale.data.loader import LaneStates, StepBatch
 from coca_scale.data.prefetch import Prefetcher, ReadyBatch
 from coca_scale.engine.checkpoint import find_checkpoint, fitting_state
 from coca_scale.engine.ownership import Owner
@@ -163,7 +163,7 @@ class Trainer:
         span = recipe.log.profile_steps if self.world.rank == 0 else None
         with (
             closing(samples),
-            closing(Prefetcher(samples, self.engine.lay_out, self.world.device)) as batches,
+            closing(self._ahead(samples)) as batches,
             GarbageCollection(recipe.engine.gc_every_steps) as garbage,
             StepProfiler(span, self.folder / PROFILE, log.say) as profiler,
         ):
@@ -189,11 +189,16 @@ class Trainer:
                     meter.restart()
         return Asked()
 
+    def _ahead(self, samples: Iterator[StepBatch]) -> Prefetcher:
+        engine = self.engine
+        return Prefetcher(samples, engine.lay_out, self.world.device, engine.lay_out_lesson)
+
     def _train_step(self, batch: ReadyBatch) -> None:
         lr = rate_of(self.setup.preparation.stages, self.step)
         seen = self.stage.samples_seen(self.step)
         share = batch.share
-        flight = self.engine.step(share.images, batch.captions, lr, seen, share.share_indices)
+        about = (lr, seen, share.share_indices, batch.lesson)
+        flight = self.engine.step(share.images, batch.captions, *about)
         self.step += 1
         self.lanes = share.lanes
         self._behind.append(_Behind(self.step, flight, lr, share.keys, share.lanes))

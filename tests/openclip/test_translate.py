@@ -155,10 +155,23 @@ def test_gpus_are_those_of_the_launcher(launcher, gpus):
 
 
 @pytest.mark.parametrize(
+    ("weights", "teacher"),
+    [
+        ("openai", {"teacher": "ViT-L-14@openai"}),
+        ("logs/epoch_3.pt", {"teacher": "logs/epoch_3.pt", "config": "ViT-L-14"}),
+    ],
+)
+def test_a_teacher_is_taken_over(weights, teacher):
+    distill = f"--distill-model ViT-L-14 --distill-pretrained {weights}"
+    command = f"python -m open_clip_train.main --model ViT-B-32 --train-data a.csv {distill}"
+    assert translate(command).recipe["loss"]["distill"] == teacher
+
+
+@pytest.mark.parametrize(
     ("more", "message"),
     [
         ("--siglip", "softmax"),
-        ("--distill-model ViT-L-14", "no distillation"),
+        ("--distill-model ViT-L-14", "OpenCLIP distills with both only"),
         ("--opt timm/lion", "AdamW"),
         ("--resume logs/epoch_3.pt", "--pretrained logs/epoch_3.pt"),
         ("--no-such-option", "unrecognized arguments: --no-such-option"),
