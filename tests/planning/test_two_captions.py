@@ -38,7 +38,7 @@ def refusal_on_rank(_rank, _ranks, recipes):
     world, found = start_world(60), []
     for recipe in recipes:
         try:
-            Preparation(recipe, world)
+            Preparation(recipe, world, None)
             found.append(None)
         except UserError as error:
             found.append(str(error))
