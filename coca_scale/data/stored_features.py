@@ -34,6 +34,7 @@ from coca_scale.recipe.whole_files import whole_file, write_whole
 MANIFEST = "teacher.json"
 SUFFIX = ".safetensors"
 MISSING = "missing_features"
+_DTYPES = {"captions": "I64", "picture": "I32", "images": "F16", "texts": "F16"}
 _OPEN_FILES = 256  # of a loader process: maps of files, and an index of each
 
 
@@ -109,23 +110,34 @@ def are_stored(name: str) -> bool:
     return (Path(name) / MANIFEST).is_file()
 
 
-class _File:
-    """Features of one shard; rows are read when they are asked for."""
+class FeatureFile:
+    """Features of one shard; rows are read when they are asked for.
+
+    Attributes:
+        pictures: how many it has.
+    """
 
     def __init__(self, path: Path, width: int) -> None:
+        """Raises DataError for a damaged file, and for features that are not `width` wide."""
+        other = DataError(f"{path}: its features are not those that {MANIFEST} tells of")
         try:
             file = safe_open(path, framework="np")
-            self._captions = file.get_tensor("captions")
-            self._picture = file.get_tensor("picture")
-            self._images, self._texts = file.get_slice("images"), file.get_slice("texts")
+            slices = {name: file.get_slice(name) for name in _DTYPES}
+            shapes = [found.get_shape() for found in slices.values()]
+            if {name: found.get_dtype() for name, found in slices.items()} != _DTYPES:
+                raise other
+            self._captions, self._picture = (file.get_tensor(n) for n in ("captions", "picture"))
         except (SafetensorError, OSError) as error:
             raise DataError(f"{path}: not readable as stored features ({error})") from error
-        shapes = [self._images.get_shape(), self._texts.get_shape()]
-        rows = len(self._captions)
-        if [shape[1:] for shape in shapes] != [[width]] * 2 or shapes[1][0] != rows:
-            raise DataError(f"{path}: its features are not those that {MANIFEST} tells of")
+        self._images, self._texts = slices["images"], slices["texts"]
+        rows = len(self._captions) if self._captions.ndim else 0
+        self.pictures = shapes[2][0] if shapes[2] else 0
+        fitting = shapes == [[rows], [rows], [self.pictures, width], [rows, width]]
+        if not fitting or not ((self._picture >= 0) & (self._picture < self.pictures)).all():
+            raise other
 
     def pair(self, caption: int) -> Tensor | None:
+        """fp16 [2, width] (image, text) of the caption with this hash; None if there is none."""
         row = int(np.searchsorted(self._captions, caption))
         if row == len(self._captions) or self._captions[row] != caption:
             return None
@@ -135,8 +147,8 @@ class _File:
 
 
 @lru_cache(_OPEN_FILES)
-def _opened(path: Path, width: int) -> _File:
-    return _File(path, width)
+def _opened(path: Path, width: int) -> FeatureFile:
+    return FeatureFile(path, width)
 
 
 def feature_file(shard: str) -> str:

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from coca_scale.data.sample import DataError, causes_text
 from coca_scale.data.stored_features import (
+    FeatureFile,
     TeacherFacts,
     feature_file,
     twice,
@@ -108,8 +108,7 @@ class EmbedJob:
         for number in range(world.rank, len(parts), world.size):
             path = folder / feature_file(parts[number].name)
             if path.is_file():
-                with safe_open(path, framework="np") as file:
-                    done.there += file.get_slice("images").get_shape()[0]
+                done.there += FeatureFile(path, self._facts.embed_dim).pictures
             else:
                 owner.require()
                 self._embed(parts[number], path)
