@@ -85,7 +85,8 @@ class Draws:
     def of(cls, recipe: Recipe) -> Draws:
         """As a recipe has it; a loss of weight 0 has no caption of its own."""
         loss = recipe.loss
-        match, write = loss.weight("contrastive") > 0, loss.weight("caption") > 0
+        match = loss.learns("contrastive", "distill", "distill_features")
+        write = loss.learns("caption")
         return cls(match, write, loss.caption_parallel if write else 0.0)
 
 

@@ -36,7 +36,6 @@ from coca_scale.engine.zero_files import (
 from coca_scale.errors import AgreedError, UserError
 from coca_scale.model.config import ModelConfig, parse_model_config
 from coca_scale.model.pickles import read_pickle
-from coca_scale.model.weights import LOGIT_SCALE
 from coca_scale.recipe.files import read_json_as, sha256_of, validated
 
 MANIFEST = "manifest.json"
@@ -336,7 +335,8 @@ def read_weights(folder: Path, raw: bool = False) -> dict[str, Tensor]:
         weights = replica_weights(folder)
     else:
         weights = full_weights(folder / AVERAGE_FOLDER if averaged else folder)
-    return {**weights, **read_constants(folder), LOGIT_SCALE: state.model["log_scale"]}
+    scale = {f"logit_scale.{name}": tensor for name, tensor in state.model.items()}
+    return {**weights, **read_constants(folder), **scale}
 
 
 @dataclass(frozen=True)
@@ -345,7 +345,7 @@ class _Scale:
 
     ranks: Annotated[int, Field(ge=1)]
     zero_stage: Literal[0, 1, 2, 3]
-    model: Annotated[dict[Literal["log_scale"], InstanceOf[Tensor]], Field(min_length=1)]
+    model: Annotated[dict[Literal["log_scale", "bias"], InstanceOf[Tensor]], Field(min_length=1)]
 
 
 def _read_scale(folder: Path) -> _Scale:

@@ -13,18 +13,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from coca_scale.engine.world import World
 from coca_scale.losses import (
     LABELS,
     OF_A_TEACHER,
+    ContrastiveResult,
     FeatureGather,
     contrastive_loss,
     distill_loss,
     feature_loss,
+    sigmoid_loss,
 )
 from coca_scale.model.packing import PackedCaptions
+from coca_scale.recipe.loss_weights import factors
 from coca_scale.recipe.schema import LossSection
 
 Counts = Mapping[str, float]
@@ -39,30 +43,49 @@ class FeatureTerms:
         grad_features: [n, 2, d], gradient of their weighted sum for this rank's samples; None if
             no weight is above 0.
         grad_log_scale: of their weighted sum, the same on every rank.
+        grad_bias: likewise; None where no loss has one.
     """
 
     values: dict[str, Tensor]
     grad_features: Tensor | None
     grad_log_scale: Tensor
+    grad_bias: Tensor | None = None
 
 
 class Objective:
-    """The losses of a recipe."""
+    """The losses of a recipe, with their weights in a step.
+
+    Attributes:
+        weights: of that step, by name; those of a teacher's losses only where there is one.
+    """
 
     def __init__(
-        self, section: LossSection, world: World, teacher_log_scale: float | None = None
+        self,
+        section: LossSection,
+        world: World,
+        weights: Mapping[str, float] | None = None,
+        teacher_log_scale: float | None = None,
     ) -> None:
-        """`teacher_log_scale`: ln of the teacher's logit scale, where the recipe has a teacher."""
+        """Of one step.
+
+        Args:
+            section: of the recipe.
+            world: of the run.
+            weights: of the step, by name; None where none follows a schedule.
+            teacher_log_scale: ln of the teacher's logit scale, where the recipe has a teacher.
+        """
         self._section = section
         self._world = world
         self._teacher_log_scale = teacher_log_scale
         names = [n for n in LABELS if teacher_log_scale is not None or n not in OF_A_TEACHER]
-        self._weights = {name: section.weight(name) for name in names}
+        self._most = {name: max(factors(section.weight(name))) for name in names}
+        found = self._most if weights is None else weights
+        self.weights = {name: found[name] for name in names}
 
     @property
     def names(self) -> list[str]:
-        """Of the losses; those of a teacher only where there is one."""
-        return list(self._weights)
+        """Of the losses."""
+        return list(self.weights)
 
     def counts(self, micro_batches: Sequence[PackedCaptions]) -> Counts:
         """What summed losses are divided by: in all micro-batches of all ranks. A collective."""
@@ -77,20 +100,23 @@ class Objective:
         resident = self._section.contrastive_resident
         return FeatureGather(features, self._world.gather_group, resident, teacher)
 
-    def of_features(self, gather: FeatureGather, log_scale: Tensor) -> FeatureTerms:
+    def of_features(
+        self, gather: FeatureGather, log_scale: Tensor, bias: Tensor | None = None
+    ) -> FeatureTerms:
         """The losses of features. A collective.
 
         Args:
             gather: begun for this step.
             log_scale: ln of the logit scale, detached.
+            bias: of the logits, where the loss has one.
         """
-        group, rows = self._world.group, self._section.contrastive_chunk_rows
-        found = contrastive_loss(gather, log_scale, group, rows)
-        weight = self._weights["contrastive"]
+        found = contrastive(self._section, gather, log_scale, bias, self._world.group)
+        weight, learns = self.weights["contrastive"], self._section.learns("contrastive")
         terms = FeatureTerms(
             values={"contrastive": found.loss},
-            grad_features=weight * found.grad_features if weight else None,
+            grad_features=weight * found.grad_features if learns else None,
             grad_log_scale=weight * found.grad_log_scale,
+            grad_bias=None if found.grad_bias is None else weight * found.grad_bias,
         )
         return terms if gather.teacher is None else self._taught(terms, gather, log_scale)
 
@@ -101,17 +127,17 @@ class Objective:
         group, rows = self._world.group, self._section.contrastive_chunk_rows
         assert self._teacher_log_scale is not None
         found = {}
-        if self._weights["distill"]:
+        if self.weights["distill"]:
             found["distill"] = distill_loss(gather, log_scale, self._teacher_log_scale, group, rows)
-        if self._weights["distill_features"]:
+        if self.weights["distill_features"]:
             found["distill_features"] = feature_loss(gather, group)
         grad_features, grad_log_scale = terms.grad_features, terms.grad_log_scale
         for name, result in found.items():
-            weighted = self._weights[name] * result.grad_features
+            weighted = self.weights[name] * result.grad_features
             grad_features = weighted if grad_features is None else grad_features + weighted
-            grad_log_scale = grad_log_scale + self._weights[name] * result.grad_log_scale
+            grad_log_scale = grad_log_scale + self.weights[name] * result.grad_log_scale
         values = terms.values | {name: result.loss for name, result in found.items()}
-        return FeatureTerms(values, grad_features, grad_log_scale)
+        return FeatureTerms(values, grad_features, grad_log_scale, terms.grad_bias)
 
     def surrogate(
         self,
@@ -120,7 +146,10 @@ class Objective:
         sums: Mapping[str, Tensor],
         counts: Counts,
     ) -> Tensor:
-        """A scalar whose gradient is that of the objective; a loss of weight 0 has no graph at all.
+        """A scalar whose gradient is that of the objective.
+
+        A loss of weight 0 has no graph at all; one of weight 0 in this step alone has, so that
+        gradients of 0 reach whatever the engine waits for.
 
         Args:
             features: [b, 2, d] of a micro-batch, with a graph.
@@ -132,8 +161,8 @@ class Objective:
         if grad_features is not None:
             parts.append((features.to(grad_features.dtype) * grad_features).sum())
         for name, total in sums.items():
-            if self._weights[name]:
-                parts.append(self._weights[name] / counts[name] * total)
+            if self._section.learns(name):
+                parts.append(self.weights[name] / counts[name] * total)
         assert parts, "the recipe leaves nothing to train"
         return sum(parts[1:], start=parts[0])
 
@@ -151,11 +180,30 @@ class Objective:
         totals = self._world.sum_on_device(torch.stack([sums.get(n, zero) for n in counts]))
         summed = {name: totals[i] / count for i, (name, count) in enumerate(counts.items())}
         found = {name: value.double() for name, value in terms.values.items()} | summed
-        return {name: found.get(name, zero) for name in self._weights}
+        return {name: found.get(name, zero) for name in self.weights}
 
     def total(self, values: Mapping[str, float]) -> float:
         """The weighted sum of the losses."""
-        return sum(self._weights[name] * value for name, value in values.items())
+        return sum(self.weights[name] * value for name, value in values.items())
+
+    def total_at_most(self, values: Mapping[str, float]) -> float:
+        """The same with the largest weights of the run, which does not move when they do."""
+        return sum(self._most[name] * value for name, value in values.items())
+
+
+def contrastive(
+    section: LossSection,
+    gather: FeatureGather,
+    log_scale: Tensor,
+    bias: Tensor | None,
+    group: dist.ProcessGroup | None,
+) -> ContrastiveResult:
+    """The contrastive loss that a recipe names. A collective."""
+    rows = section.contrastive_chunk_rows
+    if section.contrastive == "softmax":  # which a bias does not change
+        return contrastive_loss(gather, log_scale, group, rows)
+    assert bias is not None, "this model has no bias to train"
+    return sigmoid_loss(gather, log_scale, bias, group, rows)
 
 
 class Tally:

@@ -6,7 +6,7 @@ planned, what a checkpoint carries into a run of another layout, and what the mo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from coca_scale.model import CoCa
-from coca_scale.model.freeze import layer_scales
-from coca_scale.recipe.schema import OptimSection
+from coca_scale.losses import LABELS, OF_FEATURES
+from coca_scale.model import CoCa, LogitScale
+from coca_scale.model.freeze import Kind, layer_scales, pausing
+from coca_scale.recipe.schema import LossSection, OptimSection
 
 Groups = list[dict[str, Any]]
 NOT_DECAYED = (
@@ -73,29 +74,54 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim >= 2 and not name.endswith(NOT_DECAYED)
 
 
-def make_optimizer(model: CoCa, optim: OptimSection) -> tuple[torch.optim.Optimizer, list[float]]:
+@dataclass(frozen=True)
+class Rate:
+    """The learning rate of a parameter group, as a factor.
+
+    Attributes:
+        scale: on the learning rate of the run.
+        losses: that alone train the group; where all of them pause, it stands still: neither
+            weight decay nor what its moments hold of earlier steps moves it.
+    """
+
+    scale: float
+    losses: Kind
+
+    def at(self, weights: Mapping[str, float]) -> float:
+        """In a step with these weights of the losses."""
+        return self.scale if any(weights[name] for name in self.losses) else 0.0
+
+
+def make_optimizer(
+    model: CoCa, optim: OptimSection, loss: LossSection
+) -> tuple[torch.optim.Optimizer, list[Rate]]:
     """The optimizer over the parameters that train.
 
     Returns:
-        The optimizer, and for each of its groups the factor on the learning rate. A group is what
-        shares this factor and whether it is decayed.
+        The optimizer, and the rate of each of its groups. A group is what shares this rate and
+        whether it is decayed.
     """
-    scales = layer_scales(model, optim.layer_decay)
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    scales, pauses = layer_scales(model, optim.layer_decay), pausing(model, loss)
+    groups: dict[tuple[float, bool, Kind], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            key = (scales.get(parameter, 1.0), decays(name, parameter))
+            losses = pauses.get(parameter, tuple(LABELS))
+            key = (scales.get(parameter, 1.0), decays(name, parameter), losses)
             groups.setdefault(key, []).append(parameter)
     ordered = sorted(groups, reverse=True)
     listed = [
         {"params": groups[key], "weight_decay": optim.weight_decay * key[1]} for key in ordered
     ]
-    return kind_of(optim).make(listed, optim), [scale for scale, _ in ordered]
+    return kind_of(optim).make(listed, optim), [Rate(scale, names) for scale, _, names in ordered]
 
 
-def make_scale_optimizer(parameter: nn.Parameter, optim: OptimSection) -> torch.optim.Optimizer:
-    """The same one for the replicated logit scale, without decay."""
-    return kind_of(optim).make([{"params": [parameter], "weight_decay": 0.0}], optim)
+SCALE_RATE = Rate(1.0, tuple(OF_FEATURES))
+
+
+def make_scale_optimizer(logit_scale: LogitScale, optim: OptimSection) -> torch.optim.Optimizer:
+    """The same one for the replicated logit scale and its bias, without decay."""
+    parameters = list(logit_scale.parameters())
+    return kind_of(optim).make([{"params": parameters, "weight_decay": 0.0}], optim)
 
 
 def only_where(optimizer: torch.optim.Optimizer, applied: Tensor) -> None:

@@ -42,6 +42,7 @@ from coca_scale.engine.host import available_bytes, memory_bytes, regrowth_bytes
 from coca_scale.engine.objective import Counts, FeatureTerms, Objective, Tally
 from coca_scale.engine.optimizer import (
     ADAMW,
+    SCALE_RATE,
     kind_of,
     make_optimizer,
     make_scale_optimizer,
@@ -76,17 +77,23 @@ class StepResult:
 
     Attributes:
         loss: weighted sum of the losses.
+        loss_at_most: the same with the largest weights of the run.
+        weights: of the losses in this step, by name.
         losses: each of them, by the names of the objective; nats, per token for captions.
         grad_norm: global norm before clipping, logit scale not included.
         logit_scale: s, after the step.
+        logit_bias: b, after the step; None of a model without one.
         applied: False where a loss or gradient was not finite and nothing was updated.
         finite_here: whether this rank's own features and summed losses were finite.
     """
 
     loss: float
+    loss_at_most: float
+    weights: dict[str, float]
     losses: dict[str, float]
     grad_norm: float
     logit_scale: float
+    logit_bias: float | None
     applied: bool
     finite_here: bool
 
@@ -110,9 +117,12 @@ class StepInFlight:
         losses = {name: found[name] for name in self._objective.names}
         return StepResult(
             loss=self._objective.total(losses),
+            loss_at_most=self._objective.total_at_most(losses),
+            weights=self._objective.weights,
             losses=losses,
             grad_norm=found["grad_norm"],
             logit_scale=found["logit_scale"],
+            logit_bias=found.get("logit_bias"),
             applied=bool(found["applied"]),
             finite_here=bool(found["finite_here"]),
         )
@@ -159,12 +169,12 @@ class TrainEngine:
         self._kept_graphs = kept_graphs(recipe, batch_split)
         self._seed = recipe.run.seed
         self._teacher = teacher
-        log_scale = None if teacher is None else teacher.log_scale
-        self._objective = Objective(recipe.loss, world, log_scale)
+        self._losses = recipe.loss
+        self._objective = self._objective_of(None)
         apply_settings(model, recipe, recomputed)
         self._logit_scale = logit_scale.to(world.device)
-        self._scale_optimizer = make_scale_optimizer(self._logit_scale.log_scale, recipe.optim)
-        optimizer, self._lr_scales = make_optimizer(model, recipe.optim)
+        self._scale_optimizer = make_scale_optimizer(self._logit_scale, recipe.optim)
+        optimizer, self._rates = make_optimizer(model, recipe.optim, recipe.loss)
         self._optimizer_kind = kind_of(recipe.optim)
         self._updates = torch.zeros((), dtype=torch.int64, device=world.device)
         config = deepspeed_config(recipe, batch_split, transfers(model), world.ranks_per_node)
@@ -227,6 +237,7 @@ class TrainEngine:
         samples_seen: int = 0,
         share_indices: Tensor | None = None,
         lesson: Sequence[Lesson] = (),
+        loss_weights: Mapping[str, float] | None = None,
     ) -> StepInFlight:
         """One optimizer step, which a GPU may have before it when this returns.
 
@@ -238,9 +249,11 @@ class TrainEngine:
             share_indices: int64 [n], of each sample in this rank's share of the step before it was
                 arranged; None if none was moved.
             lesson: of the same samples, by `lay_out_lesson`; empty without a teacher.
+            loss_weights: of this step, by name; None where none follows a schedule.
         """
         self._zero.train()
         self._zero.begin_step()
+        self._objective = self._objective_of(loss_weights)
         self._set_learning_rate(lr)
         batches = self._micro_batches(images, captions, samples_seen, share_indices, lesson)
         counts = self._objective.counts([batch.captions for batch in batches])
@@ -252,7 +265,7 @@ class TrainEngine:
             terms = self._pass_twice(batches, counts, tally, taught)
         grad_norm, applied = self._zero.update()
         self._updates += applied
-        self._update_scale(terms.grad_log_scale, applied)
+        self._update_scale(terms, applied)
         if self._average is not None:
             self._average.update(applied)
         values = {
@@ -262,7 +275,13 @@ class TrainEngine:
             "applied": applied,
             "finite_here": tally.finite,
         }
+        if self._logit_scale.bias is not None:
+            values["logit_bias"] = self._logit_scale.bias
         return StepInFlight(values, self._objective)
+
+    def _objective_of(self, weights: Mapping[str, float] | None) -> Objective:
+        log_scale = None if self._teacher is None else self._teacher.log_scale
+        return Objective(self._losses, self.world, weights, log_scale)
 
     def _taught(self, batches: list[_MicroBatch]) -> Tensor | None:
         """The teacher's features [n, 2, t] of this rank's share; None without a teacher."""
@@ -334,7 +353,8 @@ class TrainEngine:
         return encoded
 
     def _feature_terms(self, gather: FeatureGather) -> FeatureTerms:
-        return self._objective.of_features(gather, self._logit_scale.log_scale.detach())
+        log_scale, bias = self._logit_scale.log_scale.detach(), self._logit_scale.bias
+        return self._objective.of_features(gather, log_scale, bias)
 
     def _backward(self, surrogate: Tensor) -> None:
         # DeepSpeed averages over ranks; the loss is of the global batch, so undo that
@@ -361,13 +381,16 @@ class TrainEngine:
         return batches
 
     def _set_learning_rate(self, lr: float) -> None:
-        self._zero.set_learning_rates([lr * scale for scale in self._lr_scales])
+        weights = self._objective.weights
+        self._zero.set_learning_rates([lr * rate.at(weights) for rate in self._rates])
         for group in self._scale_optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * SCALE_RATE.at(weights)
 
-    def _update_scale(self, grad: Tensor, applied: Tensor) -> None:
-        parameter = self._logit_scale.log_scale
-        parameter.grad = grad.to(parameter.dtype).reshape_as(parameter)
+    def _update_scale(self, terms: FeatureTerms, applied: Tensor) -> None:
+        grads = {"log_scale": terms.grad_log_scale, "bias": terms.grad_bias}
+        for name, parameter in self._logit_scale.named_parameters():
+            grad = grads[name]  # of a bias that the loss does not use None
+            parameter.grad = None if grad is None else grad.to(parameter.dtype).view_as(parameter)
         only_where(self._scale_optimizer, applied)
         self._scale_optimizer.step()
         self._logit_scale.clamp_()
@@ -444,7 +467,7 @@ class TrainEngine:
             else:
                 others = self._refitted(folder, folder / AVERAGE_FOLDER, remade)
                 self._average.load_resharded(folder, others)
-        scale = {"logit_scale": self._logit_scale.log_scale}
+        scale = {f"logit_scale.{n}": p for n, p in self._logit_scale.named_parameters()}
         try:
             world.agree(lambda: require_finite({**self._zero.own_weights(), **scale}))
         except AgreedError as error:

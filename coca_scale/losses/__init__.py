@@ -10,6 +10,7 @@ from coca_scale.losses.contrastive import ContrastiveResult, FeatureGather, cont
 from coca_scale.losses.distill import FEATURES_LABEL as DISTILL_FEATURES
 from coca_scale.losses.distill import LABEL as DISTILL
 from coca_scale.losses.distill import distill_loss, feature_loss
+from coca_scale.losses.sigmoid import sigmoid_loss
 
 # as people call them, by name; the first kind sees features and trains what makes them, the second
 # is a sum over tokens and trains the decoder
@@ -29,4 +30,5 @@ __all__ = [
     "contrastive_loss",
     "distill_loss",
     "feature_loss",
+    "sigmoid_loss",
 ]

@@ -40,11 +40,13 @@ class ContrastiveResult:
         loss: scalar, the same on every rank.
         grad_features: [n, 2, d], dL/d(image, text) of this rank's samples.
         grad_log_scale: scalar, dL/d ln s, summed over ranks: the same on every rank.
+        grad_bias: scalar, likewise; None of a loss without a bias.
     """
 
     loss: Tensor
     grad_features: Tensor
     grad_log_scale: Tensor
+    grad_bias: Tensor | None = None
 
 
 class FeatureGather:
@@ -55,7 +57,7 @@ class FeatureGather:
         group: process group, None for a single process. Where other collectives run meanwhile,
             give it a group of its own.
         resident: samples whose gathered features may exist at a time; None for any number. More
-            are gathered in pieces, and twice.
+            are gathered in pieces, as often as they are asked for.
         teacher: another model's features [n, 2, t] of the same samples, which travel with them.
     """
 
@@ -139,7 +141,7 @@ def contrastive_loss(
     sides = [_Side(mine[:, i], grads[:, i], scale, tile) for i in (0, 1)]
 
     def first_pass(_: slice, features: Tensor) -> None:
-        for side, keys in zip(sides, _both(features, 1), strict=True):
+        for side, keys in zip(sides, both(features, 1), strict=True):
             side.add_to_logsumexp(keys)
 
     gather.each(first_pass, again=True)
@@ -151,8 +153,8 @@ def contrastive_loss(
     of_rank = gathered.unflatten(0, (ranks, -1))
 
     def second_pass(part: slice, features: Tensor) -> None:
-        lses = _both(of_rank[:, part, :2].flatten(0, 1), 1)
-        for side, keys, key_lse in zip(sides, _both(features, 1), lses, strict=True):
+        lses = both(of_rank[:, part, :2].flatten(0, 1), 1)
+        for side, keys, key_lse in zip(sides, both(features, 1), lses, strict=True):
             side.add_to_gradients(keys, key_lse)
 
     gather.each(second_pass, again=False)
@@ -221,7 +223,7 @@ def tile_of(chunk_rows: int | None, queries: Tensor) -> tuple[int, int]:
     return chunk_rows or CHUNK_ROWS, KEY_ROWS
 
 
-def _both(pairs: Tensor, first: int) -> tuple[Tensor, Tensor]:
+def both(pairs: Tensor, first: int) -> tuple[Tensor, Tensor]:
     """The two columns of [m, 2, …], the one with index `first` first."""
     return pairs[:, first], pairs[:, 1 - first]
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import math
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError, model_validator
+from pydantic import FiniteFloat, ValidationError, model_validator
 
 from coca_scale.errors import UserError
 from coca_scale.model.hf_config import architecture
@@ -21,8 +22,9 @@ from coca_scale.model.tower_config import (
     VisionConfig,
 )
 from coca_scale.recipe.files import read_json
-from coca_scale.recipe.schema import ModelSection
+from coca_scale.recipe.schema import LossSection, ModelSection
 
+SIGMOID_START = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}
 CONFIG_FOLDER = Path(__file__).parent / "configs"
 
 
@@ -30,7 +32,8 @@ class ModelConfig(Config):
     """A whole CoCa; without `multimodal_cfg` a CLIP, without `text_cfg` a MaMMUT.
 
     `preprocess_cfg` stands beside the `model_cfg` in OpenCLIP's files; it is part of what a model
-    is, since the same weights see something else in other pixels.
+    is, since the same weights see something else in other pixels. A model with `init_logit_bias`
+    has a bias beside its logit scale, as SigLIP's have.
     """
 
     embed_dim: Count
@@ -39,6 +42,8 @@ class ModelConfig(Config):
     multimodal_cfg: DecoderConfig | None = None
     custom_text: bool = False
     quick_gelu: bool = False
+    init_logit_scale: FiniteFloat | None = None
+    init_logit_bias: FiniteFloat | None = None
     preprocess_cfg: Preprocess = OPENAI
 
     @model_validator(mode="after")
@@ -157,12 +162,24 @@ class ModelConfig(Config):
         """The JSON object this config was made of: only fields that were given."""
         return self.model_dump(mode="json", exclude_unset=True)
 
+    def for_loss(self, loss: LossSection) -> ModelConfig:
+        """This model with the bias that its loss trains; one of its own begins as it says.
+
+        Sigmoid begins with a scale of 10 and a bias of -10, at which all pairs look unlike (Zhai
+        et al. 2023, section 3.1).
+        """
+        if loss.contrastive == "softmax" or self.init_logit_bias is not None:
+            return self
+        return self.model_copy(update=SIGMOID_START)
+
     def for_weights_of(self, trained: ModelConfig) -> ModelConfig:
         """This model for weights of another config: as they were trained in what it leaves open.
 
-        That is QuickGELU, and how pictures become pixels.
+        That is QuickGELU, a bias of logits, and how pictures become pixels.
         """
         found: dict[str, Any] = {}
+        if self.init_logit_bias is None and trained.init_logit_bias is not None:
+            found = trained.model_dump(include=set(SIGMOID_START), exclude_unset=True)
         if "quick_gelu" not in self.model_fields_set and trained.quick_gelu:
             found["quick_gelu"] = True
         preprocess = trained.preprocess_cfg.but_as(self.preprocess_cfg)

@@ -8,15 +8,18 @@ from coca_scale.errors import UserError
 from coca_scale.losses import OF_CAPTIONS, OF_FEATURES
 from coca_scale.model.coca import CoCa
 from coca_scale.model.towers import ModelPart
+from coca_scale.recipe.loss_weights import factors
 from coca_scale.recipe.schema import LossSection, ModelSection
+
+Kind = tuple[str, ...]
 
 
 def freeze(coca: CoCa, model: ModelSection, loss: LossSection) -> None:
     """Take parameters out of training, before the engine is built.
 
-    Towers are locked as the recipe says (LiT, Zhai et al. 2022). With a loss weight of 0 the parts
-    that only this loss trains are frozen too: left in the optimizer, weight decay alone would wear
-    them down to nothing.
+    Towers are locked as the recipe says (LiT, Zhai et al. 2022). With a loss weight of 0 at all
+    times the parts that only this loss trains are frozen too: left in the optimizer, weight decay
+    alone would wear them down to nothing. With one of 0 at times they train, as `pausing` says.
 
     Raises:
         UserError: more groups to unlock than there are, or nothing left to train.
@@ -25,20 +28,34 @@ def freeze(coca: CoCa, model: ModelSection, loss: LossSection) -> None:
         _freeze_groups(coca.image, model.image_unlocked_groups, "model.image_unlocked_groups")
     if model.lock_text:
         _freeze_groups(coca.text, model.text_unlocked_groups, "model.text_unlocked_groups")
-    features_learn = any(loss.weight(name) for name in OF_FEATURES)
-    captions_learn = any(loss.weight(name) for name in OF_CAPTIONS)
-    idle: list[nn.Parameter] = []
-    if not features_learn:
-        idle += coca.image.contrastive_parameters() + coca.text.contrastive_parameters()
-    if not captions_learn:
-        idle += coca.caption_parameters()
-    for parameter in idle:
-        parameter.requires_grad_(False)
-    learns = features_learn or (captions_learn and coca.decoder is not None)
+    for kind, parameters in _trained_by_one(coca).items():
+        if not loss.learns(*kind):
+            for parameter in parameters:
+                parameter.requires_grad_(False)
+    learns = loss.learns(*OF_FEATURES) or (loss.learns(*OF_CAPTIONS) and coca.decoder is not None)
     if not learns or not any(p.requires_grad for p in coca.parameters()):
         raise UserError(
             "nothing is left to train: see model.lock_image, model.lock_text and the loss weights"
         )
+
+
+def pausing(coca: CoCa, loss: LossSection) -> dict[nn.Parameter, Kind]:
+    """Parameters that train at times only, with the losses that train them.
+
+    Those are all of the one kind, whose weights are all 0 at some point and not at all times.
+    """
+    return {
+        parameter: kind
+        for kind, parameters in _trained_by_one(coca).items()
+        if loss.learns(*kind) and all(min(factors(loss.weight(name))) == 0 for name in kind)
+        for parameter in parameters
+    }
+
+
+def _trained_by_one(coca: CoCa) -> dict[Kind, list[nn.Parameter]]:
+    """The parts that losses of one kind alone reach, by the names of these losses."""
+    contrastive = coca.image.contrastive_parameters() + coca.text.contrastive_parameters()
+    return {tuple(OF_FEATURES): contrastive, tuple(OF_CAPTIONS): coca.caption_parameters()}
 
 
 def layer_scales(coca: CoCa, layer_decay: float) -> dict[nn.Parameter, float]:

@@ -14,7 +14,7 @@ from coca_scale.model.coca import CoCa
 from coca_scale.model.config import ModelConfig
 from coca_scale.model.logit_scale import LogitScale
 
-LOGIT_SCALE = "logit_scale.log_scale"
+LOGIT_SCALE, LOGIT_BIAS = "logit_scale.log_scale", "logit_scale.bias"
 _IMAGE_POSITIONS = "image.position_embedding"
 _TIMM_POSITIONS = "image.trunk.pos_embed"
 _TEXT_POSITIONS = "text.position_embedding"
@@ -45,7 +45,7 @@ def build_model(config: ModelConfig, weights: Mapping[str, Tensor]) -> Model:
     Raises:
         UserError: the weights are not those of this configuration.
     """
-    logit_scale = LogitScale()
+    logit_scale = LogitScale.of(config)
     coca = load_coca(config, logit_scale, weights)
     return Model(coca.eval().requires_grad_(False), logit_scale.requires_grad_(False))
 
@@ -58,7 +58,7 @@ def load_coca(config: ModelConfig, logit_scale: LogitScale, weights: Mapping[str
 
     Args:
         config: of the model.
-        logit_scale: gets its value.
+        logit_scale: gets its values.
         weights: under our names.
 
     Raises:
@@ -67,14 +67,21 @@ def load_coca(config: ModelConfig, logit_scale: LogitScale, weights: Mapping[str
     """
     with torch.device("meta"):
         coca = CoCa(config)
-    _compare(coca, weights)
+    _compare(coca, logit_scale, weights)
     require_finite(weights)
     if config.vision_cfg.timm_model_name or config.text.hf_model_name:
         coca = CoCa(config)
-    towers = {name: tensor for name, tensor in weights.items() if name != LOGIT_SCALE}
+    scale = _of_logits(logit_scale)
+    towers = {name: tensor for name, tensor in weights.items() if name not in scale}
     coca.load_state_dict(towers, assign=True)
-    logit_scale.log_scale.data.copy_(weights[LOGIT_SCALE])
+    for name, parameter in scale.items():
+        parameter.data.copy_(weights[name])
     return coca
+
+
+def _of_logits(logit_scale: LogitScale) -> dict[str, torch.nn.Parameter]:
+    """Under the names that weights have."""
+    return dict(logit_scale.named_parameters(prefix="logit_scale"))
 
 
 def require_finite(weights: Mapping[str, Tensor]) -> None:
@@ -115,13 +122,13 @@ def _is_finite(tensor: Tensor) -> bool:
     return bool(lowest.isfinite() & highest.isfinite())
 
 
-def _compare(coca: CoCa, weights: Mapping[str, Tensor]) -> None:
+def _compare(coca: CoCa, logit_scale: LogitScale, weights: Mapping[str, Tensor]) -> None:
     """Compare names, shapes and kinds of numbers.
 
     Raises:
         UserError: what is missing, unexpected, or of another shape or kind.
     """
-    own = {**coca.state_dict(), LOGIT_SCALE: torch.zeros(1)}
+    own = {**coca.state_dict(), **_of_logits(logit_scale)}
     missing, unexpected = sorted(own.keys() - weights), sorted(weights.keys() - own)
     if missing or unexpected:
         raise UserError(
@@ -145,7 +152,8 @@ def fit_weights(
 
     Image positions are interpolated as OpenCLIP does (bicubic, antialiased). Caption positions that
     both have stay as they are, so captions that fitted before keep their features; new ones start
-    as the last old one. New tokens start as the mean of the old ones.
+    as the last old one. New tokens start as the mean of the old ones, and a bias of logits that the
+    weights lack as the config says.
 
     Returns:
         The weights, and a line for everything that was changed.
@@ -161,6 +169,9 @@ def fit_weights(
         if made is not None:
             fitted[name] = made
             notes.append(f"{name}: {tuple(old.shape)} made {tuple(new_shape)}")
+    if config.init_logit_bias is not None and LOGIT_SCALE in weights and LOGIT_BIAS not in weights:
+        fitted[LOGIT_BIAS] = torch.tensor([config.init_logit_bias])
+        notes.append(f"{LOGIT_BIAS}: begins at {config.init_logit_bias:g}, these weights have none")
     return fitted, notes
 
 

@@ -143,8 +143,8 @@ OPTIONS: dict[str, Option] = {
     "distill_model": _taken("loss.distill"),
     "distill_pretrained": _taken("loss.distill"),
     "use_bnb_linear": _refused("its layers are in int8; engine.fp8 has the like in FP8"),
-    "siglip": _refused("the contrastive loss is CLIP's softmax"),
-    "loss_dist_impl": _needless("it is SigLIP's"),
+    "siglip": _differs("loss.contrastive", "sigmoid; with a CoCa OpenCLIP 3 stays with softmax"),
+    "loss_dist_impl": _needless(_EXACT),
 }
 
 

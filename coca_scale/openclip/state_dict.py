@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from coca_scale.errors import UserError
-from coca_scale.model.weights import LOGIT_SCALE
+from coca_scale.model.weights import LOGIT_BIAS, LOGIT_SCALE
 
 THEIR_LOGIT_SCALE = "logit_scale"
+_SCALARS = {LOGIT_SCALE: THEIR_LOGIT_SCALE, LOGIT_BIAS: "logit_bias"}
+_THEIR_SCALARS = {theirs: ours for ours, theirs in _SCALARS.items()}
 # buffers of old transformers versions, and of TorchScript archives
 _NOT_WEIGHTS = re.compile(
     r"(.+\.)?(position_ids|attn_mask|input_resolution|context_length|vocab_size)"
@@ -206,8 +208,8 @@ def _any(names: Collection[str], pattern: str) -> bool:
 def _export_one(
     name: str, tensor: Tensor, ours: Mapping[str, Tensor], parts: list[Part]
 ) -> Iterator[tuple[str, Tensor]]:
-    if name == LOGIT_SCALE:
-        yield THEIR_LOGIT_SCALE, tensor.reshape(())
+    if name in _SCALARS:
+        yield _SCALARS[name], tensor.reshape(())
         return
     part, prefix, inner = _located(name, 1, parts)
     attention = re.fullmatch(r"attn\.(qkv|q|kv)\.(weight|bias)", inner) if part.attention else None
@@ -235,8 +237,8 @@ def _fused(target: str, kind: str, q: Tensor, kv: Tensor) -> Iterator[tuple[str,
 def _import_one(
     name: str, tensor: Tensor, theirs: Mapping[str, Tensor], parts: list[Part]
 ) -> Iterator[tuple[str, Tensor]]:
-    if name == THEIR_LOGIT_SCALE:
-        yield LOGIT_SCALE, tensor.reshape(1)
+    if name in _THEIR_SCALARS:
+        yield _THEIR_SCALARS[name], tensor.reshape(1)
         return
     part, prefix, inner = _located(name, 0, parts)
     if part.attention and (match := re.fullmatch(r"attn\.in_proj_(weight|bias)", inner)):

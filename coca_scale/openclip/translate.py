@@ -372,6 +372,7 @@ def _loss(args: Namespace) -> dict[str, Any]:
     """OpenCLIP takes the captioning loss if the name of the model has "coca" in it."""
     captions = load_model_config(args.model).multimodal_cfg is not None
     weights = {
+        **({"contrastive": "sigmoid"} if args.siglip else {}),
         "contrastive_weight": args.coca_contrastive_loss_weight if captions else 1.0,
         "caption_weight": args.coca_caption_loss_weight if captions else 0.0,
     }

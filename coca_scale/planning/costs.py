@@ -23,8 +23,9 @@ from coca_scale.engine.config import (
     takes_images,
     transfers,
 )
+from coca_scale.engine.objective import contrastive
 from coca_scale.errors import UserError
-from coca_scale.losses import FeatureGather, contrastive_loss, distill_loss
+from coca_scale.losses import FeatureGather, distill_loss
 from coca_scale.model import CoCa, ModelConfig
 from coca_scale.model.coca import Encoded
 from coca_scale.model.freeze import freeze
@@ -288,14 +289,11 @@ def _loss_bytes(
 
     def count(group: dist.ProcessGroup | None) -> int:
         with LiveBytes() as live:
-            about, resident = (
-                (group, recipe.loss.contrastive_chunk_rows),
-                recipe.loss.contrastive_resident,
-            )
+            about = (group, recipe.loss.contrastive_chunk_rows)
             taught = teacher if widths[1] else None
-            gather = FeatureGather(features, group, resident, taught)
-            contrastive_loss(gather, scale, *about)
-            if recipe.loss.weight("distill"):
+            gather = FeatureGather(features, group, recipe.loss.contrastive_resident, taught)
+            contrastive(recipe.loss, gather, scale, scale, group)
+            if recipe.loss.learns("distill"):
                 distill_loss(gather, scale, 0.0, *about)
         return live.peak
 

@@ -16,6 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+from coca_scale.recipe.loss_weights import POSITION
 from coca_scale.recipe.schema import Recipe
 from coca_scale.recipe.section import Section
 
@@ -83,7 +84,8 @@ def public(value: Any) -> Any:
     if isinstance(value, Mapping):
         made: dict[str, Any] = {}
         for key, item in value.items():
-            name = public_text(str(key))
+            place = POSITION.fullmatch(str(key))  # of a weight's points
+            name = place[0] if place else public_text(str(key))
             made[name if name not in made else f"{name} {len(made)}"] = public(item)
         return made
     if isinstance(value, list | tuple):

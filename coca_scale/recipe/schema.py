@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError, model_validator
 from coca_scale.recipe.data import DataSection
 from coca_scale.recipe.distill import DistillSection
 from coca_scale.recipe.lanes import usual_lanes
+from coca_scale.recipe.loss_weights import LossWeight, factors
 from coca_scale.recipe.section import (
     MAX_STEPS,
     Fraction,
@@ -90,13 +91,29 @@ class ModelSection(Section):
 class LossSection(Section):
     """Weights and memory settings of the losses."""
 
-    def weight(self, name: str) -> float:
-        """Of a loss, by its name."""
+    def weight(self, name: str) -> float | dict[str, float]:
+        """Of a loss, by its name: a number, or points as `weight_at` takes them."""
         of_teacher = self.distill.weights()
-        return of_teacher[name] if name in of_teacher else float(getattr(self, f"{name}_weight"))
+        if name in of_teacher:
+            return of_teacher[name]
+        found: float | dict[str, float] = getattr(self, f"{name}_weight")
+        return found
 
-    contrastive_weight: Annotated[float, Field(ge=0.0)] = Field(1.0, description="Factor.")
-    caption_weight: Annotated[float, Field(ge=0.0)] = Field(2.0, description="Factor.")
+    def learns(self, *names: str) -> bool:
+        """Whether one of these losses has a weight above 0 at any time."""
+        return any(max(factors(self.weight(name))) > 0 for name in names)
+
+    contrastive: Literal["softmax", "sigmoid"] = Field(
+        "softmax",
+        description="What compares pictures and captions of the global batch: CLIP's softmax over "
+        "all others, or SigLIP's sigmoid of every pair, which trains a bias of logits too.",
+    )
+    contrastive_weight: LossWeight = Field(
+        1.0,
+        description="Factor: a number, or points between which it moves in straight lines, in "
+        "steps {0: 0.0, 1000: 2.0} or in shares of the run {0%: 0.0, 10%: 2.0}.",
+    )
+    caption_weight: LossWeight = Field(2.0, description="Factor, as contrastive_weight.")
     caption_parallel: Fraction = Field(
         0.0,
         description="Share of samples whose caption is predicted in parallel: every input is the "

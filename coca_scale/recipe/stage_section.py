@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from coca_scale.recipe.data import Sources
+from coca_scale.recipe.loss_weights import LossWeight
 from coca_scale.recipe.section import MAX_STEPS, NonNegativeInt, PositiveInt, SampleCount, Section
 
 STAGE_LENGTHS = ("steps", "samples")
@@ -65,8 +66,12 @@ class StageSection(Section):
     lr_factor: Annotated[float, Field(gt=0.0)] = Field(
         1.0, description="On the learning rate that the schedule gives, in this stage."
     )
-    contrastive_weight: Annotated[float, Field(ge=0.0)] | None = Field(None, description="Factor.")
-    caption_weight: Annotated[float, Field(ge=0.0)] | None = Field(None, description="Factor.")
+    contrastive_weight: LossWeight | None = Field(
+        None,
+        description="Factor, a number or points; those of a stage are counted over the stage, "
+        "those of the section loss over the run.",
+    )
+    caption_weight: LossWeight | None = Field(None, description="Factor, likewise.")
     lock_image: bool | None = Field(None, description="Keep the image tower as it is.")
     image_unlocked_groups: NonNegativeInt | None = Field(
         None, description="lock_image: layer groups at the end that train."

@@ -28,6 +28,7 @@ class Stage:
         samples_before: that the run has seen before it.
         begins_schedule: whether its peak learning rate and warm-up are of a schedule that begins.
         lr_factor: on what the schedule gives.
+        own_losses: keys of the section loss that it names itself.
     """
 
     number: int
@@ -38,6 +39,7 @@ class Stage:
     samples_before: int
     begins_schedule: bool = True
     lr_factor: float = 1.0
+    own_losses: frozenset[str] = frozenset()
 
     @property
     def name(self) -> str:
@@ -87,7 +89,7 @@ def stages_of(recipe: Recipe, samples_per_epoch: Callable[[], int | None]) -> li
     for index, (section, own) in enumerate(zip(named, recipes_of(recipe).values(), strict=True)):
         begins = index == 0 or section.lr is not None
         last = steps + total_steps(own.train, None)
-        about = (begins, section.lr_factor)
+        about = (begins, section.lr_factor, frozenset(section.sections()["loss"]))
         found.append(Stage(index + 1, len(named), own, steps, last, samples, *about))
         steps, samples = last, found[-1].samples_seen(last)
     if steps > MAX_STEPS:

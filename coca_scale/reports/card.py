@@ -176,8 +176,10 @@ def _training_facts(record: RunRecord) -> dict[str, str]:
     shards = [source.shards for stage in stages for source in stage.data.train]
     sources = [name for of in shards for name in (of if isinstance(of, list) else [of])]
     start, optim, schedule = recipe.model.pretrained, recipe.optim, recipe.schedule
+    loss = stages[-1].loss
     teacher = recipe.loss.distill.teacher
-    weights = {name: stages[-1].loss.weight(name) for name in LABELS}
+    weights = {name: _weight(loss.weight(name)) for name in LABELS if loss.learns(name)}
+    kinds = {"contrastive": f"contrastive ({loss.contrastive})"}
     several = len(stages) > 1
     return {
         "data": ", ".join(dict.fromkeys(map(public_text, sources))),
@@ -185,13 +187,20 @@ def _training_facts(record: RunRecord) -> dict[str, str]:
         **({"learnt from": public_text(teacher)} if teacher else {}),
         "samples seen": _length(record.metrics[-1], with_batch=not several),
         **({"stages": "; then ".join(map(_stage, stages))} if several else {}),
-        "loss": " + ".join(f"{weight} × {name}" for name, weight in weights.items() if weight),
+        "loss": " + ".join(f"{weight} × {kinds.get(n, n)}" for n, weight in weights.items()),
         "optimizer": f"{kind_of(optim).label}, lr {optim.lr}, weight decay {optim.weight_decay}, "
         f"{schedule.name} schedule, {schedule.warmup_steps} steps of warm-up",
         "engine": f"DeepSpeed ZeRO {recipe.engine.zero_stage}, {recipe.engine.precision}, "
         f"{record.ranks or '?'} rank(s)",
         "versions": ", ".join(f"{name} {number}" for name, number in record.versions.items()),
     }
+
+
+def _weight(weight: float | dict[str, float]) -> str:
+    """A loss's factor, or its points."""
+    if not isinstance(weight, dict):
+        return str(weight)
+    return f"({', '.join(f'{factor} from {place}' for place, factor in weight.items())})"
 
 
 def _stage(recipe: Recipe) -> str:

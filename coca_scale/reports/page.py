@@ -49,6 +49,7 @@ LARGEST = 1e300  # sums and percentages of smaller numbers are finite
 _TRAINING = {
     "loss": "loss",
     **{f"{name}_loss": label for name, label in LABELS.items()},
+    **{f"{name}_weight": f"weight of the {label}" for name, label in LABELS.items()},
     "samples_per_second": "samples per second",
     "peak_memory_bytes": "peak memory per rank (GiB)",
     "mfu": "model FLOPs utilization",
@@ -56,6 +57,7 @@ _TRAINING = {
     "grad_norm": "gradient norm before clipping",
     "lr": "learning rate",
     "logit_scale": "logit scale (1 / temperature)",
+    "logit_bias": "logit bias",
     "skipped_steps": "skipped steps",
 }
 _VALIDATION = {

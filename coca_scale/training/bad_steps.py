@@ -55,7 +55,7 @@ class BadSteps:
             AgreedError: too many bad steps in a row.
             Rollback: likewise, and the recipe wants to go back instead.
         """
-        note = self._spike(step, result.loss) if result.applied else None
+        note = self._spike(step, result.loss_at_most) if result.applied else None
         if not result.applied:
             self.skipped += 1
             note = self._list(step, result, keys)

@@ -61,7 +61,9 @@ KEYS: dict[str, Key] = {
     **_keys("data", Key.FREE, "val mean_tokens train_samples workers crop_scale_min"),
     **_keys("data", Key.FREE, "caption_mean_tokens"),
     **_keys("data", Key.FREE, "retries timeout_seconds cache_dir cache_gigabytes max_bad_fraction"),
-    **_keys("loss", Key.FIXED, "contrastive_weight caption_weight label_smoothing z_loss"),
+    **_keys(
+        "loss", Key.FIXED, "contrastive contrastive_weight caption_weight label_smoothing z_loss"
+    ),
     **_keys("loss", Key.RESOLVED, "distill"),
     **_keys("loss", Key.FREE, "contrastive_chunk_rows contrastive_resident caption_chunk_rows"),
     **_keys("loss", Key.FIXED, "caption_parallel"),

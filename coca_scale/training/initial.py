@@ -16,7 +16,8 @@ from coca_scale.engine.world import World
 from coca_scale.errors import UserError
 from coca_scale.inference.load import Found, find_model, pretrained_name
 from coca_scale.model import CoCa, LogitScale, ModelConfig
-from coca_scale.model.freeze import freeze
+from coca_scale.model.config import SIGMOID_START
+from coca_scale.model.freeze import Kind, freeze, pausing
 from coca_scale.model.preprocess import OPENAI
 from coca_scale.model.tower_weights import load_tower_weights, require_statistics
 from coca_scale.model.weights import fit_weights, load_coca, require_finite
@@ -106,7 +107,7 @@ def _find(section: ModelSection, config: ModelConfig, checkpoint: Path | None) -
 
 def _build(recipe: Recipe, start: Start, notes: list[str]) -> tuple[CoCa, LogitScale]:
     torch.manual_seed(recipe.run.seed)
-    logit_scale = LogitScale()
+    logit_scale = LogitScale.of(start.config)
     if start.checkpoint is not None:
         coca = CoCa(start.config)
         freeze(coca, recipe.model, recipe.loss)
@@ -142,12 +143,17 @@ def _constants(checkpoint: Path, coca: CoCa) -> dict[str, Tensor]:
     return fit_weights(found, coca.config)[0]
 
 
-def trained_sizes(recipe: Recipe) -> dict[str, torch.Size]:
-    """The weights that a recipe trains, by name, with their shapes."""
+def trained_sizes(recipe: Recipe) -> dict[str, tuple[torch.Size, Kind | None]]:
+    """The weights that a recipe trains, by name, with their shapes.
+
+    And with the losses at whose weight they pause: by all that the optimizer's state is cut.
+    """
     with torch.device("meta"):
         coca = CoCa(ModelConfig.from_recipe(recipe.model))
     freeze(coca, recipe.model, recipe.loss)
-    return {name: p.shape for name, p in coca.named_parameters() if p.requires_grad}
+    pauses = pausing(coca, recipe.loss)
+    trained = {name: p for name, p in coca.named_parameters() if p.requires_grad}
+    return {name: (p.shape, pauses.get(p)) for name, p in trained.items()}
 
 
 def _pretrained(
@@ -194,6 +200,8 @@ def _differences(made_for: ModelConfig, wanted: ModelConfig) -> str:
             if old[key] != new[key]:
                 lines.append(f"{part}.{key} {old[key]}, not {new[key]}")
     for key in ("custom_text", "preprocess_cfg"):
+        theirs.pop(key), ours.pop(key)
+    for key in SIGMOID_START:  # weights without a bias get one
         theirs.pop(key), ours.pop(key)
     lines += [f"{key} {theirs[key]}, not {ours[key]}" for key in theirs if theirs[key] != ours[key]]
     return "; ".join(lines)

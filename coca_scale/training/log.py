@@ -42,7 +42,7 @@ class RunLog:
         self._active = active
         self._owner = owner
         self._steps = steps
-        self._losses = [name for name in LABELS if recipe.loss.weight(name)]
+        self._losses = [name for name in LABELS if recipe.loss.learns(name)]
         self._folder = folder = recipe.run.folder
         self._writer: SummaryWriter | None = None
         self._tracker: Tracker | None = None

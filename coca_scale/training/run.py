@@ -25,7 +25,7 @@ from coca_scale.engine.watchdog import NoWatchdog, Watchdog
 from coca_scale.engine.world import World
 from coca_scale.errors import AgreedError, UserError
 from coca_scale.inference.load import pretrained_name
-from coca_scale.model import CoCa, ModelConfig
+from coca_scale.model import CoCa, LogitScale, ModelConfig
 from coca_scale.model.freeze import freeze
 from coca_scale.recipe import BatchSplit, Recipe, load_recipe
 from coca_scale.recipe.exits import CRASHED
@@ -160,12 +160,13 @@ def _described(recipe: Recipe, ranks: int) -> Iterator[str]:
     Raises:
         UserError: the recipe does not fit the model or the ranks.
     """
-    config = ModelConfig.from_recipe(recipe.model)
+    config = ModelConfig.from_recipe(recipe.model).for_loss(recipe.loss)
     batch = BatchSplit.from_recipe(recipe, ranks)
     with torch.device("meta"):
         model = CoCa(config)
         freeze(model, recipe.model, recipe.loss)
-    total = _count(model, trained_only=False) + 1  # and the logit scale
+    scale = sum(p.numel() for p in LogitScale.of(config).parameters())
+    total = _count(model, trained_only=False) + scale
     yield f"model        {recipe.model.name}: {total:,} parameters"
     for name, child in model.named_children():
         count, trained = _count(child, trained_only=False), _count(child, trained_only=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from coca_scale.losses import LABELS
+from coca_scale.recipe.loss_weights import weight_at
 from coca_scale.recipe.schema import ScheduleSection
 from coca_scale.recipe.stages import Stage, schedule_at, stage_at
 
@@ -19,6 +21,25 @@ def rate_of(stages: Sequence[Stage], step: int) -> float:
     recipe = began.recipe
     rate = learning_rate(step - began.first, steps, recipe.optim.lr, recipe.schedule)
     return rate * stage_at(stages, step).lr_factor
+
+
+def loss_weights_of(stages: Sequence[Stage], step: int) -> dict[str, float]:
+    """Weights of the losses in step `step` (from 0) of a run, by name.
+
+    Points that a stage names itself are counted over it, others over the run.
+    """
+    here, found = stage_at(stages, step), {}
+    for name in LABELS:
+        own = f"{name}_weight" in here.own_losses
+        first, last = (here.first, here.last) if own else (0, stages[-1].last)
+        found[name] = weight_at(here.recipe.loss.weight(name), step - first, last - first)
+    return found
+
+
+def weights_move(stages: Sequence[Stage]) -> bool:
+    """Whether the weight of a loss is not the same in all steps of a run."""
+    kinds = [[stage.recipe.loss.weight(name) for name in LABELS] for stage in stages]
+    return any(found != kinds[0] for found in kinds) or any(isinstance(w, dict) for w in kinds[0])
 
 
 def learning_rate(step: int, steps: int, peak: float, schedule: ScheduleSection) -> float:

@@ -192,7 +192,7 @@ class Preparation:
 
     def _prepare(self, stage: Stage) -> Prepared:
         recipe = stage.recipe
-        config = ModelConfig.from_recipe(recipe.model)
+        config = ModelConfig.from_recipe(recipe.model).for_loss(recipe.loss)
         start = recipe.model.pretrained
         tokenizer = make_tokenizer(config, Path(start) if start is not None else None)
         source = self._open(recipe.data.train)

@@ -32,7 +32,7 @@ from coca_scale.training.positions import Skip
 from coca_scale.training.profiling import StepProfiler
 from coca_scale.training.requests import Asked, Requests, Signals
 from coca_scale.training.saving import Saver
-from coca_scale.training.schedule import rate_of
+from coca_scale.training.schedule import loss_weights_of, rate_of, weights_move
 from coca_scale.training.setup import set_up
 from coca_scale.training.skipped import SkipLog
 
@@ -197,7 +197,8 @@ class Trainer:
         lr = rate_of(self.setup.preparation.stages, self.step)
         seen = self.stage.samples_seen(self.step)
         share = batch.share
-        about = (lr, seen, share.share_indices, batch.lesson)
+        weights = loss_weights_of(self.setup.preparation.stages, self.step)
+        about = (lr, seen, share.share_indices, batch.lesson, weights)
         flight = self.engine.step(share.images, batch.captions, *about)
         self.step += 1
         self.lanes = share.lanes
@@ -302,6 +303,7 @@ class Trainer:
             "lr": step.lr,
             "grad_norm": result.grad_norm,
             "logit_scale": result.logit_scale,
+            **({} if result.logit_bias is None else {"logit_bias": result.logit_bias}),
             "global_batch": self.recipe.train.global_batch,
             **times,
             "peak_memory_bytes": peak_memory_bytes(),
@@ -310,6 +312,8 @@ class Trainer:
             "bad_samples": self.skips.bad,
             "filtered_samples": self.skips.filtered,
         }
+        if weights_move(self.setup.preparation.stages):
+            values |= {f"{name}_weight": weight for name, weight in result.weights.items()}
         if self.stage.of > 1:
             values["stage"] = self.stage.number
         if self.setup.samples_at_peak is not None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
+import open_clip
 import pytest
 
 from coca_scale.engine.checkpoint import find_checkpoint
@@ -15,7 +17,7 @@ from tests.ranks import on_ranks, train_all
 from tests.variants import config_file
 
 KINDS = (
-    *("base", "wide", "roberta", "timm_vit", "timm_conv", "clip", "clip_roberta"),
+    *("base", "wide", "sigmoid", "roberta", "timm_vit", "timm_conv", "clip", "clip_roberta"),
     *("cascade", "modern", "mammut", "mammut_modern"),
 )
 ACCUMULATED = ("base", "modern", "mammut", "mammut_modern")
@@ -30,6 +32,7 @@ def recipe_of(kind, folder):
         data__val="synthetic://shapes?split=val&count=8&size=48",
         optim__lr=3e-3,
         optim__ema_decay=0.9 if kind == "wide" else None,
+        loss__contrastive="sigmoid" if kind == "sigmoid" else "softmax",
         loss__caption_weight=0.0 if kind.startswith("clip") else 2.0,
         train__steps=STEPS,
         train__global_batch=16,
@@ -44,7 +47,8 @@ def trained(tmp_path_factory):
     """All kinds, trained once whole and once again from the middle."""
     folder = tmp_path_factory.mktemp("models")
     for kind in KINDS:
-        config_file(kind, folder)
+        path = config_file("coca" if kind == "sigmoid" else kind, folder)
+        path.rename(folder / f"{kind}.json")
     recipes = [recipe_of(kind, folder) for kind in KINDS]
     on_ranks(train_all, 2, recipes)
     whole = {kind: curve(folder / kind, STEPS) for kind in KINDS}
@@ -89,3 +93,9 @@ def test_learns_resumes_captions_and_exports(trained, kind):
     else:  # tests/model/test_parity.py, benchmarks/openclip_main.py
         assert kind in ("cascade", "modern", "mammut", "mammut_modern")
         assert "open_clip_model.safetensors" in names
+    assert (exported.config.init_logit_bias is not None) == (kind == "sigmoid")
+    if kind == "sigmoid":
+        theirs = open_clip.create_model(f"local-dir:{run / 'export'}")
+        assert theirs.logit_bias.item() == exported.model.logit_scale.bias.item() != -10
+        values = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        assert values[-1]["logit_bias"] == theirs.logit_bias.item()

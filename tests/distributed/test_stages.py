@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 import weakref
 from pathlib import Path
@@ -9,7 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from coca_scale.model import load_model_config
+from coca_scale.engine.checkpoint import read_weights
+from coca_scale.losses import LABELS
+from coca_scale.model import CoCa, load_model_config
+from coca_scale.model.weights import LOGIT_BIAS, LOGIT_SCALE
 from tests.conftest import tiny_recipe
 from tests.json_lines import curve, lines_of
 from tests.ranks import TrainingRanks, on_ranks, quiet
@@ -82,7 +86,7 @@ def allocate(folder, ranks, until, **changes):
 
 
 def weights(folder):
-    from coca_scale.engine.checkpoint import find_checkpoint, read_weights
+    from coca_scale.engine.checkpoint import find_checkpoint
 
     return read_weights(find_checkpoint(Path(folder) / "checkpoints"))
 
@@ -129,7 +133,6 @@ def test_the_learning_rate_follows_the_stages(whole):
 
 def state(checkpoint, scratch):
     """Weights, their average and moments of a checkpoint, all whole."""
-    from coca_scale.engine.checkpoint import read_weights
     from coca_scale.engine.zero_files import STATE_TAG, atom, to_universal
 
     to_universal(checkpoint / STATE_TAG, scratch)
@@ -193,6 +196,50 @@ def test_other_ranks_and_zero_stages_across_boundaries(whole, tmp_path):
     expected = weights(whole[0])
     for name, value in weights(folder).items():
         assert value.allclose(expected[name], rtol=1e-3, atol=1e-4), name
+
+
+MOVING = {
+    "schedule__stages": [
+        {"steps": 5},
+        {"steps": 7, "contrastive_weight": {0: 1.0, 1: 0.0, 3: 0.0, 5: 2.0}},
+    ],
+    "loss__caption_weight": {"25%": 2.0, "75%": 1.0},
+    "loss__contrastive": "sigmoid",
+}
+
+
+@pytest.mark.slow
+def test_weights_of_losses_move_and_pause_what_they_alone_train(tmp_path):
+    straight, stopped, other = (tmp_path / name for name in ("straight", "stopped", "other"))
+    allocate(straight, 2, STEPS, **MOVING)
+    lines = lines_of(straight / "metrics.jsonl")
+    assert [line["contrastive_weight"] for line in lines] == [1.0] * 6 + [0.0] * 3 + [1.0, 2.0, 2.0]
+    caption = [2.0] * 4 + [2 - n / 6 for n in range(1, 6)] + [1.0] * 3
+    assert [line["caption_weight"] for line in lines] == pytest.approx(caption)
+    for line in lines:
+        parts = [line[f"{name}_weight"] * line[f"{name}_loss"] for name in LABELS]
+        assert line["loss"] == pytest.approx(sum(parts))
+
+    allocate(stopped, 2, 7, **MOVING)  # after one step of the pause
+    shutil.copytree(stopped, other)
+    for until in (9, STEPS):
+        allocate(stopped, 2, until, **MOVING)
+    assert_same_run(stopped, straight)
+    first, last = (
+        read_weights(stopped / f"checkpoints/step_{step:08d}", raw=True) for step in (7, 9)
+    )
+    still = {name for name in first if first[name].equal(last[name])}
+    coca = CoCa(load_model_config("coca_tiny"))
+    alone = coca.image.contrastive_parameters() + coca.text.contrastive_parameters()
+    names = {name for name, p in coca.named_parameters() if any(p is other for other in alone)}
+    assert still - coca.state_dict().keys() == {LOGIT_SCALE, LOGIT_BIAS}
+    assert still & dict(coca.named_parameters()).keys() == names
+    end = weights(stopped)
+    assert not any(end[name].equal(first[name]) for name in names)
+
+    allocate(other, 1, STEPS, **MOVING, engine__zero_stage=1)
+    for changed, expected in zip(curve(other, STEPS), curve(straight, STEPS), strict=True):
+        assert changed == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.slow

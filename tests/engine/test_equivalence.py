@@ -34,10 +34,11 @@ def _curves(rank, ranks, layouts):
     for name, layout in layouts.items():
         recipe = tiny_recipe(**{"optim__lr": LOW, **layout})
         torch.manual_seed(0)
-        model = CoCa(load_model_config("coca_tiny"))
+        config = load_model_config("coca_tiny").for_loss(recipe.loss)
+        model = CoCa(config)
         plan = BatchSplit.from_recipe(recipe, ranks)
         here = replace(world, hosts=pairs) if recipe.engine.secondary_shard else world
-        engine = TrainEngine(model, LogitScale(), recipe, plan, here)
+        engine = TrainEngine(model, LogitScale.of(config), recipe, plan, here)
         copied: list[bool] = []
         model.caption_head.register_forward_hook(partial(note_second_copies, model, copied))
         whole: list[float] = []
@@ -57,7 +58,7 @@ def _curves(rank, ranks, layouts):
             result = engine.step(
                 images[rows], engine.lay_out(tokens[rows]), recipe.optim.lr
             ).result()
-            curve.append((result.loss, result.grad_norm, result.logit_scale))
+            curve.append((result.loss, result.grad_norm, result.logit_scale, result.logit_bias))
         assert any(copied) == recipe.engine.secondary_shard
         deepspeeds = recipe.engine.offload != "none" or recipe.engine.secondary_shard
         if recipe.engine.zero_stage == 3 and not deepspeeds:
@@ -115,6 +116,7 @@ FULL = {"engine__activation_checkpointing": "full"}
 COMPILED = {"engine__compile": "blocks", **SELECTIVE}
 FAST = {"optim__lr": HIGH}
 LET_GO = {"zero_optimization": {"stage3_max_reuse_distance": 0}}
+SIGMOID = {"loss__contrastive": "sigmoid"}
 BF16 = {"engine__precision": "bf16"}
 EVERYTHING = {
     **SELECTIVE,
@@ -126,6 +128,7 @@ LAYOUTS = {  # by the number of ranks, each with a name
     1: {
         "plain": layout(0, 16),
         "plain, fast": layout(0, 16, **FAST),
+        "plain, sigmoid": layout(0, 16, **SIGMOID),
         "ZeRO-3": layout(3, 4),
         "ZeRO-2, optimizer offloaded": layout(2, 8, engine__offload="optimizer"),
         "bf16": layout(3, 16, **BF16),
@@ -147,6 +150,10 @@ LAYOUTS = {  # by the number of ranks, each with a name
         "ZeRO-3, fast, again": layout(3, 8, **FAST),
         "ZeRO-3, losses in pieces": layout(
             3, 4, loss__contrastive_resident=8, loss__caption_chunk_rows=7
+        ),
+        "ZeRO-2, sigmoid": layout(2, 8, **SIGMOID),
+        "ZeRO-3, sigmoid in pieces, twice": layout(
+            3, 4, **SIGMOID, loss__contrastive_resident=8, loss__contrastive_chunk_rows=3
         ),
         "bf16": layout(3, 8, **BF16),
         "bf16, everything": layout(3, 8, **BF16, **EVERYTHING),
@@ -181,16 +188,17 @@ def test_all_layouts_give_the_same_curve():
         for name, curve in on_ranks(curves_on_rank, ranks, layouts)[0].items()
     }
     reference = {LOW: curves[1, "plain"], HIGH: curves[1, "plain, fast"]}
+    sigmoid = curves[1, "plain, sigmoid"]
     worst = {LOW: 0.0, HIGH: 0.0}
     half: dict[tuple[int, str], list[float]] = {}
     for (ranks, name), curve in curves.items():
         changes = LAYOUTS[ranks][name]
         lr = changes.get("optim__lr", LOW)
-        expected = reference[lr]
+        expected = sigmoid if "loss__contrastive" in changes else reference[lr]
         relative = [abs(a[0] - b[0]) / b[0] for a, b in zip(curve, expected, strict=True)]
         if "engine__precision" in changes:
             assert relative[0] < 2e-3, (ranks, name)
-            half[ranks, name] = [loss for loss, _, _ in curve]
+            half[ranks, name] = [loss for loss, *_ in curve]
             continue
         assert relative[0] <= 1e-6, (ranks, name)
         norm, expected_norm = curve[0][1], expected[0][1]
@@ -198,6 +206,12 @@ def test_all_layouts_give_the_same_curve():
         worst[lr] = max(worst[lr], *relative)
         scales = [abs(a[2] - b[2]) / b[2] for a, b in zip(curve, expected, strict=True)]
         assert max(scales) <= 1e-5, (ranks, name)
+        biases = [(a[3], b[3]) for a, b in zip(curve, expected, strict=True)]
+        if expected is not sigmoid:
+            assert set(biases) == {(None, None)}
+            continue
+        assert max(abs(a - b) for a, b in biases) <= 1e-6
+        assert abs(biases[-1][0] + 10) > 1e-4, "a bias that does not move shows nothing"
     print(f"largest relative difference of the loss: {worst}")
     assert worst[LOW] <= 1e-5
     assert worst[HIGH] <= 5e-4

@@ -209,10 +209,11 @@ def test_layer_groups_hold_every_parameter_once(kind, tmp_path):
 
 def test_layer_decay_is_the_learning_rate_of_the_group():
     coca = CoCa(load_model_config("coca_tiny"))
-    optimizer, factors = make_optimizer(coca, tiny_recipe(optim__layer_decay=0.5).optim)
+    recipe = tiny_recipe(optim__layer_decay=0.5)
+    optimizer, rates = make_optimizer(coca, recipe.optim, recipe.loss)
     by_parameter = {
-        id(p): factor
-        for group, factor in zip(optimizer.param_groups, factors, strict=True)
+        id(p): rate.at({"contrastive": 1.0, "caption": 0.0})
+        for group, rate in zip(optimizer.param_groups, rates, strict=True)
         for p in group["params"]
     }
     named = dict(coca.named_parameters())

@@ -1,11 +1,14 @@
 """Both losses against a single-process float64 reference, on 1, 2 and 4 ranks."""
 
 import dataclasses
+import itertools
+import math
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from open_clip.loss import SigLipLoss
 
 from coca_scale.losses import (
     FeatureGather,
@@ -13,10 +16,14 @@ from coca_scale.losses import (
     contrastive,
     contrastive_loss,
     matmul,
+    sigmoid,
+    sigmoid_loss,
 )
 from tests.ranks import on_ranks
 
 BATCH, WIDTH, WORDS = 24, 16, 37
+CONTRASTIVE = ("softmax", "sigmoid")
+BIAS = torch.tensor([-3.1], dtype=torch.float64)
 
 
 def contrastive_inputs(dtype):
@@ -25,48 +32,86 @@ def contrastive_inputs(dtype):
     return features.to(dtype), torch.tensor([2.7], dtype=torch.float64)
 
 
-def reference_contrastive():
+def reference_contrastive(kind):
+    """Loss, and gradients of features, log scale and, with a sigmoid, its bias."""
     features, log_scale = contrastive_inputs(torch.float64)
+    bias = BIAS.clone().requires_grad_()
     features.requires_grad_()
     log_scale.requires_grad_()
     logits = log_scale.exp() * features[:, 0] @ features[:, 1].T
-    labels = torch.arange(BATCH)
-    loss = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+    if kind == "softmax":
+        labels = torch.arange(BATCH)
+        loss = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+    else:
+        loss = -F.logsigmoid((2 * torch.eye(BATCH) - 1) * (logits + bias)).sum() / BATCH
     loss.backward()
-    return loss.detach(), features.grad, log_scale.grad
+    grads = [features.grad, log_scale.grad, bias.grad]
+    return [loss.detach(), *(grad for grad in grads if grad is not None)]
 
 
-def contrastive_on_rank(rank, ranks, dtype):
+def compute(kind, gather, log_scale, group, chunk_rows=None):
+    if kind == "softmax":
+        found = contrastive_loss(gather, log_scale, group, chunk_rows)
+    else:
+        found = sigmoid_loss(gather, log_scale, BIAS, group, chunk_rows)
+    return [value for value in dataclasses.astuple(found) if value is not None]
+
+
+def contrastive_on_rank(rank, ranks, cases):
     dist.init_process_group("gloo")
-    features, log_scale = contrastive_inputs(dtype)
-    mine = features[rank * BATCH // ranks : (rank + 1) * BATCH // ranks]
     results = []
-    for resident in (None, 20):  # 20 of 24: in pieces if there is anything to gather
+    for kind, dtype, resident in cases:
+        features, log_scale = contrastive_inputs(dtype)
+        mine = features[rank * BATCH // ranks : (rank + 1) * BATCH // ranks]
         gather = FeatureGather(mine, dist.new_group(), resident)
-        result = contrastive_loss(gather, log_scale, dist.group.WORLD, chunk_rows=5)
-        results.append((result.loss, result.grad_features, result.grad_log_scale))
+        results.append(compute(kind, gather, log_scale, dist.group.WORLD, chunk_rows=5))
     return results
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 2e-6)])
-def test_contrastive_equals_reference(ranks, dtype, bound):
-    loss, grad_features, grad_scale = reference_contrastive()
-    for results in zip(*on_ranks(contrastive_on_rank, ranks, dtype), strict=True):
-        for found_loss, _, found_scale in results:
-            assert abs(found_loss - loss) <= bound * loss
-            assert abs(found_scale - grad_scale) <= bound * grad_scale.abs()
-        found = torch.cat([result[1] for result in results])
-        assert (found - grad_features).norm() <= bound * grad_features.norm()
+def test_contrastive_equals_reference(ranks):
+    bounds = {torch.float64: 1e-12, torch.float32: 2e-6}
+    # 20 of 24: in pieces if there is anything to gather
+    cases = list(itertools.product(CONTRASTIVE, bounds, (None, 20)))
+    found = on_ranks(contrastive_on_rank, ranks, cases)
+    for (kind, dtype, _), *results in zip(cases, *found, strict=True):
+        loss, features, *scalars = reference_contrastive(kind)
+        for found_loss, _, *found_scalars in results:
+            for ours, exact in zip([found_loss, *found_scalars], [loss, *scalars], strict=True):
+                assert abs(ours - exact) <= bounds[dtype] * exact.abs()
+        ours = torch.cat([result[1] for result in results])
+        assert (ours - features).norm() <= bounds[dtype] * features.norm()
 
 
+@pytest.mark.parametrize("kind", CONTRASTIVE)
 @pytest.mark.parametrize(("rows", "columns"), [(None, 8192), (24, 7), (7, 24), (5, 5), (1, 1)])
-def test_tiles_change_nothing(monkeypatch, rows, columns):
+def test_tiles_change_nothing(monkeypatch, kind, rows, columns):
     monkeypatch.setattr(contrastive, "KEY_ROWS", columns)
     features, log_scale = contrastive_inputs(torch.float64)
-    found = contrastive_loss(FeatureGather(features, None), log_scale, None, rows)
-    for ours, exact in zip(dataclasses.astuple(found), reference_contrastive(), strict=True):
+    found = compute(kind, FeatureGather(features, None), log_scale, None, rows)
+    for ours, exact in zip(found, reference_contrastive(kind), strict=True):
         assert (ours - exact).norm() <= 1e-12 * exact.norm()
+
+
+def test_sigmoid_is_that_of_openclip():
+    features, log_scale = (x.requires_grad_() for x in contrastive_inputs(torch.float64))
+    bias = BIAS.clone().requires_grad_()
+    theirs = SigLipLoss()(features[:, 0], features[:, 1], log_scale.exp(), bias)
+    theirs.backward()
+    ours = compute("sigmoid", FeatureGather(features.detach(), None), log_scale, None)
+    expected = [theirs.detach(), features.grad, log_scale.grad, bias.grad]
+    for our, their in zip(ours, expected, strict=True):
+        assert (our - their).norm() <= 1e-12 * their.norm()
+
+
+def test_sigmoid_of_pairs_that_are_sure_loses_no_digits():
+    """At z = 40 and -60 log(1 + exp) of the one rounds to 40, and of the other to 0, in fp32."""
+    features = torch.eye(8).repeat_interleave(2, dim=0).view(8, 2, 8)
+    log_scale, bias = torch.tensor([math.log(100.0)]), torch.tensor([-60.0])
+    for shift in (0.0, 10.0, 59.0):
+        found = sigmoid_loss(FeatureGather(features, None), log_scale, bias + shift, None)
+        exact = F.softplus(torch.tensor([-40.0 - shift, -60.0 + shift]).double(), threshold=99)
+        assert abs(found.loss - exact[0] - 7 * exact[1]) <= 1e-4 * (exact[0] + exact[1])
 
 
 @pytest.mark.parametrize("queries", [1, 1536, 8192, 98_304, 2**24])
@@ -92,12 +137,12 @@ def test_two_pieces_of_half_precision_are_enough(monkeypatch, dtype, of_element,
     generator = torch.Generator().manual_seed(5)
     features = F.normalize(torch.randn(400, 2, 64, generator=generator), dim=-1).to(dtype)
     log_scale = torch.tensor([4.6])
-    exact = contrastive_loss(FeatureGather(features.double(), None), log_scale.double(), None)
-    monkeypatch.setattr(contrastive, "add_matmul_", matmul.add_in_pieces_)
-    found = contrastive_loss(FeatureGather(features, None), log_scale, None)
-    error = found.grad_features - exact.grad_features
-    assert error.norm() <= of_gradient * exact.grad_features.norm()
-    assert abs(found.grad_log_scale - exact.grad_log_scale) <= 1e-5 * exact.grad_log_scale.abs()
+    for kind, module in zip(CONTRASTIVE, (contrastive, sigmoid), strict=True):
+        exact = compute(kind, FeatureGather(features.double(), None), log_scale.double(), None)
+        monkeypatch.setattr(module, "add_matmul_", matmul.add_in_pieces_)
+        found = compute(kind, FeatureGather(features, None), log_scale, None)
+        assert (found[1] - exact[1]).norm() <= of_gradient * exact[1].norm()
+        assert abs(found[2] - exact[2]) <= 1e-5 * exact[2].abs()
 
 
 def caption_inputs(dtype):

@@ -7,12 +7,13 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from coca_scale.losses import FeatureGather, contrastive_loss
+from coca_scale.losses import FeatureGather, contrastive_loss, sigmoid_loss
 from coca_scale.planning.counting import LiveBytes
 
 WIDTH, KEPT = 768, 262_144
 
 
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
 @pytest.mark.parametrize(
     ("ranks", "batch", "dtype", "bound"),
     [
@@ -21,7 +22,7 @@ WIDTH, KEPT = 768, 262_144
         (512, 1_048_576, torch.bfloat16, 1.0e9),  # all features alone are 3.2 GB
     ],
 )
-def test_memory_and_traffic_of_a_large_batch(ranks, batch, dtype, bound, monkeypatch):
+def test_memory_and_traffic_of_a_large_batch(kind, ranks, batch, dtype, bound, monkeypatch):
     sent = []
 
     class Work:
@@ -42,7 +43,10 @@ def test_memory_and_traffic_of_a_large_batch(ranks, batch, dtype, bound, monkeyp
             features = torch.empty(local, 2, WIDTH, dtype=dtype, device="meta")
             gather = FeatureGather(features, dist.group.WORLD, KEPT)
             log_scale = torch.empty((), device="meta")
-            result = contrastive_loss(gather, log_scale, dist.group.WORLD)
+            if kind == "softmax":
+                result = contrastive_loss(gather, log_scale, dist.group.WORLD)
+            else:
+                result = sigmoid_loss(gather, log_scale, log_scale, dist.group.WORLD)
     finally:
         dist.destroy_process_group()
     assert result.grad_features.shape == features.shape
@@ -50,10 +54,10 @@ def test_memory_and_traffic_of_a_large_batch(ranks, batch, dtype, bound, monkeyp
     assert min(batch, KEPT) * 2 * WIDTH * dtype.itemsize < live.peak <= bound
     # a ring all-gather sends a rank's share to each of the others
     *moved, scale = sent
-    (scalars,) = (x for x in moved if x.ndim == 2)
+    scalars = [x.shape for x in moved if x.ndim == 2]
     moved = [x for x in moved if x.ndim == 3]
-    times = 1 if batch <= KEPT else 2
+    times = 2 if kind == "softmax" and batch > KEPT else 1
     assert sum(x.numel() for x in moved) == times * 2 * local * WIDTH
     assert {x.dtype for x in moved} == {dtype}
-    assert scalars.shape == (local, 3)
-    assert scale.numel() == 1
+    assert scalars == ([(local, 3)] if kind == "softmax" else [])
+    assert scale.numel() == (1 if kind == "softmax" else 3)

@@ -22,7 +22,7 @@ from coca_scale.errors import UserError
 from coca_scale.inference.load import find_model, load_model, pretrained_name
 from coca_scale.model import CoCa, LogitScale, load_model_config
 from coca_scale.model.pickles import read_pickle
-from coca_scale.model.weights import load_coca
+from coca_scale.model.weights import LOGIT_BIAS, LOGIT_SCALE, fit_weights, load_coca
 from coca_scale.openclip.folder import write_folder
 from coca_scale.openclip.hub import registry_file
 from coca_scale.openclip.state_dict import to_openclip
@@ -77,6 +77,28 @@ def test_every_kind_of_file_gives_the_same_model(weights, tmp_path):
         assert all(torch.equal(found.weights[n], t) for n, t in weights.items()), name
     loaded = load_model(str(tmp_path / "epoch_7.pt"), "coca_tiny")
     assert loaded.encode_text(loaded.tokenizer("a red circle")).shape == (1, 128)
+
+
+def test_a_bias_of_logits_comes_with_the_weights_or_begins_as_sigmoid_does(weights, tmp_path):
+    plain = load_model_config("coca_tiny")
+    sigmoid = plain.for_loss(tiny_recipe(loss__contrastive="sigmoid").loss)
+    fitted, notes = fit_weights(weights, sigmoid)
+    assert fitted[LOGIT_BIAS].tolist() == [-10.0]
+    assert fitted[LOGIT_SCALE] is weights[LOGIT_SCALE]
+    assert notes == ["logit_scale.bias: begins at -10, these weights have none"]
+    learnt = {**weights, LOGIT_BIAS: torch.tensor([-7.5])}
+    assert fit_weights(learnt, sigmoid) == (learnt, [])
+
+    assert write_folder(learnt, sigmoid, tmp_path) is None
+    loaded = load_model(str(tmp_path))
+    assert loaded.weights.keys() == learnt.keys()
+    assert loaded.model.logit_scale.bias.tolist() == [-7.5]
+    theirs = open_clip.create_model(f"local-dir:{tmp_path}")
+    assert theirs.logit_bias.item() == -7.5
+    assert plain.for_weights_of(loaded.config) == sigmoid  # also where a run trains with softmax
+    assert sigmoid.for_weights_of(plain) == sigmoid
+    with pytest.raises(UserError, match=r"1 missing \(logit_scale.bias"):
+        load_coca(sigmoid, LogitScale.of(sigmoid), weights)
 
 
 def cached(monkeypatch, cache, repository, files):

@@ -170,7 +170,6 @@ def test_a_teacher_is_taken_over(weights, teacher):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ("--siglip", "softmax"),
         ("--distill-model ViT-L-14", "OpenCLIP distills with both only"),
         ("--opt timm/lion", "AdamW"),
         ("--resume logs/epoch_3.pt", "--pretrained logs/epoch_3.pt"),
