@@ -1,6 +1,6 @@
 """The optimizer: what it is, what it keeps, and its parameter groups.
 
-Another one is an `OptimizerKind`, chosen in `kind_of`. From what it says follow the memory that is
+Another one is an `OptimizerKind` in `KINDS`. From what it says follow the memory that is
 planned, what a checkpoint carries into a run of another layout, and what the model card calls it.
 """
 
@@ -52,7 +52,24 @@ def _adamw(groups: Groups, optim: OptimSection) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=optim.lr, betas=betas, eps=optim.eps, fused=True)
 
 
-ADAMW = OptimizerKind("adamw", "AdamW", ("exp_avg", "exp_avg_sq"), _adamw)  # Loshchilov & Hutter
+def _nadamw(groups: Groups, optim: OptimSection) -> torch.optim.Optimizer:
+    from timm.optim import NAdamW  # takes seconds
+
+    class Heeding(NAdamW):
+        """It knows no `found_inf`; here the host asks, and waits for the device in every step."""
+
+        def step(self, closure: None = None) -> None:
+            if not bool(getattr(self, "found_inf", False)):
+                super().step(closure)
+
+    betas = (optim.beta1, optim.beta2)
+    return Heeding(groups, lr=optim.lr, betas=betas, eps=optim.eps, foreach=False)
+
+
+# Loshchilov & Hutter 2017; and the same with a look ahead as Nesterov's, Dozat 2016
+ADAMW = OptimizerKind("adamw", "AdamW", ("exp_avg", "exp_avg_sq"), _adamw)
+NADAMW = OptimizerKind("nadamw", "NAdamW", ("exp_avg", "exp_avg_sq"), _nadamw)
+KINDS = {kind.name: kind for kind in (ADAMW, NADAMW)}
 
 
 @contextmanager
@@ -64,9 +81,9 @@ def own_settings(optimizer: Any) -> Iterator[None]:
         group.update(own)
 
 
-def kind_of(_: OptimSection) -> OptimizerKind:
+def kind_of(optim: OptimSection) -> OptimizerKind:
     """What a recipe's optimizer is."""
-    return ADAMW
+    return KINDS[optim.name]
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:

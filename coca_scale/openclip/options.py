@@ -78,7 +78,7 @@ OPTIONS: dict[str, Option] = {
     "wd": _taken("optim.weight_decay"),
     "momentum": _needless("AdamW has none"),
     "warmup": _taken("schedule.warmup_steps"),
-    "opt": _refused("the optimizer is AdamW"),
+    "opt": _refused("of these only AdamW is taken over"),
     "use_bn_sync": _differs("", "BatchNorm always runs with its stored statistics"),
     "skip_scheduler": _taken("schedule.name"),
     "lr_scheduler": _taken("schedule.name"),

@@ -10,7 +10,7 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from coca_scale.recipe.data import DataSection
 from coca_scale.recipe.distill import DistillSection
@@ -151,15 +151,32 @@ class LossSection(Section):
 
 
 class OptimSection(Section):
-    """AdamW."""
+    """The optimizer."""
 
+    @field_validator("name", mode="before")
+    @classmethod
+    def _no_muon(cls, name: object) -> object:
+        if isinstance(name, str) and name.lower() == "muon":
+            raise ValueError(
+                "muon is not offered: with DeepSpeed's a run goes on with the same ranks and ZeRO "
+                "stage only, and not at stage 3; take adamw"
+            )
+        return name
+
+    name: Literal["adamw", "nadamw"] = Field(
+        "adamw",
+        description="adamw; or timm's nadamw, whose momentum looks ahead as Nesterov's, and with "
+        "which the host waits for the GPU in every step.",
+    )
     lr: Annotated[float, Field(gt=0.0)] = Field(description="Peak learning rate.")
     weight_decay: Annotated[float, Field(ge=0.0)] = Field(
         0.1, description="On matrices only: norms, biases, embedding vectors are not decayed."
     )
-    beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.9, description="AdamW beta1.")
-    beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.98, description="AdamW beta2.")
-    eps: Annotated[float, Field(gt=0.0)] = Field(1e-6, description="AdamW epsilon.")
+    beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        0.9, description="Decay of the momentum."
+    )
+    beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.98, description="Decay of squares.")
+    eps: Annotated[float, Field(gt=0.0)] = Field(1e-6, description="Epsilon.")
     clip_norm: Annotated[float, Field(ge=0.0)] = Field(
         1.0, description="Largest global gradient norm; 0 turns clipping off."
     )

@@ -68,7 +68,7 @@ KEYS: dict[str, Key] = {
     **_keys("loss", Key.FREE, "contrastive_chunk_rows contrastive_resident caption_chunk_rows"),
     **_keys("loss", Key.FIXED, "caption_parallel"),
     **_keys("loss", Key.FREE, "caption_kernel"),
-    **_keys("optim", Key.FIXED, "layer_decay"),  # the groups that the optimizer's state is cut for
+    **_keys("optim", Key.FIXED, "name layer_decay"),  # what its state is, and is cut for
     **_keys("optim", Key.FREE, "lr weight_decay beta1 beta2 eps clip_norm ema_decay"),
     **_keys("schedule", Key.FREE, "name warmup_steps cooldown_steps"),
     **_keys("schedule", Key.RESOLVED, "stages"),  # finished ones are fixed

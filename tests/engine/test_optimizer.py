@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
-from coca_scale.engine.optimizer import kind_of
+from coca_scale.engine.optimizer import KINDS, kind_of, only_where
+from coca_scale.engine.zero_files import STATE_TAG, atom, to_universal
+from coca_scale.recipe import RecipeError
 from tests.conftest import tiny_recipe
+from tests.engine.batches import BATCH, batch_of
 from tests.ranks import on_ranks, quiet
 
 
@@ -52,11 +57,96 @@ def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path):
     assert found[2].endswith("was written with the optimizer lion, this run has adamw")
 
 
-def test_moments_are_what_the_optimizer_keeps():
-    recipe = tiny_recipe()
-    kind = kind_of(recipe.optim)
+@pytest.mark.parametrize("name", KINDS)
+def test_an_optimizer_keeps_its_moments_and_heeds_what_is_not_finite(name):
+    optim = tiny_recipe(optim__name=name).optim
+    kind = kind_of(optim)
     parameter = torch.nn.Parameter(torch.ones(3))
-    optimizer = kind.make([{"params": [parameter]}], recipe.optim)
-    parameter.grad = torch.ones(3)
+    optimizer = kind.make([{"params": [parameter]}], optim)
+    parameter.grad = torch.full((3,), torch.nan)
+    only_where(optimizer, torch.tensor(False))
     optimizer.step()
+    assert parameter.tolist() == [1, 1, 1]
+    parameter.grad = torch.ones(3)
+    only_where(optimizer, torch.tensor(True))
+    optimizer.step()
+    assert (parameter < 1).all() and parameter.isfinite().all()
     assert set(optimizer.state[parameter]) - {"step"} == set(kind.moments)
+    assert optimizer.state[parameter]["step"] == 1
+
+
+def test_muon_is_refused_by_name():
+    with pytest.raises(RecipeError, match=r"^recipe: optim.name: muon is not offered: .*adamw$"):
+        tiny_recipe(optim__name="muon")
+
+
+STEPS = 3
+
+
+def resume_on_rank(rank, ranks, folder, layouts):
+    """Train from what is in `folder`, or from the start, under one layout after the other."""
+    from coca_scale.engine.launch import end_world, start_world
+    from coca_scale.engine.train_engine import TrainEngine
+    from coca_scale.model import CoCa, LogitScale, load_model_config
+    from coca_scale.recipe import BatchSplit
+
+    world = start_world(60)
+    rows = slice(rank * BATCH // ranks, (rank + 1) * BATCH // ranks)
+    curves = []
+    for number, (stage, start) in enumerate(layouts):
+        recipe = tiny_recipe(
+            optim__name="nadamw", engine__zero_stage=stage, train__micro_batch=BATCH // ranks
+        )
+        torch.manual_seed(0)
+        split = BatchSplit.from_recipe(recipe, ranks)
+        curve: list[tuple[float, float, float]] = []
+        with quiet():
+            model = CoCa(load_model_config("coca_tiny"))
+            engine = TrainEngine(model, LogitScale(), recipe, split, world)
+            if start is not None:
+                engine.load_state(folder / "first", None if start == "same" else folder / "whole")
+            first = 0 if start is None else STEPS
+            for step in range(first, 2 * STEPS):
+                if step == STEPS:  # saved where nothing is lost, and where everything came back
+                    target = folder / ("first" if start is None else f"{ranks}-{number}")
+                    world.on_first(partial(target.mkdir, parents=True))
+                    engine.save_state(target).result()
+                    world.barrier()
+                images, tokens = batch_of(step)
+                flight = engine.step(images[rows], engine.lay_out(tokens[rows]), 1e-3)
+                result = flight.result()
+                curve.append((result.loss, result.grad_norm, result.logit_scale))
+        engine.close()
+        curves.append(curve[-STEPS:])
+        if start is None:
+            state = (folder / "first" / STATE_TAG, folder / "whole")
+            world.on_first(partial(to_universal, *state))
+    end_world()
+    return curves
+
+
+def atoms(folder):
+    return {
+        (path.parent.name, path.stem): atom(folder / "zero", path.stem, path.parent.name)
+        for path in (folder / "zero").glob("*/*.pt")
+        if path.stem in ("fp32", "exp_avg", "exp_avg_sq")
+    }
+
+
+@pytest.mark.slow
+def test_nadamw_goes_on_to_the_bit_and_on_other_ranks_and_stages(tmp_path):
+    straight, again, one = on_ranks(
+        resume_on_rank, 2, tmp_path, [(3, None), (3, "same"), (1, "other")]
+    )[0]
+    (single,) = on_ranks(resume_on_rank, 1, tmp_path, [(2, "other")])[0]
+    assert again == straight
+    for curve in (one, single):
+        for found, expected in zip(curve, straight, strict=True):
+            assert found == pytest.approx(expected, rel=1e-4)
+    expected = atoms(tmp_path / "whole")
+    assert any(key == "exp_avg_sq" and value.any() for (_, key), value in expected.items())
+    for name in ("2-1", "2-2", "1-0"):
+        to_universal(tmp_path / name / STATE_TAG, tmp_path / f"{name} whole")
+        found = atoms(tmp_path / f"{name} whole")
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key].flatten(), expected[key].flatten()) for key in found)
