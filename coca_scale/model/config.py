@@ -134,6 +134,15 @@ class ModelConfig(Config):
         return TextConfig(**shared, **pooled)
 
     @property
+    def family(self) -> str:
+        """What people call such a model."""
+        if self.multimodal_cfg is None:
+            return "CLIP"
+        if self.text_cfg is None:
+            return "MaMMUT"
+        return "CoCa2" if isinstance(self.vision_cfg.attentional_pool, str) else "CoCa"
+
+    @property
     def text_section(self) -> str:
         """Where its vocabulary and tokenizer stand."""
         return "multimodal_cfg" if self.text_cfg is None else "text_cfg"

@@ -19,6 +19,7 @@ from coca_scale.evaluation.kinds import KINDS, by_kind
 from coca_scale.evaluation.results import Kind, Score
 from coca_scale.losses import LABELS
 from coca_scale.model import ModelConfig
+from coca_scale.openclip.folder import needs_openclip
 from coca_scale.recipe.files import read_json_as
 from coca_scale.recipe.load import load_recipe
 from coca_scale.recipe.public import public_text
@@ -109,7 +110,8 @@ def model_card(
     Raises:
         UserError: the run's recipe is none.
     """
-    captions = config.multimodal_cfg is not None
+    captions, family = config.multimodal_cfg is not None, config.family.lower()
+    needed = needs_openclip(config)
     vision, text = config.vision_cfg, config.text
     model = {
         "image tower": vision.label,
@@ -123,7 +125,7 @@ def model_card(
         license=licence,
         model_name=repo.partition("/")[2],
         pipeline_tag="image-to-text" if captions else "zero-shot-image-classification",
-        tags=["clip", *(["coca", "image-captioning"] if captions else []), "coca-scale"],
+        tags=["clip", *([family, "image-captioning"] if captions else []), "coca-scale"],
         eval_results=[result for found in sets for result in _eval_results(found)] or None,
     )
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, autoescape=False)
@@ -132,7 +134,8 @@ def model_card(
         card_data=data.to_yaml(),
         name=repo.partition("/")[2],
         repo=repo,
-        kind="CoCa (contrastive captioner)" if captions else "CLIP",
+        kind=f"{config.family} (contrastive captioner)" if captions else "CLIP",
+        openclip="OpenCLIP" if needed == "3.0" else f"OpenCLIP {needed} or later",
         parameters=f"{parameters:,}",
         version=__version__,
         model=model,
