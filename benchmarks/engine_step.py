@@ -101,7 +101,7 @@ def ours(recipe: Recipe, split: BatchSplit, batches: int) -> Step:
     with world.device:
         model = CoCa(config)
     engine = TrainEngine(model, LogitScale(), recipe, split, world)
-    text, side, count = config.text_cfg, config.vision_cfg.image_size, recipe.train.global_batch
+    text, side, count = config.text, config.vision_cfg.image_size, recipe.train.global_batch
     inputs = [
         (
             pictures(count, side, world.device),

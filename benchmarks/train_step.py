@@ -120,7 +120,7 @@ def contenders(model: str, batch: int, checkpointing: str) -> dict[str, Callable
     size = config.vision_cfg.image_size
     images = torch.randn(batch, 3, size, size, device=device, dtype=dtype)
     torch.manual_seed(1)
-    tokens = captions(batch, config.text_cfg.vocab_size)
+    tokens = captions(batch, config.text.vocab_size)
 
     def ours(name: str, kind: str) -> Contender:
         weights = from_openclip(published(name).state_dict())

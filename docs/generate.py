@@ -21,6 +21,7 @@ from coca_scale.planning.gpus import GPUS
 from coca_scale.planning.plan import Costs, Plan
 from coca_scale.planning.staged import PlannedStage, plan_stages, total_of
 from coca_scale.recipe import Recipe, load_recipe
+from coca_scale.recipe.distill import DistillSection
 from coca_scale.recipe.load import schema_json
 from coca_scale.recipe.section import Section
 from coca_scale.recipe.stage_section import StageSection
@@ -57,6 +58,14 @@ ENTRIES = (
         "cpu",
         "",
         "5 min; 222 of 256 captions right, R@1 0.88/0.95",
+    ),
+    Entry(
+        "tiny_two_captions",
+        "drawings; short captions to match, long ones to write",
+        1,
+        "cpu",
+        "",
+        "5 min; R@1 0.75/0.83, CIDEr 0.92",
     ),
     Entry("cc3m", "CC3M, one node", 8, "h100-80gb", ""),
     Entry("small", "CC12M, one node", 8, "h100-80gb", ""),
@@ -188,6 +197,7 @@ def keys_page() -> str:
         section = field.annotation
         assert isinstance(section, type) and issubclass(section, Section)
         lines += _keys_table(name, section)
+    lines += _keys_table("loss.distill", DistillSection)
     return "\n".join([*lines, *_keys_table("schedule.stages, each", StageSection)])
 
 

@@ -22,6 +22,7 @@ from coca_scale.data.sample import BadSample, Position, RawSample
 from coca_scale.data.shards import read_shard
 from coca_scale.data.sources import open_source
 from coca_scale.data.storage import StorageOptions
+from coca_scale.data.stored_features import FeatureFile
 from coca_scale.data.tokens import TOKENIZER_FILE, clip_bpe_prefix, make_tokenizer
 from coca_scale.engine.checkpoint import verify_checkpoint
 from coca_scale.evaluation.zeroshot import make_classes
@@ -249,6 +250,23 @@ def _read_class_names(path: Path) -> None:
     make_classes(str(path), "simple", None)
 
 
+def stored_features() -> list[bytes]:
+    """Of a shard with three captions of two pictures."""
+    tensors = {
+        "captions": torch.tensor([-5, 3, 9]),
+        "picture": torch.tensor([0, 1, 0], dtype=torch.int32),
+        "images": torch.randn(2, 4).half(),
+        "texts": torch.randn(3, 4).half(),
+    }
+    return [save(tensors)]
+
+
+def _read_features(path: Path) -> None:
+    file = FeatureFile(path, 4)
+    for caption in (-5, 3, 9, 4):
+        file.pair(caption)
+
+
 READERS = {
     "pictures": Reader(pictures, _read_picture, "x.jpg", mend_png),
     "tar": Reader(tars, _read_tar, "x.tar", mend_tar),
@@ -267,6 +285,7 @@ READERS = {
         is_json=True,
     ),
     "safetensors": Reader(safetensors, read_weight_file, "x.safetensors"),
+    "stored_features": Reader(stored_features, _read_features, "x.safetensors"),
     "torch_files": Reader(torch_files, read_weight_file, "x.pt"),
     "tokenizers": Reader(tokenizers, _read_tokenizer, TOKENIZER_FILE, is_json=True),
     "checkpoint_manifests": Reader(

@@ -29,8 +29,10 @@ SECRETS = st.from_regex(r"(?=[A-Za-z]*[0-9])(?=[0-9]*[A-Za-z])[A-Za-z0-9]{16,24}
 PLACES = (
     *("run.name", "run.dir", "model.name", "model.pretrained", "data.train", "data.val"),
     *("data.cache_dir", "data.image_column", "data.caption_column", "data.captions"),
+    *("data.contrastive_captions", "data.caption_captions"),
     *("data.filters.fields", "engine.deepspeed", "checkpoint.resume", "eval.zeroshot"),
     *("eval.classnames", "eval.templates", "log.wandb", "schedule.stages"),
+    *("loss.distill.teacher", "loss.distill.config"),
 )
 
 
@@ -47,6 +49,8 @@ def recipe_with(text: str) -> Recipe:
         "train": [text, {"shards": [text, text], "weight": 2.0}],
         "val": [text],
         "captions": {text: 0.5, "txt": 0.5},
+        "contrastive_captions": {text: 1.0},
+        "caption_captions": {text: 1.0},
     }
     raw["data"]["filters"]["fields"] = {text: {"one_of": [text, 1, True]}}
     raw["schedule"]["stages"] = [{"steps": 3, "train": text}]

@@ -91,8 +91,14 @@ def weights_of(coca: CoCa) -> dict[str, Tensor]:
 
 CAPTIONERS = (
     *("coca", "base", "wide", "cascade", "parallel", "correct_mask"),
-    *("roberta", "timm_vit", "timm_resnet"),
+    *("roberta", "timm_vit", "timm_resnet", "timm_cascade"),
+    *("modern", "modern_all", "mammut", "mammut_modern", "mammut_laion"),
 )
+MODERN = {"text_arch": "modern", "context_length": 24, "vocab_size": 1024, "width": 128}
+MODERN |= {"heads": 4, "layers": 2, "eos_id": 2, "bos_id": 1}
+MODERN |= {"hf_tokenizer_name": "coca-scale/clip-bpe-1024"}
+MODERN_ALL = {"qk_norm": True, "attn_gated": True, "gate_bias": True, "attention_bias": True}
+MODERN_ALL |= {"mlp_bias": True, "norm_type": "layernorm", "rope_temperature": 100.0}
 
 
 def _raw(name: str, folder: Path) -> dict[str, Any]:
@@ -104,18 +110,40 @@ def _raw(name: str, folder: Path) -> dict[str, Any]:
         return raw_config("coca_tiny", vision_cfg__width=160)
     if name in ("cascade", "parallel"):
         return raw_config("coca_tiny", vision_cfg__attentional_pool=name, vision_cfg__width=160)
+    if name in ("modern", "modern_all"):
+        raw = raw_config("coca_tiny", vision_cfg__attentional_pool="cascade")
+        more = MODERN_ALL if name == "modern_all" else {"attn_gated": True, "qk_norm": True}
+        pooling = {"pool_type": "mean"} if name == "modern_all" else {"freeze_pad_embed": False}
+        raw["text_cfg"] = {**MODERN, **more, **pooling}
+        raw["multimodal_cfg"] = {**MODERN, **more}
+        return raw
+    if name.startswith("mammut"):
+        raw = raw_config("coca_tiny", vision_cfg__attentional_pool=None, vision_cfg__width=160)
+        del raw["text_cfg"], raw["custom_text"]
+        raw["vision_cfg"] |= {"pool_type": "avg", "final_ln_after_pool": True}
+        raw["multimodal_cfg"] |= {"context_length": 24, "layers": 3, "cross_attn_ratio": 2}
+        raw["multimodal_cfg"] |= {"hf_tokenizer_name": "coca-scale/clip-bpe-1024"}
+        if name == "mammut_modern":
+            raw["multimodal_cfg"] |= {**MODERN, "layers": 3, "proj_type": "linear"}
+            raw["embed_dim"] = 96
+        if name == "mammut_laion":
+            raw["vision_cfg"]["pool_type"] = "avg_all"
+            raw["multimodal_cfg"] |= {"pool_type": "avg_all", "use_pad_mask": False}
+        return raw
     if name == "correct_mask":
         return raw_config("coca_tiny", text_cfg__correct_cls_mask=True)
     if name.startswith("timm"):
         model = {
             "timm_vit": "test_vit",
+            "timm_cascade": "test_vit",
             "timm_conv": "test_efficientnet_gn",
             "timm_resnet": "resnet50_gn",
             "timm_bn": "test_resnet",
         }
         raw = raw_config("coca_tiny")
         raw["vision_cfg"] = {"timm_model_name": model[name], "image_size": 48}
-        raw["vision_cfg"] |= {"attentional_pool": True, "attn_pooler_queries": 9}
+        pooling = "cascade" if name == "timm_cascade" else True
+        raw["vision_cfg"] |= {"attentional_pool": pooling, "attn_pooler_queries": 9}
         raw["vision_cfg"]["attn_pooler_heads"] = 4
         return raw
     if name == "clip":

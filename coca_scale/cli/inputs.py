@@ -29,6 +29,16 @@ def open_inputs(inputs: list[str], listing: ListArguments, captions_needed: bool
     return open_pictures(inputs, data_section(inputs), options, captions_needed)
 
 
+def open_shards(shards: list[str], captions: list[str]) -> list[Part]:
+    """What SHARDS of a verb names, with the captions of these names, or those of `data pack`."""
+    from coca_scale.data.listing import ListOptions
+    from coca_scale.evaluation.pictures import open_pictures
+    from coca_scale.recipe.data import DataSection
+
+    named = {"train": shards, "captions": dict.fromkeys(captions, 1.0)}
+    return open_pictures(shards, DataSection.model_validate(named), ListOptions())
+
+
 def data_section(inputs: list[str]) -> DataSection:
     """How data is read, without a recipe."""
     from coca_scale.recipe.data import DataSection

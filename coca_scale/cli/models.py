@@ -48,12 +48,15 @@ def export_command(
     """
     from coca_scale.inference.export import export
     from coca_scale.inference.load import load_model
-    from coca_scale.openclip.folder import verify_folder
+    from coca_scale.openclip.folder import verify_folder, what_reads
 
     loaded = load_model(model, config, raw_weights)
     obstacle = export(loaded, out)
     if obstacle is None:
+        newer = what_reads(loaded.config)
         say(f"wrote {out}; load it with open_clip as local-dir:{out}")
+        if newer is not None:
+            say(newer)
     else:
         say(f"wrote {out} for coca-scale alone: {obstacle}")
     if verify:

@@ -162,6 +162,7 @@ def inspect_shards(
     decode: bool = True,
     workers: int = 1,
     progress: Progress | None = None,
+    captions: Sequence[str] = (),
 ) -> Inspection:
     """Read shards from end to end.
 
@@ -170,6 +171,7 @@ def inspect_shards(
         decode: decode every picture, which is what finds broken ones.
         workers: processes.
         progress: called with the number of shards done and their total.
+        captions: names of what holds captions, as in data.captions; none: as training reads them.
 
     Raises:
         DataError: a pattern that names nothing.
@@ -179,7 +181,10 @@ def inspect_shards(
     )
     reports: list[ShardReport | None] = [None] * len(urls)
     with working(min(workers, max(1, len(urls)))) as pool:
-        jobs = {pool.submit(_inspect, url, decode): number for number, url in enumerate(urls)}
+        jobs = {
+            pool.submit(_inspect, url, decode, tuple(captions)): number
+            for number, url in enumerate(urls)
+        }
         for done, job in enumerate(as_completed(jobs), start=1):
             reports[jobs[job]] = job.result()
             if progress is not None:
@@ -207,10 +212,10 @@ def write_manifest(found: Inspection) -> Path:
     return path
 
 
-def _inspect(url: str, decode: bool) -> ShardReport:
+def _inspect(url: str, decode: bool, captions: tuple[str, ...]) -> ShardReport:
     report = ShardReport(url)
     keys: set[str] = set()
-    rules = SampleRules({}, DataFilters(), every_caption=True)
+    rules = SampleRules(dict.fromkeys(captions, 1.0), DataFilters(), every_caption=True)
     for sample in read_shard(url, rules, StorageOptions()):
         try:
             if isinstance(sample, BadSample):

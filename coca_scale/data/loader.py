@@ -13,6 +13,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,11 +31,15 @@ from coca_scale.data.sample import (
     causes_text,
 )
 from coca_scale.data.tokens import Tokenizer
+from coca_scale.model.targets import Targets
+from coca_scale.recipe import Recipe
 
 MAX_EMPTY_EPOCHS = 10
 LOOK_SECONDS = 1.0
 
 LaneStates = dict[int, Position]
+# what a teacher is told of a sample and the caption that was drawn; raises BadSample
+Tell = Callable[[RawSample, str], Tensor]
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,8 @@ class StepBatch:
     Attributes:
         images: uint8 [n, 3, H, W], channels last in memory.
         tokens: int64 [n, T].
+        targets: what is to be written, where that is not always the same; of the same T.
+        told: what a teacher is told of the samples, [n, …]; None where it is `tokens`, or nobody.
         keys: sample names.
         share_indices: int64 [n], index of each sample in this share before it was arranged.
         lanes: where each of this rank's lanes stands once this batch has been used.
@@ -52,43 +59,102 @@ class StepBatch:
 
     images: Tensor
     tokens: Tensor
+    targets: Targets | None
+    told: Tensor | None
     keys: list[str]
     share_indices: Tensor
     lanes: LaneStates
     skipped: list[Skipped]
 
 
+@dataclass(frozen=True)
+class Draws:
+    """What is drawn of a sample's captions.
+
+    Attributes:
+        match: whether one is drawn to be matched; else that to be written is for both.
+        write: whether one is drawn to be written; else that to be matched is for both.
+        parallel: share of samples whose caption is predicted in parallel.
+    """
+
+    match: bool = True
+    write: bool = True
+    parallel: float = 0.0
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Draws:
+        """As a recipe has it; a loss of weight 0 has no caption of its own."""
+        loss = recipe.loss
+        match = loss.learns("contrastive", "distill", "distill_features")
+        write = loss.learns("caption")
+        return cls(match, write, loss.caption_parallel if write else 0.0)
+
+
+EVERY = Draws()
+
+
+class Decoded(NamedTuple):
+    """A training sample.
+
+    Attributes:
+        pixels: uint8 [3, size, size].
+        tokens: int64 [T], of the caption that is matched.
+        caption: which that is.
+        target: int64 [T], of that which is written; None where it is the same.
+        parallel: whether that is predicted in parallel.
+    """
+
+    pixels: Tensor
+    tokens: Tensor
+    caption: str
+    target: Tensor | None = None
+    parallel: bool = False
+
+
 def decode_sample(
-    sample: RawSample, tokenizer: Tokenizer, crop: TrainCrop, rng: np.random.Generator
-) -> tuple[Tensor, Tensor]:
-    """Pixels uint8 [3, size, size] and token ids [T] of one training sample.
+    sample: RawSample,
+    tokenizer: Tokenizer,
+    crop: TrainCrop,
+    rng: np.random.Generator,
+    draws: Draws = EVERY,
+) -> Decoded:
+    """A training sample of a raw one.
 
     Args:
-        sample: the raw sample; one of its captions is drawn.
+        sample: the raw sample; of its captions one is drawn, or one for each loss.
         tokenizer: cuts captions that are longer than the context, keeping the end token.
         crop: how the picture is cropped.
-        rng: draws the caption and the crop.
+        rng: draws captions, crop and what is predicted in parallel.
+        draws: what is drawn of captions.
 
     Raises:
         BadSample: the image cannot be used or is filtered out, or the caption has no words.
     """
-    if not sample.caption:
+    if not sample.caption or sample.targets == ():
         raise BadSample("empty_caption", sample.key)
-    caption = sample.caption
-    if len(sample.captions) > 1:
-        weights = np.cumsum([weight for _, weight in sample.captions])
-        drawn = np.searchsorted(weights, rng.uniform(0.0, weights[-1]), side="right")
-        caption = sample.captions[min(int(drawn), len(weights) - 1)][0]
-    return train_pixels(sample.image, sample.key, crop, rng), tokenizer([caption])[0]
+    targets = sample.targets if draws.write else None
+    first = sample.captions if draws.match or targets is None else targets
+    caption = _drawn(first, rng)
+    pixels = train_pixels(sample.image, sample.key, crop, rng)
+    target = None if targets is None or not draws.match else tokenizer([_drawn(targets, rng)])[0]
+    parallel = draws.parallel > 0 and bool(rng.random() < draws.parallel)
+    return Decoded(pixels, tokenizer([caption])[0], caption, target, parallel)
 
 
-@dataclass(frozen=True)
-class _Taken:
+def _drawn(captions: Sequence[tuple[str, float]], rng: np.random.Generator) -> str:
+    if len(captions) == 1:
+        return captions[0][0]
+    weights = np.cumsum([weight for _, weight in captions])
+    drawn = np.searchsorted(weights, rng.uniform(0.0, weights[-1]), side="right")
+    return captions[min(int(drawn), len(weights) - 1)][0]
+
+
+class _Taken(NamedTuple):
     """A good sample, ready to be stacked."""
 
     key: str
-    pixels: Tensor
-    tokens: Tensor
+    sample: Decoded
+    told: Tensor | None
 
 
 class _LaneReader:
@@ -117,7 +183,8 @@ class _LaneReader:
                 try:
                     if isinstance(sample, BadSample):
                         raise sample
-                    pixels, tokens = decode_sample(sample, d.tokenizer, d.crop, rng)
+                    decoded = decode_sample(sample, d.tokenizer, d.crop, rng, d.draws)
+                    told = None if d.tell is None else d.tell(sample, decoded.caption)
                 except BadSample as bad:
                     skipped = bad.skipped
                     if isinstance(sample, RawSample):
@@ -126,7 +193,7 @@ class _LaneReader:
                     causes[skipped.cause] += skipped.lost
                     continue
                 good = True
-                yield _Taken(sample.key, pixels, tokens)
+                yield _Taken(sample.key, decoded, told)
             empty = 0 if good else empty + 1
             if empty == MAX_EMPTY_EPOCHS:  # each had other shards
                 found = causes_text(causes) or "nothing"
@@ -148,6 +215,8 @@ class TrainDataset(IterableDataset):
     lanes: int
     samples_per_lane: int
     states: LaneStates
+    draws: Draws = EVERY
+    tell: Tell | None = None
 
     def __iter__(self) -> Iterator[StepBatch | str]:
         """Endless; a DataError ends it and comes out as its text, so that all ranks can agree."""
@@ -169,14 +238,18 @@ class TrainDataset(IterableDataset):
 
     def _piece(self, readers: Mapping[int, _LaneReader]) -> StepBatch:
         taken = [r.take() for r in readers.values() for _ in range(self.samples_per_lane)]
+        told = [t.told for t in taken if t.told is not None]
         skipped = []
         for reader in readers.values():
             skipped += reader.skipped
             reader.skipped = []
+        samples = [t.sample for t in taken]
         return StepBatch(
             # as the pictures lie in memory: stacking without transposing
-            images=torch.stack([t.pixels.permute(1, 2, 0) for t in taken]).permute(0, 3, 1, 2),
-            tokens=torch.stack([t.tokens for t in taken]),
+            images=torch.stack([s.pixels.permute(1, 2, 0) for s in samples]).permute(0, 3, 1, 2),
+            tokens=torch.stack([s.tokens for s in samples]),
+            targets=_targets(samples, self.draws.parallel > 0),
+            told=torch.stack(told) if told else None,
             keys=[t.key for t in taken],
             share_indices=torch.arange(len(taken)),
             lanes={lane: reader.position for lane, reader in readers.items()},
@@ -222,8 +295,20 @@ class TrainLoader:
             batch = _join(step)
             if self._arrange is not None:
                 lengths = (batch.tokens != self._pad_id).sum(1)
+                if batch.targets is not None:
+                    more = (batch.targets.tokens_BT != self._pad_id).sum(1)
+                    lengths += more * batch.targets.separate(batch.tokens)
                 batch = _arranged(batch, self._arrange(lengths))
             yield batch
+
+
+def _targets(samples: Sequence[Decoded], parallel: bool) -> Targets | None:
+    """What is to be written, where that is not what is matched, or some of it in parallel."""
+    if not parallel and all(sample.target is None for sample in samples):
+        return None
+    tokens = [sample.tokens if sample.target is None else sample.target for sample in samples]
+    chosen = torch.tensor([sample.parallel for sample in samples]) if parallel else None
+    return Targets(torch.stack(tokens), chosen)
 
 
 def _heed_signals_of_the_rank_alone() -> None:
@@ -249,9 +334,12 @@ def _heed_signals_of_the_rank_alone() -> None:
 def _join(pieces: Sequence[StepBatch]) -> StepBatch:
     if len(pieces) == 1:
         return pieces[0]
+    told = [p.told for p in pieces if p.told is not None]
     return StepBatch(
         images=torch.cat([p.images for p in pieces]),
         tokens=torch.cat([p.tokens for p in pieces]),
+        targets=Targets.cat([p.targets for p in pieces]),
+        told=torch.cat(told) if told else None,
         keys=[key for p in pieces for key in p.keys],
         share_indices=torch.arange(sum(len(p.keys) for p in pieces)),
         lanes={lane: position for p in pieces for lane, position in p.lanes.items()},
@@ -265,6 +353,8 @@ def _arranged(batch: StepBatch, order: Tensor) -> StepBatch:
         # channels stay last in memory, as they came
         images=batch.images.permute(0, 2, 3, 1)[order].permute(0, 3, 1, 2),
         tokens=batch.tokens[order],
+        targets=None if batch.targets is None else batch.targets[order],
+        told=None if batch.told is None else batch.told[order],
         keys=[batch.keys[i] for i in order.tolist()],
         share_indices=batch.share_indices[order],
     )

@@ -12,8 +12,11 @@ from torch import Tensor
 
 from coca_scale.data.loader import StepBatch
 from coca_scale.model.packing import PackedCaptions, sent
+from coca_scale.model.targets import Targets
 
-LayOut = Callable[[Tensor], list[PackedCaptions]]
+LayOut = Callable[[Tensor, Targets | None], list[PackedCaptions]]
+Lesson = PackedCaptions | Tensor
+LayOutLesson = Callable[[Tensor], list[Lesson]]
 
 
 @dataclass(frozen=True)
@@ -23,10 +26,12 @@ class ReadyBatch:
     Attributes:
         share: as the loader put it together, with images on the device.
         captions: its tokens laid out, one entry for each micro-batch, on the device.
+        lesson: what a teacher takes of it, likewise; empty without a teacher.
     """
 
     share: StepBatch
     captions: list[PackedCaptions]
+    lesson: list[Lesson]
 
 
 class Prefetcher:
@@ -38,10 +43,24 @@ class Prefetcher:
     resume.
     """
 
-    def __init__(self, batches: Iterator[StepBatch], lay_out: LayOut, device: torch.device) -> None:
-        """`lay_out`: from token ids int64 [n, T] on the host to captions on the device."""
+    def __init__(
+        self,
+        batches: Iterator[StepBatch],
+        lay_out: LayOut,
+        device: torch.device,
+        lay_out_lesson: LayOutLesson = lambda _: [],
+    ) -> None:
+        """Begin with the first batch.
+
+        Args:
+            batches: of the loader.
+            lay_out: from token ids int64 [n, T] on the host, and targets, to captions on the
+                device.
+            device: of this rank.
+            lay_out_lesson: likewise, from what a batch brings for a teacher.
+        """
         self._batches = batches
-        self._lay_out = lay_out
+        self._lay_out, self._lay_out_lesson = lay_out, lay_out_lesson
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._thread = ThreadPoolExecutor(1, "prefetch")
@@ -64,6 +83,8 @@ class Prefetcher:
             used_here(batch.share.images)
             for captions in batch.captions:
                 captions.map(used_here)
+            for part in batch.lesson:
+                used_here(part) if isinstance(part, Tensor) else part.map(used_here)
         self._next = self._thread.submit(self._fetch)
         return batch
 
@@ -76,4 +97,6 @@ class Prefetcher:
         batch = next(self._batches)
         with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
             share = replace(batch, images=sent(batch.images, self._device))
-            return ReadyBatch(share, self._lay_out(batch.tokens))
+            told = batch.tokens if batch.told is None else batch.told
+            captions = self._lay_out(batch.tokens, batch.targets)
+            return ReadyBatch(share, captions, self._lay_out_lesson(told))

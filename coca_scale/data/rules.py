@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from coca_scale.data.images import IMAGE_EXTENSIONS
@@ -14,6 +15,8 @@ from coca_scale.recipe.text import decoded, one_line
 
 TEXT, JSON, CLASS = "txt", "json", "cls"
 PACKED = "captions"  # field of a .json with all captions of a picture
+SENTENCES = ":sentences"  # behind the name of what holds texts: each sentence by itself
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 MAX_IMAGE_BYTES = 2**28
 MAX_TEXT_BYTES = 2**20
 # by extension, what is read of a sample and how much of it at most
@@ -34,21 +37,25 @@ class SampleRules:
         filters: DataFilters,
         captions_needed: bool = True,
         every_caption: bool = False,
+        targets: Mapping[str, float] | None = None,
     ) -> None:
         """What makes a sample.
 
         Args:
             captions: weights by name, `txt` (a caption per line), `cls` (a class number, as in
-                ImageNet's shards) or a json field; several texts share the weight of their name.
-                Empty takes .txt, else `caption`.
+                ImageNet's shards) or a json field, each of them with `:sentences` for the sentences
+                of its texts; several texts share the weight of their name. Empty takes .txt, else
+                `caption`.
             filters: of pictures and json fields.
             captions_needed: whether a picture without a caption is a bad sample; if not, what is
                 wrong with a caption leaves its picture without it.
             every_caption: where `captions` is empty, take all that `data pack` has listed.
+            targets: as `captions`, of what a model learns to write; None: the same.
         """
         self._every_caption = every_caption
         self._captions_needed = captions_needed
-        self._captions = dict(sorted(captions.items(), key=lambda item: -item[1]))
+        self._captions = _heaviest_first(captions)
+        self._targets = None if targets is None else _heaviest_first(targets)
         self._filters = filters
 
     def sample(self, key: str, files: Mapping[str, bytes | None], shard: str) -> RawSample:
@@ -67,22 +74,17 @@ class SampleRules:
         for name, rule in self._filters.fields.items():
             if not rule.accepts(fields.get(name)):
                 raise BadSample(f"filtered_{name}", key, shard, filtered=True)
-        try:
-            captions = self._weighted(files, fields, key, shard)
-        except BadSample:
-            if self._captions_needed:
-                raise
-            captions = []
-        if not captions and self._captions_needed:
-            raise BadSample("missing_caption", key, shard)
-        sample = RawSample(key, image, tuple(captions), shard)
-        if not sample.captions and self._captions_needed:
+        texts = (files, fields, key, shard)
+        captions = self._weighted(self._captions, *texts)
+        targets = None if self._targets is None else self._weighted(self._targets, *texts)
+        sample = RawSample(key, image, captions, shard, targets)
+        if not (sample.captions and sample.targets != ()) and self._captions_needed:
             raise BadSample("empty_caption", key, shard)
         return sample
 
     def _fields(self, files: Mapping[str, bytes | None], key: str, shard: str) -> dict[str, Any]:
         """Of the .json, as far as it matters; a broken one is no fault where it does not."""
-        wanted = self._captions or files.get(TEXT) is None
+        wanted = self._captions or self._targets or files.get(TEXT) is None
         needed = self._filters.fields or (wanted and self._captions_needed)
         if not (needed or wanted) and not self._every_caption:
             return {}
@@ -95,28 +97,69 @@ class SampleRules:
 
     def _weighted(
         self,
+        weights: Mapping[str, float],
         files: Mapping[str, bytes | None],
         fields: Mapping[str, Any],
         key: str,
         shard: str,
-    ) -> list[tuple[str, float]]:
-        """Captions as they are written, several of one name with equal shares of its weight."""
-        captions: list[tuple[str, float]] = []
-        for name, weight in self._weights(fields, files.get(TEXT)).items():
+    ) -> tuple[tuple[str, float], ...]:
+        """Captions as they are written, with their weights.
+
+        Raises:
+            BadSample: one is broken, or there is none, and captions are needed.
+        """
+
+        def texts(name: str) -> list[str]:
             if name in (TEXT, CLASS):
-                found = _lines(files.get(name), key, shard)
-            else:
-                found = _texts(fields.get(name))
-            captions += [(caption, weight / len(found)) for caption in found]
+                return _lines(files.get(name), key, shard)
+            return _texts(fields.get(name))
+
+        try:
+            captions = weighted(self._names(weights, fields, files.get(TEXT)), texts)
+        except BadSample:
+            if self._captions_needed:
+                raise
+            return ()
+        if not captions and self._captions_needed:
+            raise BadSample("missing_caption", key, shard)
         return captions
 
-    def _weights(self, fields: Mapping[str, Any], text: bytes | None) -> Mapping[str, float]:
+    def _names(
+        self, weights: Mapping[str, float], fields: Mapping[str, Any], text: bytes | None
+    ) -> Mapping[str, float]:
         """Names of what holds captions."""
-        if self._captions:
-            return self._captions
+        if weights:
+            return weights
         if self._every_caption and _are_packed(fields.get(PACKED), text):
             return {PACKED: 1.0}
         return {TEXT if text is not None else "caption": 1.0}
+
+
+def weighted(
+    weights: Mapping[str, float], texts: Callable[[str], list[str]]
+) -> tuple[tuple[str, float], ...]:
+    """Captions with sampling weights; several of one name have equal shares of its weight.
+
+    Args:
+        weights: by name, which may ask for `:sentences`.
+        texts: of a name, as they are written.
+    """
+    captions: list[tuple[str, float]] = []
+    for name, weight in weights.items():
+        found = texts(name.removesuffix(SENTENCES))
+        if name.endswith(SENTENCES):
+            found = [sentence for text in found for sentence in sentences_of(text)]
+        captions += [(caption, weight / len(found)) for caption in found]
+    return tuple(captions)
+
+
+def sentences_of(text: str) -> list[str]:
+    """Its sentences: each ends with `.`, `!` or `?` before a space, or where the text does."""
+    return _SENTENCE_END.split(text.strip())
+
+
+def _heaviest_first(weights: Mapping[str, float]) -> dict[str, float]:
+    return dict(sorted(weights.items(), key=lambda item: -item[1]))
 
 
 def _are_packed(listed: Any, text: bytes | None) -> bool:

@@ -89,6 +89,8 @@ class RawSample:
         key: name of the sample.
         image: file content, or a picture.
         captions: texts with their sampling weights, the main one first; may be empty.
+        targets: likewise those that a model learns to write; None: the one that is drawn of
+            `captions`.
         shard: url of the shard, empty outside shards.
     """
 
@@ -96,17 +98,24 @@ class RawSample:
     image: bytes | Image.Image
     captions: tuple[tuple[str, float], ...] = ()
     shard: str = ""
+    targets: tuple[tuple[str, float], ...] | None = None
 
     def __post_init__(self) -> None:
-        few = self.captions[:MAX_CAPTIONS]
-        lines = ((one_line(text)[:MAX_CAPTION_CHARACTERS], weight) for text, weight in few)
-        object.__setattr__(self, "captions", tuple((line, w) for line, w in lines if line))
+        object.__setattr__(self, "captions", _usable(self.captions))
+        if self.targets is not None:
+            object.__setattr__(self, "targets", _usable(self.targets))
         object.__setattr__(self, "key", visible(self.key))
 
     @property
     def caption(self) -> str:
         """The main caption, empty if there is none."""
         return self.captions[0][0] if self.captions else ""
+
+
+def _usable(captions: tuple[tuple[str, float], ...]) -> tuple[tuple[str, float], ...]:
+    few = captions[:MAX_CAPTIONS]
+    lines = ((one_line(text)[:MAX_CAPTION_CHARACTERS], weight) for text, weight in few)
+    return tuple((line, weight) for line, weight in lines if line)
 
 
 class Position(NamedTuple):

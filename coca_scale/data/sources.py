@@ -33,19 +33,26 @@ def open_source(spec: str | Sequence[str | WeightedShards], data: DataSection, s
     if kind != "table" and data.encoding is not None:
         raise DataError(f"{', '.join(patterns)}: data.encoding is for tables")
     if kind == "shards":
-        rules = SampleRules(data.captions, data.filters)
+        captions, targets = data.caption_weights
+        rules = SampleRules(captions, data.filters, targets=targets)
         options = ShardOptions(seed, data.shuffle_window, data.replacement)
         return ShardSource(mixed, rules, options, storage_options(data))
     weighted = any(source.weight != 1.0 for source in mixed)
-    if weighted or data.replacement or data.captions or data.filters.fields:
+    if weighted or data.replacement or data.filters.fields:
         raise DataError(
-            f"{', '.join(patterns)}: weights, data.replacement, data.captions and "
-            "data.filters.fields are for shards"
+            f"{', '.join(patterns)}: weights, data.replacement and data.filters.fields are for "
+            "shards"
         )
     if kind == "synthetic":
         if len(patterns) > 1:
             raise DataError("give one synthetic:// source, not a list")
-        return IndexedSource(Shapes.from_url(patterns[0]), patterns[0], seed)
+        shapes = Shapes.from_url(patterns[0], *data.caption_weights)
+        return IndexedSource(shapes, patterns[0], seed)
+    if data.captions or data.two_captions:
+        raise DataError(
+            f"{', '.join(patterns)}: a table has one column of captions; data.captions, "
+            "data.contrastive_captions and data.caption_captions are for shards"
+        )
     columns = TableOptions(data.image_column, data.caption_column, encoding=data.encoding)
     table = CaptionTable(patterns, columns)
     return IndexedSource(table, ", ".join(patterns), seed)

@@ -1,17 +1,20 @@
 """synthetic://shapes — pictures of coloured shapes with grammatical captions, drawn on the fly.
 
 Options: `count` (samples per epoch, default 100000), `size` (pixels per side, default 64) and
-`split` (train or val: other drawings of the same kinds of things).
+`split` (train or val: other drawings of the same kinds of things). A drawing has a short caption,
+`txt`, and a `long` one of three sentences, which says where the shape is and on what ground.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+from coca_scale.data.rules import SENTENCES, TEXT, weighted
 from coca_scale.data.sample import DataError, RawSample
 
 COLOURS = {
@@ -28,23 +31,49 @@ SIZES = {"small": (0.15, 0.20), "large": (0.32, 0.40)}  # radius as a share of t
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 SPLITS = ("train", "val")
 OVERSAMPLE = 3
+LONG = "long"
+ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
+GROUNDS = ("red", "green", "blue")  # by the strongest of its three channels
 
 
 class Shapes:
     """An indexed collection of drawings: the same index always gives the same picture."""
 
-    def __init__(self, count: int, size: int, split: str) -> None:
+    def __init__(
+        self,
+        count: int,
+        size: int,
+        split: str,
+        captions: Mapping[str, float] | None = None,
+        targets: Mapping[str, float] | None = None,
+    ) -> None:
+        """`captions` and `targets` as of `from_url`."""
         self.size = size
         self.split = split
         self._count = count
+        self._captions = captions or {TEXT: 1.0}
+        self._targets = None if targets is None else targets or {TEXT: 1.0}
 
     @classmethod
-    def from_url(cls, url: str) -> Shapes:
+    def from_url(
+        cls,
+        url: str,
+        captions: Mapping[str, float] | None = None,
+        targets: Mapping[str, float] | None = None,
+    ) -> Shapes:
         """Parse synthetic://shapes?count=…&size=…&split=….
 
+        Args:
+            url: as above.
+            captions: weights of `txt` and `long`, as of `SampleRules`; none is `txt`.
+            targets: likewise of what a model learns to write; None: the same.
+
         Raises:
-            DataError: unknown collection or option, or a value out of range.
+            DataError: unknown collection, option or name, or a value out of range.
         """
+        for name in {*(captions or {}), *(targets or {})}:
+            if name.removesuffix(SENTENCES) not in (TEXT, LONG):
+                raise DataError(f"{url}: drawings have the captions txt and long, not {name!r}")
         try:
             parts = urlsplit(url)
         except ValueError as error:
@@ -59,7 +88,7 @@ class Shapes:
             raise DataError(f"{url}: count is at least 1, and size between 16 and 4096")
         if split not in SPLITS:
             raise DataError(f"{url}: split is train or val, not {split!r}")
-        return cls(int(count), int(size), split)
+        return cls(int(count), int(size), split, captions, targets)
 
     def __len__(self) -> int:
         return self._count
@@ -69,9 +98,17 @@ class Shapes:
         size_name = str(rng.choice(list(SIZES)))
         colour_name = str(rng.choice(list(COLOURS)))
         shape = str(rng.choice(SHAPES))
-        picture = _draw(rng, self.size, SIZES[size_name], COLOURS[colour_name], shape)
-        caption = f"a {size_name} {colour_name} {shape}"
-        return RawSample(f"shapes/{self.split}/{index:09d}", picture, ((caption, 1.0),))
+        drawn = _draw(rng, self.size, SIZES[size_name], COLOURS[colour_name], shape)
+        picture, place, ground = drawn
+        short = f"a {size_name} {colour_name} {shape}"
+        texts = {TEXT: short, LONG: f"{short}. it is at the {place}. the ground is {ground}."}
+        captions, targets = (
+            None if weights is None else weighted(weights, lambda name: [texts[name]])
+            for weights in (self._captions, self._targets)
+        )
+        assert captions is not None
+        key = f"shapes/{self.split}/{index:09d}"
+        return RawSample(key, picture, captions, targets=targets)
 
 
 def _draw(
@@ -80,7 +117,8 @@ def _draw(
     radius_range: tuple[float, float],
     colour: tuple[int, int, int],
     shape: str,
-) -> Image.Image:
+) -> tuple[Image.Image, str, str]:
+    """The picture, where the middle of the shape is in it, and the colour of its ground."""
     side = size * OVERSAMPLE
     background = rng.integers(120, 180, size=3)
     image = Image.new("RGB", (side, side), tuple(int(c) for c in background))
@@ -106,4 +144,6 @@ def _draw(
             angle = turn + math.pi * (2 * k / corners - 0.5 + (0.25 if shape == "square" else 0))
             points.append((x + r * math.cos(angle), y + r * math.sin(angle)))
         draw.polygon(points, fill=fill)
-    return image.resize((size, size), Image.Resampling.BOX)
+    place = f"{ROWS[int(3 * y / side)]} {COLUMNS[int(3 * x / side)]}"
+    picture = image.resize((size, size), Image.Resampling.BOX)
+    return picture, place, GROUNDS[int(background.argmax())]

@@ -149,7 +149,7 @@ def make_tokenizer(config: ModelConfig, folder: Path | None = None) -> Tokenizer
     Raises:
         UserError: not found, or one that does not fit the model's vocabulary and padding.
     """
-    text = config.text_cfg
+    text = config.text
     name = text.hf_tokenizer_name or text.hf_model_name
     tokenizer: Tokenizer
     if name is None:
@@ -174,7 +174,7 @@ def make_tokenizer(config: ModelConfig, folder: Path | None = None) -> Tokenizer
         raise UserError(
             f"the tokenizer pads with id {tokenizer.pad_id}, text_cfg.pad_id is {text.pad_id}"
         )
-    if text.hf_model_name is None and text.pool_type == "eos" and text.eos_id != tokenizer.end_id:
+    if text.reads_the_end and text.eos_id != tokenizer.end_id:
         raise UserError(
             f"the tokenizer ends captions with id {tokenizer.end_id}, "
             f"text_cfg.eos_id is {text.eos_id}"

@@ -88,6 +88,7 @@ class _Identity(BaseModel):
     tokenizer: str
     data: str
     samples: str | None
+    teacher: str | None = None
 
 
 class _Progress(BaseModel):

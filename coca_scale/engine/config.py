@@ -15,17 +15,16 @@ from torch import nn
 
 from coca_scale.errors import UserError
 from coca_scale.model import CoCa, fp8
-from coca_scale.model.config import VisionConfig
 from coca_scale.model.layers import (
+    Attention,
     AttentionalPooler,
     AttentionKernel,
-    Block,
-    CrossAttention,
-    CrossBlock,
     SelfAttention,
+    TransformerBlock,
     is_short,
 )
 from coca_scale.model.recompute import Linear
+from coca_scale.model.tower_config import VisionConfig
 from coca_scale.model.varlen import MOST_HEAD_WIDTH
 from coca_scale.recipe import BatchSplit, Recipe
 from coca_scale.recipe.schema import EngineSection
@@ -74,7 +73,7 @@ def transfers(model: nn.Module) -> Transfers:
 
 def layers(model: nn.Module) -> list[nn.Module]:
     """Blocks and poolers of this package, in the order of their names."""
-    return [m for m in model.modules() if isinstance(m, Block | CrossBlock | AttentionalPooler)]
+    return [m for m in model.modules() if isinstance(m, TransformerBlock | AttentionalPooler)]
 
 
 def gathered_whole(model: nn.Module) -> list[nn.Module]:
@@ -250,25 +249,30 @@ def apply_settings(
         model.caption_head.label_smoothing = recipe.loss.label_smoothing
         model.caption_head.z_loss = recipe.loss.z_loss
         model.caption_head.kernel = recipe.loss.caption_kernel
-    wanted = recipe.engine.attention_kernel == "triton"
+    apply_kernels(model, recipe.engine, varlen)
+    for layer in _fp8_layers(model):
+        layer.fp8 = recipe.engine.fp8
+
+
+def apply_kernels(model: CoCa, engine: EngineSection, varlen: bool | None = None) -> None:
+    """What attends in a model that computes in `engine.precision`; `varlen` as `apply_settings`."""
+    wanted = engine.attention_kernel == "triton"
     kernel = _attention_kernel() if wanted else None
     varlen = kernel is not None if varlen is None else varlen and wanted
-    varlen = varlen and recipe.engine.precision != "fp32"
+    varlen = varlen and engine.precision != "fp32"
     for module in model.modules():
         if isinstance(module, SelfAttention):
             module.kernel = kernel
-        if isinstance(module, SelfAttention | CrossAttention):
-            width = module.out.in_features // module.heads
+        if isinstance(module, Attention):
+            width = module.head_width
             module.varlen = varlen and width % 8 == 0 and width <= MOST_HEAD_WIDTH
-    for layer in _fp8_layers(model):
-        layer.fp8 = recipe.engine.fp8
 
 
 def own_attention(model: CoCa, precision: str) -> str | None:
     """What our own kernels attend to after `apply_settings`, for the log; None if to nothing."""
     kernels = any(isinstance(m, SelfAttention) and m.kernel is not None for m in model.modules())
     short = takes_images(model.config.vision_cfg, precision)
-    packed = any(m.varlen for m in model.modules() if isinstance(m, SelfAttention | CrossAttention))
+    packed = any(m.varlen for m in model.modules() if isinstance(m, Attention))
     parts = ["images"] * (kernels and short) + ["packed captions"] * packed
     return f"attention by our Triton kernels to {' and '.join(parts)}" if parts else None
 
@@ -281,7 +285,7 @@ def takes_images(vision: VisionConfig, precision: str) -> bool:
 
 def _fp8_layers(model: nn.Module) -> list[Linear]:
     """Linear layers of transformer blocks whose sizes FP8 takes; poolers have little to gain."""
-    blocks = [m for m in model.modules() if isinstance(m, Block | CrossBlock)]
+    blocks = [m for m in model.modules() if isinstance(m, TransformerBlock)]
     linears = [m for block in blocks for m in block.modules() if isinstance(m, Linear)]
     return [layer for layer in linears if fp8.takes(layer)]
 

@@ -19,9 +19,12 @@ from torch import Tensor
 from coca_scale.engine.world import World
 from coca_scale.losses import (
     LABELS,
+    OF_A_TEACHER,
     ContrastiveResult,
     FeatureGather,
     contrastive_loss,
+    distill_loss,
+    feature_loss,
     sigmoid_loss,
 )
 from coca_scale.model.packing import PackedCaptions
@@ -53,27 +56,49 @@ class Objective:
     """The losses of a recipe, with their weights in a step.
 
     Attributes:
-        weights: of that step, by name.
+        weights: of that step, by name; those of a teacher's losses only where there is one.
     """
 
     def __init__(
-        self, section: LossSection, world: World, weights: Mapping[str, float] | None = None
+        self,
+        section: LossSection,
+        world: World,
+        weights: Mapping[str, float] | None = None,
+        teacher_log_scale: float | None = None,
     ) -> None:
-        """`weights`: None where none follows a schedule."""
+        """Of one step.
+
+        Args:
+            section: of the recipe.
+            world: of the run.
+            weights: of the step, by name; None where none follows a schedule.
+            teacher_log_scale: ln of the teacher's logit scale, where the recipe has a teacher.
+        """
         self._section = section
         self._world = world
-        self._most = {name: max(factors(section.weight(name))) for name in LABELS}
-        self.weights = dict(self._most if weights is None else weights)
+        self._teacher_log_scale = teacher_log_scale
+        names = [n for n in LABELS if teacher_log_scale is not None or n not in OF_A_TEACHER]
+        self._most = {name: max(factors(section.weight(name))) for name in names}
+        found = self._most if weights is None else weights
+        self.weights = {name: found[name] for name in names}
+
+    @property
+    def names(self) -> list[str]:
+        """Of the losses."""
+        return list(self.weights)
 
     def counts(self, micro_batches: Sequence[PackedCaptions]) -> Counts:
         """What summed losses are divided by: in all micro-batches of all ranks. A collective."""
         (tokens,) = self._world.sum(sum(len(captions.labels_K) for captions in micro_batches))
         return {"caption": max(tokens, 1.0)}
 
-    def gather(self, features: Tensor) -> FeatureGather:
-        """Begin to gather this rank's features [n, 2, d] of the step, detached."""
+    def gather(self, features: Tensor, teacher: Tensor | None = None) -> FeatureGather:
+        """Begin to gather this rank's features [n, 2, d] of the step, detached.
+
+        With those of a teacher, [n, 2, t], where the recipe has one.
+        """
         resident = self._section.contrastive_resident
-        return FeatureGather(features, self._world.gather_group, resident)
+        return FeatureGather(features, self._world.gather_group, resident, teacher)
 
     def of_features(
         self, gather: FeatureGather, log_scale: Tensor, bias: Tensor | None = None
@@ -87,12 +112,32 @@ class Objective:
         """
         found = contrastive(self._section, gather, log_scale, bias, self._world.group)
         weight, learns = self.weights["contrastive"], self._section.learns("contrastive")
-        return FeatureTerms(
+        terms = FeatureTerms(
             values={"contrastive": found.loss},
             grad_features=weight * found.grad_features if learns else None,
             grad_log_scale=weight * found.grad_log_scale,
             grad_bias=None if found.grad_bias is None else weight * found.grad_bias,
         )
+        return terms if gather.teacher is None else self._taught(terms, gather, log_scale)
+
+    def _taught(
+        self, terms: FeatureTerms, gather: FeatureGather, log_scale: Tensor
+    ) -> FeatureTerms:
+        """With what a teacher adds."""
+        group, rows = self._world.group, self._section.contrastive_chunk_rows
+        assert self._teacher_log_scale is not None
+        found = {}
+        if self.weights["distill"]:
+            found["distill"] = distill_loss(gather, log_scale, self._teacher_log_scale, group, rows)
+        if self.weights["distill_features"]:
+            found["distill_features"] = feature_loss(gather, group)
+        grad_features, grad_log_scale = terms.grad_features, terms.grad_log_scale
+        for name, result in found.items():
+            weighted = self.weights[name] * result.grad_features
+            grad_features = weighted if grad_features is None else grad_features + weighted
+            grad_log_scale = grad_log_scale + self.weights[name] * result.grad_log_scale
+        values = terms.values | {name: result.loss for name, result in found.items()}
+        return FeatureTerms(values, grad_features, grad_log_scale, terms.grad_bias)
 
     def surrogate(
         self,
@@ -135,7 +180,7 @@ class Objective:
         totals = self._world.sum_on_device(torch.stack([sums.get(n, zero) for n in counts]))
         summed = {name: totals[i] / count for i, (name, count) in enumerate(counts.items())}
         found = {name: value.double() for name, value in terms.values.items()} | summed
-        return {name: found.get(name, zero) for name in LABELS}
+        return {name: found.get(name, zero) for name in self.weights}
 
     def total(self, values: Mapping[str, float]) -> float:
         """The weighted sum of the losses."""

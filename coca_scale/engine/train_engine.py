@@ -50,18 +50,20 @@ from coca_scale.engine.optimizer import (
     own_settings,
 )
 from coca_scale.engine.refit import refitted
+from coca_scale.engine.teacher import Lesson, Teacher
 from coca_scale.engine.weight_average import AVERAGE_FOLDER, WeightAverage
 from coca_scale.engine.world import World
 from coca_scale.engine.writing import Entries, FileWriter
 from coca_scale.engine.zero import ZeroEngine
 from coca_scale.engine.zero_files import STATE_TAG, Layout, look_through
 from coca_scale.errors import AgreedError, UserError
-from coca_scale.losses import LABELS, FeatureGather
+from coca_scale.losses import FeatureGather
 from coca_scale.model import CoCa, LogitScale
 from coca_scale.model.coca import Encoded
 from coca_scale.model.image import normalize_pixels
 from coca_scale.model.packing import PackedCaptions, sent
 from coca_scale.model.pickles import read_pickle
+from coca_scale.model.targets import Targets
 from coca_scale.model.timm_tower import cast_statistics
 from coca_scale.model.weights import require_finite
 from coca_scale.recipe import BatchSplit, Recipe
@@ -77,7 +79,7 @@ class StepResult:
         loss: weighted sum of the losses.
         loss_at_most: the same with the largest weights of the run.
         weights: of the losses in this step, by name.
-        losses: each of them, by the names of `losses.LABELS`; nats, per token for captions.
+        losses: each of them, by the names of the objective; nats, per token for captions.
         grad_norm: global norm before clipping, logit scale not included.
         logit_scale: s, after the step.
         logit_bias: b, after the step; None of a model without one.
@@ -112,7 +114,7 @@ class StepInFlight:
         if self._arrived is not None:
             self._arrived.synchronize()
         found = dict(zip(self._names, self._values.tolist(), strict=True))
-        losses = {name: found[name] for name in LABELS}
+        losses = {name: found[name] for name in self._objective.names}
         return StepResult(
             loss=self._objective.total(losses),
             loss_at_most=self._objective.total_at_most(losses),
@@ -128,11 +130,15 @@ class StepInFlight:
 
 @dataclass(frozen=True)
 class _MicroBatch:
-    """Samples that run together: images uint8 [b, 3, H, W], captions, names int64 [b]."""
+    """Samples that run together: images uint8 [b, 3, H, W], captions, names int64 [b].
+
+    `lesson` is what a teacher takes of them, where there is one.
+    """
 
     images: Tensor
     captions: PackedCaptions
     sample_ids: Tensor
+    lesson: Lesson | None
 
 
 class TrainEngine:
@@ -146,11 +152,13 @@ class TrainEngine:
         batch_split: BatchSplit,
         world: World,
         recomputed: Collection[str] = (),
+        teacher: Teacher | None = None,
     ) -> None:
         """Shard `model`, which must hold the same weights on every rank.
 
         Parameters without `requires_grad` stay as they are, and are saved in the precision they
-        have here. Blocks named in `recomputed` keep no activations.
+        have here. Blocks named in `recomputed` keep no activations. A `teacher` is what the recipe
+        names in `loss.distill`.
         """
         assert world.size == batch_split.ranks, "the batch is split for another number of ranks"
         self._constants = constants_of(model) if world.rank == 0 else {}
@@ -160,8 +168,9 @@ class TrainEngine:
         self._batch_split = batch_split
         self._kept_graphs = kept_graphs(recipe, batch_split)
         self._seed = recipe.run.seed
+        self._teacher = teacher
         self._losses = recipe.loss
-        self._objective = Objective(recipe.loss, world)
+        self._objective = self._objective_of(None)
         apply_settings(model, recipe, recomputed)
         self._logit_scale = logit_scale.to(world.device)
         self._scale_optimizer = make_scale_optimizer(self._logit_scale, recipe.optim)
@@ -196,15 +205,29 @@ class TrainEngine:
         if self._compiled:
             torch._dynamo.reset()  # another stage's pictures are compiled as if they were the first
 
-    def lay_out(self, tokens: Tensor) -> list[PackedCaptions]:
+    def lay_out(self, tokens: Tensor, targets: Targets | None = None) -> list[PackedCaptions]:
         """Captions of this rank's share as `step` takes them. Local, in any thread.
 
         Args:
             tokens: int64 [n, T], on the host: their lengths are read.
+            targets: what is to be written, where that is not the same; likewise.
         """
         assert tokens.device.type == "cpu", "a GPU would make the host wait at every length"
-        parts = tokens.split(self._batch_split.micro_batch)
-        return [self.module.text.pack(part).to(self.world.device) for part in parts]
+        size, pack = self._batch_split.micro_batch, self.module.text.pack
+        parts = tokens.split(size)
+        wanted = [None] * len(parts) if targets is None else targets.split(size)
+        pairs = zip(parts, wanted, strict=True)
+        return [pack(part, targets=of_it).to(self.world.device) for part, of_it in pairs]
+
+    def lay_out_lesson(self, told: Tensor) -> list[Lesson]:
+        """What a teacher takes of this rank's share as `step` takes it. Local, in any thread.
+
+        Args:
+            told: [n, …], on the host, as of `Teacher.lay_out`.
+        """
+        if self._teacher is None:
+            return []
+        return self._teacher.lay_out(told.split(self._batch_split.micro_batch))
 
     def step(
         self,
@@ -213,6 +236,7 @@ class TrainEngine:
         lr: float,
         samples_seen: int = 0,
         share_indices: Tensor | None = None,
+        lesson: Sequence[Lesson] = (),
         loss_weights: Mapping[str, float] | None = None,
     ) -> StepInFlight:
         """One optimizer step, which a GPU may have before it when this returns.
@@ -224,19 +248,21 @@ class TrainEngine:
             samples_seen: by all ranks before this step; which patches are dropped follows from it.
             share_indices: int64 [n], of each sample in this rank's share of the step before it was
                 arranged; None if none was moved.
+            lesson: of the same samples, by `lay_out_lesson`; empty without a teacher.
             loss_weights: of this step, by name; None where none follows a schedule.
         """
         self._zero.train()
         self._zero.begin_step()
-        self._objective = Objective(self._losses, self.world, loss_weights)
+        self._objective = self._objective_of(loss_weights)
         self._set_learning_rate(lr)
-        batches = self._micro_batches(images, captions, samples_seen, share_indices)
+        batches = self._micro_batches(images, captions, samples_seen, share_indices, lesson)
         counts = self._objective.counts([batch.captions for batch in batches])
         tally = Tally(self.world.device)
+        taught = self._taught(batches)
         if len(batches) == 1:
-            terms = self._pass_once(batches[0], counts, tally)
+            terms = self._pass_once(batches[0], counts, tally, taught)
         else:
-            terms = self._pass_twice(batches, counts, tally)
+            terms = self._pass_twice(batches, counts, tally, taught)
         grad_norm, applied = self._zero.update()
         self._updates += applied
         self._update_scale(terms, applied)
@@ -253,13 +279,29 @@ class TrainEngine:
             values["logit_bias"] = self._logit_scale.bias
         return StepInFlight(values, self._objective)
 
-    def _pass_once(self, batch: _MicroBatch, counts: Counts, tally: Tally) -> FeatureTerms:
+    def _objective_of(self, weights: Mapping[str, float] | None) -> Objective:
+        log_scale = None if self._teacher is None else self._teacher.log_scale
+        return Objective(self._losses, self.world, weights, log_scale)
+
+    def _taught(self, batches: list[_MicroBatch]) -> Tensor | None:
+        """The teacher's features [n, 2, t] of this rank's share; None without a teacher."""
+        if self._teacher is None:
+            return None
+        found = []
+        for batch in batches:
+            assert batch.lesson is not None, "a step without its lesson"
+            found.append(self._teacher.features(batch.images, batch.lesson))
+        return torch.cat(found)
+
+    def _pass_once(
+        self, batch: _MicroBatch, counts: Counts, tally: Tally, taught: Tensor | None
+    ) -> FeatureTerms:
         """Forward and backward of a share that is one micro-batch."""
         gathers: list[FeatureGather] = []  # begun when the towers are through
         features, sums = self._zero(
             self.prepare(batch.images),
             batch.captions,
-            on_features=lambda found: gathers.append(self._objective.gather(found)),
+            on_features=lambda found: gathers.append(self._objective.gather(found, taught)),
             sample_ids=batch.sample_ids,
         )
         tally.add(features, sums)
@@ -267,12 +309,14 @@ class TrainEngine:
         self._backward(self._objective.surrogate(features, terms.grad_features, sums, counts))
         return terms
 
-    def _pass_twice(self, batches: list[_MicroBatch], counts: Counts, tally: Tally) -> FeatureTerms:
+    def _pass_twice(
+        self, batches: list[_MicroBatch], counts: Counts, tally: Tally, taught: Tensor | None
+    ) -> FeatureTerms:
         """The features of all micro-batches first, then forward and backward of each."""
         found = self._features(batches[self._kept_graphs :])
         kept = deque(self._encode(batch) for batch in batches[: self._kept_graphs])
         found = [encoded.features.detach() for encoded in kept] + found
-        terms = self._feature_terms(self._objective.gather(torch.cat(found)))
+        terms = self._feature_terms(self._objective.gather(torch.cat(found), taught))
         for number, batch in enumerate(batches):
             if kept:
                 features, sums = self._zero.finish(kept.popleft(), batch.captions)
@@ -322,6 +366,7 @@ class TrainEngine:
         captions: Sequence[PackedCaptions],
         samples_seen: int,
         share_indices: Tensor | None,
+        lesson: Sequence[Lesson],
     ) -> list[_MicroBatch]:
         """This rank's share, cut up, on its device; arguments as of `step`."""
         size, device = self._batch_split.micro_batch, self.world.device
@@ -329,7 +374,8 @@ class TrainEngine:
         ids = samples_seen + self.world.rank * len(images) + indices
         ids += (self._seed % 2**23) << 40  # no run has 2^40 samples
         images, ids = sent(images, device), sent(ids, device)
-        parts = zip(images.split(size), captions, ids.split(size), strict=True)
+        lessons = lesson or (None,) * len(captions)
+        parts = zip(images.split(size), captions, ids.split(size), lessons, strict=True)
         batches = [_MicroBatch(*part) for part in parts]
         assert len(batches) == self._batch_split.accumulation, "not the batch that was split"
         return batches

@@ -199,8 +199,13 @@ class WholeLayers:
         self._fetch(layer, Phase.BACKWARD)
 
     def end_backward(self, layer: _Layer) -> None:
-        """The gradients of its inputs are there, and so are those of its weights."""
-        layer.reduce(None, None, None)
+        """The gradients of its inputs are there, and so are those of its weights.
+
+        Unless they are used once more in this pass, as a MaMMUT's are: then the sum is not there
+        yet, which autograd makes of all uses.
+        """
+        if layer.parameters[0].grad is not None:
+            layer.reduce(None, None, None)
         self._release(layer)
         layer.phase = Phase.INFERENCE
 

@@ -71,12 +71,14 @@ class Picture:
         key: its name.
         pixels: uint8 [3, H, W].
         captions: that came with it, the main one first.
+        targets: of them, those that a model learns to write, where these are others.
     """
 
     place: Place
     key: str
     pixels: Tensor
     captions: tuple[str, ...]
+    targets: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -257,13 +259,15 @@ def _decode(
     try:
         if isinstance(raw, BadSample):
             raise raw
-        if captions_needed and not raw.captions:
+        if captions_needed and not (raw.captions and raw.targets != ()):
             raise BadSample("missing_caption", raw.key, raw.shard)
         image = decode_image(raw.image, raw.key)
         pixels = eval_pixels(image, model.vision_cfg.image_size, model.preprocess_cfg)
     except BadSample as bad:
         return BadPicture(place, bad.cause, bad.skipped.lost)
-    return Picture(place, raw.key, pixels, tuple(caption for caption, _ in raw.captions))
+    captions = tuple(caption for caption, _ in raw.captions)
+    targets = None if raw.targets is None else tuple(caption for caption, _ in raw.targets)
+    return Picture(place, raw.key, pixels, captions, targets)
 
 
 def _is_file(name: str) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -40,6 +42,8 @@ from coca_scale.openclip.weight_files import WEIGHT_SUFFIXES, read_openclip
 from coca_scale.recipe.run_folder import CHECKPOINTS
 from coca_scale.recipe.schema import ModelSection
 
+_DIGESTED = 2**14  # numbers of a tensor, of which no training leaves all as they were
+
 
 @dataclass(frozen=True)
 class Found:
@@ -57,6 +61,10 @@ class Found:
             UserError: their file is damaged, dangerous or of no model of this package.
         """
         return self.read()
+
+    def digest(self) -> str:
+        """As `model_digest`; reads the weights."""
+        return model_digest(self.config, self.read())
 
 
 @dataclass(frozen=True)
@@ -159,6 +167,16 @@ class LoadedModel:
         return [self.tokenizer.decode(row) for row in tokens.tolist()]
 
 
+def model_digest(config: ModelConfig, weights: Mapping[str, Tensor]) -> str:
+    """Of config and weights: which model it is, whatever it is called and wherever it lies."""
+    digest = hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode())
+    for name, tensor in sorted(weights.items()):
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        some = tensor.detach().flatten()[:_DIGESTED].float()
+        digest.update(some.numpy().tobytes())
+    return digest.hexdigest()
+
+
 def _opened(picture: Image.Image | str | Path) -> Image.Image:
     if isinstance(picture, Image.Image):
         return picture
@@ -187,6 +205,13 @@ def load_model(name: str, config: str | None = None, raw_weights: bool = False) 
         raise UserError(f"{name}: {error}") from error
     tokenizer = make_tokenizer(found.config, found.folder)
     return LoadedModel(found.weights, found.config, model, tokenizer)
+
+
+def model_config(name: str, config: str | None = None) -> ModelConfig:
+    """A model's config, without a download where the name says what it is; as `find_model`."""
+    model, separator, _ = name.partition("@")
+    known = separator and not Path(name).exists() and model in available_models()
+    return load_model_config(model) if known else find_model(name, config).config
 
 
 def find_model(name: str, config: str | None = None, raw_weights: bool = False) -> Found:

@@ -58,12 +58,20 @@ class FeatureGather:
             give it a group of its own.
         resident: samples whose gathered features may exist at a time; None for any number. More
             are gathered in pieces, as often as they are asked for.
+        teacher: another model's features [n, 2, t] of the same samples, which travel with them.
     """
 
     def __init__(
-        self, features: Tensor, group: dist.ProcessGroup | None, resident: int | None = None
+        self,
+        features: Tensor,
+        group: dist.ProcessGroup | None,
+        resident: int | None = None,
+        teacher: Tensor | None = None,
     ) -> None:
         self.features = features.contiguous()
+        self.teacher = None if teacher is None else teacher.to(features.dtype)
+        both = [self.features] if self.teacher is None else [self.features, self.teacher]
+        self._sent = torch.cat(both, dim=2) if len(both) > 1 else self.features
         self._group = group
         self._ranks = dist.get_world_size(group) if group is not None else 1
         local = len(features)
@@ -81,6 +89,11 @@ class FeatureGather:
             again: whether they will be asked for once more, so that the first piece can travel
                 meanwhile; without it they can be all the same.
         """
+        width = self.features.shape[2]
+        self.each_pair(lambda part, pairs: use(part, pairs[:, :, :width]), again)
+
+    def each_pair(self, use: Callable[[slice, Tensor], None], again: bool) -> None:
+        """As `each`, of features with the teacher's behind them, [W·k, 2, d + t]."""
         for number, part in enumerate(self._parts, 1):
             gathered, work = self._next or self._start(0)
             if work is not None:
@@ -92,7 +105,7 @@ class FeatureGather:
             use(part, gathered)
 
     def _start(self, number: int) -> tuple[Tensor, dist.Work | None]:
-        mine = self.features[self._parts[number]]
+        mine = self._sent[self._parts[number]]
         if self._ranks == 1:
             return mine, None
         gathered = mine.new_empty((self._ranks * mine.shape[0], *mine.shape[1:]))
@@ -124,7 +137,7 @@ def contrastive_loss(
     batch = ranks * len(mine)
     scale = log_scale.to(wide).exp().reshape(())
     grads = torch.zeros_like(mine, dtype=wide)
-    tile = tile_size(chunk_rows, mine)
+    tile = tile_of(chunk_rows, mine)
     sides = [_Side(mine[:, i], grads[:, i], scale, tile) for i in (0, 1)]
 
     def first_pass(_: slice, features: Tensor) -> None:
@@ -134,7 +147,7 @@ def contrastive_loss(
     gather.each(first_pass, again=True)
     lse = torch.stack([side.lse for side in sides], dim=1)
     diagonal = scale * (mine[:, 0].to(wide) * mine[:, 1].to(wide)).sum(1)
-    gathered = _all_gather(torch.cat([lse, diagonal[:, None]], dim=1), group)
+    gathered = all_gather(torch.cat([lse, diagonal[:, None]], dim=1), group)
     loss = (gathered[:, :2].mean(1) - gathered[:, 2]).mean()
 
     of_rank = gathered.unflatten(0, (ranks, -1))
@@ -202,7 +215,7 @@ class _Side:
         return torch.addcmul(-shift, products, self._scale, out=out).exp_()
 
 
-def tile_size(chunk_rows: int | None, queries: Tensor) -> tuple[int, int]:
+def tile_of(chunk_rows: int | None, queries: Tensor) -> tuple[int, int]:
     """Queries and keys of a tile; tensors without data stand for a GPU's."""
     if chunk_rows is None and queries.device.type != "cpu":
         rows = min(len(queries), GPU_ROWS)
@@ -215,7 +228,8 @@ def both(pairs: Tensor, first: int) -> tuple[Tensor, Tensor]:
     return pairs[:, first], pairs[:, 1 - first]
 
 
-def _all_gather(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+def all_gather(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Rows of all ranks, in rank order. A collective."""
     if group is None or dist.get_world_size(group) == 1:
         return x
     out = x.new_empty((dist.get_world_size(group) * x.shape[0], *x.shape[1:]))

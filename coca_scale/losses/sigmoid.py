@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from coca_scale.losses.contrastive import ContrastiveResult, FeatureGather, both, tile_size
+from coca_scale.losses.contrastive import ContrastiveResult, FeatureGather, both, tile_of
 from coca_scale.losses.matmul import add_matmul_, wide_matmul
 
 _LINEAR_FROM = 60.0  # exp of it is finite in fp32, and log(1 + exp(-60)) nothing in fp64
@@ -48,7 +48,7 @@ def sigmoid_loss(
     batch = ranks * len(mine)
     scale, shift = log_scale.to(wide).exp().reshape(()), bias.to(wide).reshape(())
     grads = torch.zeros_like(mine, dtype=wide)
-    tile = tile_size(chunk_rows, mine)
+    tile = tile_of(chunk_rows, mine)
     sides = [_Side(mine[:, i], grads[:, i], scale, shift, tile) for i in (0, 1)]
 
     def only_pass(part: slice, features: Tensor) -> None:

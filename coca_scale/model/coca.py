@@ -1,4 +1,7 @@
-"""CoCa: image tower, unimodal text tower, multimodal decoder, caption head; CLIP without them."""
+"""CoCa: image tower, unimodal text tower, multimodal decoder, caption head; CLIP and MaMMUT.
+
+A CLIP has no decoder; the decoder of a MaMMUT runs through its text tower once more.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,18 @@ from torch import Tensor, nn
 
 from coca_scale.errors import UserError
 from coca_scale.model.config import ModelConfig
-from coca_scale.model.decoder import CaptionHead, MultimodalDecoder
+from coca_scale.model.decoder import CaptionHead, ModernDecoder, MultimodalDecoder
 from coca_scale.model.hf_text import HuggingFaceTextTower
 from coca_scale.model.image import VisionTransformer
 from coca_scale.model.kv_cache import KVCache
+from coca_scale.model.mammut import MammutDecoder, MammutText
+from coca_scale.model.modern import ModernBlock
+from coca_scale.model.modern_text import ModernText
 from coca_scale.model.packing import PackedCaptions, next_tokens, pick
 from coca_scale.model.recompute import Recomputable, SelectiveRecompute
 from coca_scale.model.text import TextTransformer
 from coca_scale.model.timm_tower import TimmClipTower, TimmTower
+from coca_scale.model.tower_config import DecoderConfig
 from coca_scale.model.towers import Decoder, ImageTower, TextTower
 
 FeaturesReady = Callable[[Tensor], None]
@@ -54,7 +61,7 @@ class CoCa(nn.Module):
         self.decoder: Decoder | None = None
         self.caption_head: CaptionHead | None = None
         if decoder is not None:
-            self.decoder = MultimodalDecoder(decoder, config.quick_gelu)
+            self.decoder = make_decoder(config, decoder, self.text)
             self.caption_head = CaptionHead(decoder.width, decoder.vocab_size)
 
     def blocks(self) -> dict[str, Recomputable]:
@@ -64,7 +71,9 @@ class CoCa(nn.Module):
     def caption_parameters(self) -> list[nn.Parameter]:
         """Those that only the caption loss trains."""
         parts = (self.decoder, self.caption_head)
-        return [p for part in parts if part is not None for p in part.parameters()]
+        own = [p for part in parts if part is not None for p in part.parameters()]
+        modern = [m for m in self.text.modules() if isinstance(m, ModernBlock)]
+        return own + [p for block in modern for p in block.cross_parameters()]
 
     def set_activation_checkpointing(
         self, mode: Checkpointing, whole: Collection[str] = ()
@@ -176,7 +185,8 @@ class CoCa(nn.Module):
         if isinstance(images, Encoded):
             features, text_ND, image_tokens = images
         else:
-            features, text_ND, image_tokens = self.encode(images, captions, sample_ids)
+            read = captions.pooled_only() if features_only else captions
+            features, text_ND, image_tokens = self.encode(images, read, sample_ids)
         if features_only:
             return features, {}
         if on_features is not None:
@@ -216,10 +226,24 @@ def make_image_tower(config: ModelConfig) -> ImageTower:
 
 def make_text_tower(config: ModelConfig) -> TextTower:
     """The text tower that the config describes; always causal where a decoder reads it."""
+    if config.text_cfg is None:
+        assert config.multimodal_cfg is not None
+        return MammutText(config.multimodal_cfg, config.embed_dim, config.quick_gelu)
     text = config.text_cfg
+    if text.modern:
+        return ModernText(text, config.embed_dim)
     if text.hf_model_name is None:
         return TextTransformer(text, config.embed_dim, config.quick_gelu)
     return HuggingFaceTextTower(text, config.embed_dim, causal=config.multimodal_cfg is not None)
+
+
+def make_decoder(config: ModelConfig, decoder: DecoderConfig, text: TextTower) -> Decoder:
+    """The decoder that the config describes; that of a MaMMUT runs through the text tower."""
+    if isinstance(text, MammutText):
+        return MammutDecoder(decoder, text, config.vision_cfg.width, config.quick_gelu)
+    return (
+        ModernDecoder(decoder) if decoder.modern else MultimodalDecoder(decoder, config.quick_gelu)
+    )
 
 
 def unit(x: Tensor) -> Tensor:

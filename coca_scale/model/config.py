@@ -1,38 +1,25 @@
-"""Model configurations in OpenCLIP's JSON format.
-
-Fields that OpenCLIP reads and this package does not implement are errors rather than ignored, so
-that a config never means one thing here and another there.
-"""
+"""A whole model as OpenCLIP's JSON describes it: its parts fit together, and where it is found."""
 
 from __future__ import annotations
 
 import difflib
 import math
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    FiniteFloat,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import FiniteFloat, ValidationError, model_validator
 
 from coca_scale.errors import UserError
 from coca_scale.model.hf_config import architecture
 from coca_scale.model.preprocess import OPENAI, Preprocess
-from coca_scale.model.sizes import (
-    MOST_PATCHES,
-    Count,
-    Layers,
-    MlpRatio,
-    Name,
-    Pixels,
-    TokenId,
-    Vocabulary,
+from coca_scale.model.sizes import Count
+from coca_scale.model.tower_config import (
+    MAMMUT_FIELDS,
+    Config,
+    DecoderConfig,
+    TextConfig,
+    TransformerConfig,
+    VisionConfig,
 )
 from coca_scale.recipe.files import read_json
 from coca_scale.recipe.schema import LossSection, ModelSection
@@ -41,135 +28,8 @@ SIGMOID_START = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}
 CONFIG_FOLDER = Path(__file__).parent / "configs"
 
 
-class _Config(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class VisionConfig(_Config):
-    """The image tower: a ViT, or with `timm_model_name` any timm model as OpenCLIP wraps it.
-
-    `attentional_pool` says how tokens and the pooled vector are made: true is what OpenCLIP's
-    published CoCa models use (one pooler, its first query is the pooled vector); "cascade" and
-    "parallel" are the paper's two poolers, the contrastive one reading the tokens of the generative
-    one, or the image.
-    """
-
-    image_size: Pixels = 224
-    patch_size: Pixels = 16
-    width: Count = 768
-    layers: Layers = 12
-    head_width: Count = 64
-    mlp_ratio: MlpRatio = 4.0
-    patch_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    attentional_pool: bool | Literal["cascade", "parallel"] = False
-    attn_pooler_queries: Annotated[Count, Field(ge=2)] = 256
-    attn_pooler_heads: Count = 8
-    pool_type: Literal["tok"] = "tok"
-    output_tokens: bool = False
-    timm_model_name: Name | None = None
-    timm_model_pretrained: bool = False
-    timm_pool: Literal["avg", "token", "map"] = "avg"
-    timm_proj: Literal["linear"] = "linear"
-    timm_proj_bias: bool = False
-
-    @property
-    def label(self) -> str:
-        """As a model card calls it."""
-        return self.timm_model_name or f"ViT, patches of {self.patch_size} px"
-
-    @property
-    def heads(self) -> int:
-        """Attention heads."""
-        return self.width // self.head_width
-
-    @property
-    def grid(self) -> int:
-        """Patches per side."""
-        return self.image_size // self.patch_size
-
-    @field_validator("layers", mode="before")
-    @classmethod
-    def _no_modified_resnet(cls, layers: Any) -> Any:
-        if isinstance(layers, list):
-            raise ValueError(
-                "OpenAI's ModifiedResNet is not built here; name a ResNet of timm instead, "
-                "for example timm_model_name: resnet50_gn"
-            )
-        return layers
-
-    @model_validator(mode="after")
-    def _divides(self) -> VisionConfig:
-        if self.timm_model_name is not None:
-            if self.patch_dropout:
-                raise ValueError("patch_dropout is for ViTs of this package, not for timm models")
-            return self
-        if self.width % self.head_width:
-            raise ValueError(f"width {self.width} is not a multiple of head_width")
-        if self.image_size < self.patch_size:
-            raise ValueError(
-                f"image_size {self.image_size} is smaller than patch_size {self.patch_size}"
-            )
-        if self.grid**2 > MOST_PATCHES:
-            raise ValueError(
-                f"image_size {self.image_size} in patches of {self.patch_size} gives more than "
-                f"{MOST_PATCHES} of them"
-            )
-        return self
-
-
-class TextConfig(_Config):
-    """The unimodal text tower: a causal transformer, or with `hf_model_name` a Hugging Face model.
-
-    In a CoCa (`embed_cls`) a CLS token follows the caption, not counted by `context_length`; in a
-    CLIP the feature is read at the end token, which `pool_type` says how to find: the highest id,
-    or `eos_id`.
-    """
-
-    context_length: Annotated[Count, Field(ge=3)] = 77
-    vocab_size: Vocabulary = 49408
-    width: Count = 512
-    heads: Count = 8
-    layers: Layers = 12
-    mlp_ratio: MlpRatio = 4.0
-    embed_cls: bool = False
-    correct_cls_mask: bool = False
-    pad_id: TokenId = 0
-    pool_type: Literal["argmax", "eos"] = "argmax"
-    eos_id: TokenId = 2
-    output_tokens: bool = False
-    hf_tokenizer_name: Name | None = None
-    hf_model_name: Name | None = None
-    hf_model_pretrained: bool = True
-    hf_proj_type: Literal["linear", "mlp"] = "mlp"
-    hf_pooler_type: Literal["mean_pooler"] = "mean_pooler"
-    hf_config: dict[str, Any] | None = None  # ours: the architecture, so that a run needs no hub
-
-    @property
-    def label(self) -> str:
-        """As a model card calls it."""
-        return self.hf_model_name or f"transformer, {self.layers} × {self.width}"
-
-
-class DecoderConfig(_Config):
-    """The multimodal decoder.
-
-    `mlp_ratio`, `dim_head`, `n_queries` and `attn_pooler_heads` are listed in OpenCLIP's files but
-    not used by it; `mlp_ratio` is therefore accepted only at the 4 that OpenCLIP always builds.
-    """
-
-    context_length: Count = 77
-    vocab_size: Vocabulary = 49408
-    width: Count = 512
-    heads: Count = 8
-    layers: Layers = 12
-    mlp_ratio: Literal[4] = 4
-    dim_head: Count = 64
-    n_queries: Count = 256
-    attn_pooler_heads: Count = 8
-
-
-class ModelConfig(_Config):
-    """A whole CoCa; without `multimodal_cfg` a CLIP.
+class ModelConfig(Config):
+    """A whole CoCa; without `multimodal_cfg` a CLIP, without `text_cfg` a MaMMUT.
 
     `preprocess_cfg` stands beside the `model_cfg` in OpenCLIP's files; it is part of what a model
     is, since the same weights see something else in other pixels. A model with `init_logit_bias`
@@ -178,7 +38,7 @@ class ModelConfig(_Config):
 
     embed_dim: Count
     vision_cfg: VisionConfig
-    text_cfg: TextConfig
+    text_cfg: TextConfig | None = None
     multimodal_cfg: DecoderConfig | None = None
     custom_text: bool = False
     quick_gelu: bool = False
@@ -188,27 +48,39 @@ class ModelConfig(_Config):
 
     @model_validator(mode="after")
     def _fits_together(self) -> ModelConfig:
-        text = self.text_cfg
+        text, decoder = self.text_cfg, self.multimodal_cfg
+        if text is None:
+            if decoder is None:
+                raise ValueError(
+                    "text_cfg is missing: of a CLIP or CoCa; of a MaMMUT, multimodal_cfg"
+                )
+            self._check_mammut(decoder)
+            return self
         if text.hf_model_name is None and text.width % text.heads:
             raise ValueError(f"text_cfg: width {text.width} over {text.heads} heads")
         if text.pad_id >= text.vocab_size:
             raise ValueError(f"text_cfg: pad_id {text.pad_id} is none of {text.vocab_size} tokens")
-        if self.multimodal_cfg is not None:
-            self._check_coca(self.multimodal_cfg)
+        if decoder is not None:
+            self._check_coca(text, decoder)
         elif text.embed_cls or self.vision_cfg.attentional_pool not in (False, True):
             raise ValueError("text_cfg.embed_cls and two poolers belong to a CoCa: multimodal_cfg")
         return self
 
-    def _check_coca(self, decoder: DecoderConfig) -> None:
-        vision, text = self.vision_cfg, self.text_cfg
-        if text.hf_model_name is None and not text.embed_cls:
+    def _check_coca(self, text: TextConfig, decoder: DecoderConfig) -> None:
+        vision = self.vision_cfg
+        if text.hf_model_name is None and not text.modern and not text.embed_cls:
             raise ValueError("a CoCa's text_cfg needs embed_cls: true")
+        if given := sorted(decoder.model_fields_set & MAMMUT_FIELDS):
+            raise ValueError(f"multimodal_cfg: {', '.join(given)} belong to a MaMMUT: no text_cfg")
+        if not decoder.modern and decoder.cross_attn_ratio != 1:
+            raise ValueError("multimodal_cfg.cross_attn_ratio: in a CoCa of text_arch modern only")
+        if not decoder.modern and decoder.mlp_ratio != 4:
+            raise ValueError(
+                "multimodal_cfg: OpenCLIP builds a CoCa's decoder with mlp_ratio 4 only"
+            )
         if vision.timm_model_name is not None and not vision.attentional_pool:
             raise ValueError("a timm image tower of a CoCa needs vision_cfg.attentional_pool: true")
-        if vision.attentional_pool and self.embed_dim % vision.attn_pooler_heads:
-            raise ValueError(
-                f"vision_cfg: embed_dim {self.embed_dim} over {vision.attn_pooler_heads} heads"
-            )
+        self._check_decoder(decoder)
         token_width = self.embed_dim if vision.attentional_pool else vision.width
         if token_width != decoder.width:
             raise ValueError(
@@ -225,8 +97,55 @@ class ModelConfig(_Config):
                 f"text_cfg.vocab_size {text.vocab_size} and multimodal_cfg.vocab_size "
                 f"{decoder.vocab_size} differ"
             )
+
+    def _check_mammut(self, decoder: DecoderConfig) -> None:
+        if self.vision_cfg.timm_model_name is not None or self.vision_cfg.attentional_pool:
+            raise ValueError("a MaMMUT's image tower is a ViT of this package without a pooler")
+        self._check_decoder(decoder)
+        if decoder.pad_id >= decoder.vocab_size:
+            raise ValueError(
+                f"multimodal_cfg: pad_id {decoder.pad_id} is none of {decoder.vocab_size} tokens"
+            )
+        if decoder.proj_type == "none" and self.embed_dim != decoder.width:
+            raise ValueError(
+                f"embed_dim {self.embed_dim} is not multimodal_cfg.width {decoder.width}, which "
+                'without a projection it has to be; or give proj_type: "linear"'
+            )
+
+    def _check_decoder(self, decoder: DecoderConfig) -> None:
+        vision = self.vision_cfg
+        if vision.attentional_pool and self.embed_dim % vision.attn_pooler_heads:
+            raise ValueError(
+                f"vision_cfg: embed_dim {self.embed_dim} over {vision.attn_pooler_heads} heads"
+            )
         if decoder.width % decoder.heads:
             raise ValueError(f"multimodal_cfg: width {decoder.width} over {decoder.heads} heads")
+
+    @property
+    def text(self) -> TextConfig:
+        """What a text is to this model; of a MaMMUT, what its decoder says of it."""
+        if self.text_cfg is not None:
+            return self.text_cfg
+        assert self.multimodal_cfg is not None
+        shared = self.multimodal_cfg.model_dump(
+            include=set(TransformerConfig.model_fields), exclude_unset=True
+        )
+        pooled = {"pool_type": "mean"} if self.multimodal_cfg.modern else {}
+        return TextConfig(**shared, **pooled)
+
+    @property
+    def family(self) -> str:
+        """What people call such a model."""
+        if self.multimodal_cfg is None:
+            return "CLIP"
+        if self.text_cfg is None:
+            return "MaMMUT"
+        return "CoCa2" if isinstance(self.vision_cfg.attentional_pool, str) else "CoCa"
+
+    @property
+    def text_section(self) -> str:
+        """Where its vocabulary and tokenizer stand."""
+        return "multimodal_cfg" if self.text_cfg is None else "text_cfg"
 
     @classmethod
     def from_recipe(cls, section: ModelSection) -> ModelConfig:
@@ -241,12 +160,12 @@ class ModelConfig(_Config):
     @property
     def context_length(self) -> int:
         """Tokens per caption, start and end tokens included."""
-        return self.text_cfg.context_length
+        return self.text.context_length
 
     @property
     def pad_id(self) -> int:
         """Token id of padding."""
-        return self.text_cfg.pad_id
+        return self.text.pad_id
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object this config was made of: only fields that were given."""
@@ -294,9 +213,9 @@ class ModelConfig(_Config):
         if patch_dropout is not None:
             raw["vision_cfg"]["patch_dropout"] = patch_dropout
         if context_length is not None:
-            raw["text_cfg"]["context_length"] = context_length
-            if self.multimodal_cfg is not None:
-                raw["multimodal_cfg"]["context_length"] = context_length
+            for part in ("text_cfg", "multimodal_cfg"):
+                if getattr(self, part) is not None:
+                    raw[part]["context_length"] = context_length
         return parse_model_config(raw, "model")
 
 
@@ -356,6 +275,8 @@ def parse_model_config(raw: Any, origin: str) -> ModelConfig:
 def _completed(raw: Any, origin: str) -> Any:
     """`raw` with the fields filled in that OpenCLIP's files leave open."""
     text = raw.get("text_cfg") if isinstance(raw, dict) else None
+    if isinstance(text, dict) and text.get("does_full_decoding") is True:
+        return _from_laion(raw, text)
     if not isinstance(text, dict):
         return raw  # left to the validation
     text, decoder = dict(text), raw.get("multimodal_cfg")
@@ -370,3 +291,15 @@ def _completed(raw: Any, origin: str) -> Any:
         vocab_size = text.get("vocab_size", TextConfig.model_fields["vocab_size"].default)
         completed["multimodal_cfg"] = {"vocab_size": vocab_size, **decoder}
     return completed
+
+
+def _from_laion(raw: dict[str, Any], text: dict[str, Any]) -> dict[str, Any]:
+    """A MaMMUT as LAION's fork of OpenCLIP describes it, which had no `multimodal_cfg` for it."""
+    decoder = {k: v for k, v in text.items() if k not in ("does_full_decoding", "embed_cls")}
+    legacy = {"pool_type": "avg_all", "use_pad_mask": False, "proj_type": "none"}
+    vision = raw.get("vision_cfg")
+    if isinstance(vision, dict) and vision.get("global_average_pool") is True:
+        vision = {k: v for k, v in vision.items() if k != "global_average_pool"}
+        vision |= {"pool_type": "avg_all", "final_ln_after_pool": True}
+    rest = {k: v for k, v in raw.items() if k not in ("text_cfg", "custom_text")}
+    return {**rest, "vision_cfg": vision, "multimodal_cfg": {**decoder, **legacy}}

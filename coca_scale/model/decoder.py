@@ -6,11 +6,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coca_scale.losses.caption import Kernel, chunked_cross_entropy
-from coca_scale.model.config import DecoderConfig
-from coca_scale.model.kv_cache import KVCache
+from coca_scale.model.kv_cache import KVCache, LayerCache
 from coca_scale.model.layers import Block, BlockShape, CrossBlock, Stack, normal_parameter
+from coca_scale.model.modern import ModernBlock, final_norm, rotation
 from coca_scale.model.packing import Packing
 from coca_scale.model.recompute import run_block
+from coca_scale.model.tower_config import DecoderConfig
 
 
 class MultimodalDecoder(nn.Module):
@@ -38,8 +39,7 @@ class MultimodalDecoder(nn.Module):
         mask = None if cache is None else cache.causal_mask()
         x = text_MD
         for number, (block, cross) in enumerate(zip(self.blocks, self.cross_blocks, strict=True)):
-            own = None if cache is None else cache.decoder[number]
-            image = None if cache is None else cache.image[number]
+            own, image = layer_caches(cache, number)
             x = run_block(block, x, mask, mask is None, rows, own)
             x = run_block(cross, x, image_BSD, rows, image)
         return self.norm_final(x)
@@ -57,6 +57,50 @@ class MultimodalDecoder(nn.Module):
         ]
         pairs[-1] += self.norm_final.parameters()
         return pairs
+
+
+class ModernDecoder(nn.Module):
+    """Causal blocks over text, with cross-attention to the image tokens inside."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        crosses = [number % config.cross_attn_ratio == 0 for number in range(config.layers)]
+        self.blocks = Stack[ModernBlock](ModernBlock(config, sees) for sees in crosses)
+        self.norm_final = final_norm(config)
+
+    def forward(
+        self, text_MD: Tensor, rows: Packing, image_BSD: Tensor | None, cache: KVCache | None = None
+    ) -> Tensor:
+        """As of `MultimodalDecoder`."""
+        by = rotation(self.config, places_of(rows, cache), text_MD.dtype)
+        mask = None if cache is None else cache.causal_mask()
+        x = text_MD
+        for number, block in enumerate(self.blocks):
+            own, image = layer_caches(cache, number)
+            x = run_block(block, x, by, mask, mask is None, rows, own, True, image_BSD, image)
+        return self.norm_final(x)
+
+    @property
+    def cached_layers(self) -> int:
+        """Every block."""
+        return len(self.blocks)
+
+    def layer_groups(self) -> list[list[nn.Parameter]]:
+        """Blocks from input to output, the final norm with the last."""
+        blocks = [list(block.parameters()) for block in self.blocks]
+        blocks[-1] += self.norm_final.parameters()
+        return blocks
+
+
+def layer_caches(cache: KVCache | None, number: int) -> tuple[LayerCache | None, LayerCache | None]:
+    """Of captions, and of the image."""
+    return (None, None) if cache is None else (cache.decoder[number], cache.image[number])
+
+
+def places_of(rows: Packing, cache: KVCache | None) -> Tensor:
+    """Where in its caption each row stands, int64 [M]."""
+    return rows.places() if cache is None else cache.positions.new_T.repeat(rows.batch)
 
 
 class CaptionHead(nn.Module):

@@ -28,18 +28,18 @@ def takes(layer: nn.Linear) -> bool:
     return layer.in_features % MULTIPLE == 0 and layer.out_features % MULTIPLE == 0
 
 
-def scaled_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def scaled_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """As `F.linear`, with rounding to 3 bits of mantissa: off by some 4 % of a product's norm.
 
     Args:
         x: bf16 or fp32 [*, K].
         weight: [N, K], of which nothing is kept but itself.
-        bias: [N].
+        bias: [N], or None.
     """
     if x.numel() == 0:  # a rank without a caption: kernels differ in whether they take no rows
         return F.linear(x, weight, bias)
     y: Tensor = Product.apply(x, weight)
-    return y + bias
+    return y if bias is None else y + bias
 
 
 class Product(torch.autograd.Function):

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from coca_scale.errors import UserError
-from coca_scale.model.config import TextConfig
 from coca_scale.model.kv_cache import KVCache
 from coca_scale.model.packing import PackedCaptions, pack_captions, real_lengths
 from coca_scale.model.recompute import Recomputable
+from coca_scale.model.targets import Targets, with_targets
+from coca_scale.model.tower_config import TextConfig
 
 NEW_SWITCH = "activation_checkpointing_enable"
 
@@ -56,8 +57,10 @@ class HuggingFaceTextTower(Recomputable):
         """None: transformers has a cache of its own."""
         return 0
 
-    def pack(self, tokens_BT: Tensor, keep_padding: bool = False) -> PackedCaptions:
-        """Lay out token ids [B, T] for `forward`, all as long as the longest one."""
+    def pack(
+        self, tokens_BT: Tensor, keep_padding: bool = False, targets: Targets | None = None
+    ) -> PackedCaptions:
+        """Lay out token ids [B, T] for `forward`, all as long as the longest one, and targets."""
         real_B = real_lengths(tokens_BT, self.pad_id)
         reads_B = (real_B - 1).clamp(min=0)
         longest = max(1, int(real_B.max()))
@@ -66,7 +69,10 @@ class HuggingFaceTextTower(Recomputable):
             reads_B = torch.full_like(real_B, longest)
         pooled_B = torch.zeros_like(real_B)  # not used: the mean is the embedding
         lengths_B = torch.full_like(real_B, longest)
-        return pack_captions(tokens_BT, lengths_B, reads_B, pooled_B, None, self.pad_id)
+        first = pack_captions(tokens_BT, lengths_B, reads_B, pooled_B, None, self.pad_id)
+        if targets is None:
+            return first
+        return with_targets(first, tokens_BT, targets, None, self.pad_id, keep_padding)
 
     def forward(
         self, captions: PackedCaptions, cache: KVCache | None = None
@@ -79,12 +85,14 @@ class HuggingFaceTextTower(Recomputable):
         """
         if cache is not None:
             return self._continue(cache)
-        tokens_BL = captions.text.pad(captions.tokens_N)
+        beside_pad_BL = captions.text.pad(captions.tokens_N[:, None] - self.pad_id).squeeze(-1)
+        tokens_BL = beside_pad_BL + self.pad_id  # which is where no row belongs, too
         real_BL = (tokens_BL != self.pad_id).long()
         output = self.transformer(input_ids=tokens_BL, attention_mask=real_BL, use_cache=False)
         hidden_BLD = output.last_hidden_state
-        weights_BL1 = real_BL.unsqueeze(-1).to(hidden_BLD.dtype)
-        mean = (hidden_BLD * weights_BL1).sum(1) / weights_BL1.sum(1).clamp(min=1)
+        pooled = len(captions.pooled_B)
+        weights_BL1 = real_BL[:pooled].unsqueeze(-1).to(hidden_BLD.dtype)
+        mean = (hidden_BLD[:pooled] * weights_BL1).sum(1) / weights_BL1.sum(1).clamp(min=1)
         return self.proj(mean), captions.text.pack(hidden_BLD)
 
     def _continue(self, cache: KVCache) -> tuple[Tensor, Tensor]:

@@ -7,11 +7,11 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from coca_scale.model.config import VisionConfig
 from coca_scale.model.layers import AttentionalPooler, Block, BlockShape, Stack, normal_parameter
 from coca_scale.model.patch_dropout import drop_patches
 from coca_scale.model.preprocess import CHANNELS, Preprocess
 from coca_scale.model.recompute import run_block
+from coca_scale.model.tower_config import VisionConfig
 
 
 def normalize_pixels(images: Tensor, dtype: torch.dtype, preprocess: Preprocess) -> Tensor:
@@ -28,43 +28,67 @@ def _per_channel(values: tuple[float, float, float], device: torch.device) -> Te
 
 
 class PooledTower(nn.Module):
-    """What every image tower of a CoCa ends with: pooling, norm and projection."""
+    """What every image tower of a CoCa or a MaMMUT ends with: pooling, norm and projection.
 
-    def __init__(self, config: VisionConfig, width: int, embed_dim: int) -> None:
+    `attentional_pool: true` is the CoCa of OpenCLIP 3: one pooler, then the norm; its first query
+    becomes the embedding. "cascade" and "parallel" are those of CoCa2, which are the paper's: the
+    norm first, and a contrastive pooler whose one query reads the tokens of the generative pooler,
+    or what that reads. Its output is the embedding, without a projection.
+    """
+
+    def __init__(
+        self, config: VisionConfig, width: int, embed_dim: int, query_std: float = 1.0
+    ) -> None:
         super().__init__()
-        heads = config.attn_pooler_heads
-        self.pooling = config.attentional_pool
+        heads, pooling = config.attn_pooler_heads, config.attentional_pool
+        self.pooling, self.pool_type = pooling, config.pool_type
+        self.norms_pooled = config.final_ln_after_pool and not pooling
         self.pooler: AttentionalPooler | None = None
         self.contrastive_pooler: AttentionalPooler | None = None
-        if self.pooling:
+        self.projection: nn.Parameter | None = None
+        if pooling:
             queries = config.attn_pooler_queries
-            self.pooler = AttentionalPooler(embed_dim, width, heads, queries)
-        if isinstance(self.pooling, str):
-            context = embed_dim if self.pooling == "cascade" else width
-            self.contrastive_pooler = AttentionalPooler(embed_dim, context, heads, 1)
-        pooled_width = embed_dim if self.pooling else width
-        self.norm_post = nn.LayerNorm(pooled_width)
-        self.projection = normal_parameter(pooled_width, embed_dim, std=pooled_width**-0.5)
+            self.pooler = AttentionalPooler(embed_dim, width, heads, queries, query_std)
+        if isinstance(pooling, str):
+            context = embed_dim if pooling == "cascade" else width
+            self.contrastive_pooler = AttentionalPooler(embed_dim, context, heads, 1, query_std)
+            self.norm_post = nn.LayerNorm(width)
+        else:
+            pooled_width = embed_dim if pooling else width
+            self.norm_post = nn.LayerNorm(pooled_width)
+            self.projection = normal_parameter(pooled_width, embed_dim, std=pooled_width**-0.5)
 
     def pool(self, x_BSC: Tensor) -> tuple[Tensor, Tensor]:
         """Outputs of the last block → embedding [B, embed_dim], and tokens for the decoder."""
-        if self.pooler is None:
+        if self.contrastive_pooler is not None:
+            assert self.pooler is not None
             x = self.norm_post(x_BSC)
-            return x[:, 0] @ self.projection, x[:, 1:]
-        tokens = self.norm_post(self.pooler(x_BSC))
-        if self.contrastive_pooler is None:
-            return tokens[:, 0] @ self.projection, tokens[:, 1:]
-        context = tokens if self.pooling == "cascade" else x_BSC
-        return self.contrastive_pooler(context)[:, 0] @ self.projection, tokens
+            tokens = self.pooler(x)
+            context = tokens if self.pooling == "cascade" else x
+            return self.contrastive_pooler(context)[:, 0], tokens
+        assert self.projection is not None
+        if self.pooler is not None:
+            x_BSC = self.pooler(x_BSC)
+        x = x_BSC if self.norms_pooled else self.norm_post(x_BSC)
+        averages = self.pool_type != "tok" and self.pooler is None
+        tokens = x if averages and self.pool_type == "avg_all" else x[:, 1:]
+        pooled = tokens.mean(1) if averages else x[:, 0]
+        return (self.norm_post(pooled) if self.norms_pooled else pooled) @ self.projection, tokens
 
     def contrastive_parameters(self) -> list[nn.Parameter]:
         """Those that only the contrastive loss trains."""
-        own = self.contrastive_pooler
-        return [self.projection, *(own.parameters() if own is not None else ())]
+        if self.contrastive_pooler is not None:
+            return list(self.contrastive_pooler.parameters())
+        own = [self.projection] if self.projection is not None else []
+        return [*own, *(self.norm_post.parameters() if self.norms_pooled else ())]
 
     def _pooling_parameters(self) -> list[nn.Parameter]:
         parts = (self.pooler, self.contrastive_pooler, self.norm_post)
         return [p for part in parts if part is not None for p in part.parameters()]
+
+    def _head_groups(self) -> list[list[nn.Parameter]]:
+        """The projection, if there is one."""
+        return [] if self.projection is None else [[self.projection]]
 
 
 class VisionTransformer(PooledTower):
@@ -92,7 +116,7 @@ class VisionTransformer(PooledTower):
 
         Returns:
             The pooled embedding [B, embed_dim], not normalised, and the tokens [B, S, D] that the
-            decoder reads: the queries of the pooler but the first, or all patches without one.
+            decoder reads: the queries of the pooler, or all patches without one.
         """
         patches_BSD = self.patch_embedding(images).flatten(2).transpose(1, 2)
         patches_BSD = patches_BSD + self.position_embedding[1:]
@@ -114,4 +138,4 @@ class VisionTransformer(PooledTower):
         stem += [*self.patch_embedding.parameters(), *self.norm_pre.parameters()]
         blocks = [list(block.parameters()) for block in self.blocks]
         blocks[-1] += self._pooling_parameters()
-        return [stem, *blocks, [self.projection]]
+        return [stem, *blocks, *self._head_groups()]

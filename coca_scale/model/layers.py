@@ -43,11 +43,12 @@ def normal_parameter(*shape: int, std: float) -> nn.Parameter:
     return nn.Parameter(torch.empty(*shape).normal_(std=std))
 
 
-def linear(inputs: int, outputs: int, std: float) -> Linear:
-    """A linear layer with weights from N(0, std²) and zero bias."""
-    layer = Linear(inputs, outputs)
+def linear(inputs: int, outputs: int, std: float, bias: bool = True) -> Linear:
+    """A linear layer with weights from N(0, std²), and zero bias if it has one."""
+    layer = Linear(inputs, outputs, bias)
     nn.init.normal_(layer.weight, std=std)
-    nn.init.zeros_(layer.bias)
+    if bias:
+        nn.init.zeros_(layer.bias)
     return layer
 
 
@@ -89,19 +90,31 @@ class MLP(nn.Module):
         return self.proj(self.act(self.fc(x)))
 
 
-class SelfAttention(nn.Module):
+class Attention(nn.Module):
+    """Attention of several heads.
+
+    Attributes:
+        heads: their number.
+        head_width: of each.
+        varlen: whether captions stay packed in attention.
+    """
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.head_width = heads, width // heads
+        self.varlen = False
+
+
+class SelfAttention(Attention):
     """Multi-head self-attention with one fused projection.
 
     Attributes:
         kernel: for sequences without a mask.
-        varlen: whether captions stay packed in attention.
     """
 
     def __init__(self, width: int, heads: int, residual_std: float) -> None:
-        super().__init__()
-        self.heads = heads
+        super().__init__(width, heads)
         self.kernel: AttentionKernel | None = None
-        self.varlen = False
         self.qkv = linear(width, 3 * width, width**-0.5)
         self.out = linear(width, width, residual_std)
 
@@ -128,32 +141,22 @@ class SelfAttention(nn.Module):
         """
         qkv = self.qkv(x)
         if rows is not None:
-            if self.varlen and cache is None:
-                return self.out(varlen_self_attention(qkv, rows, self.heads))
-            assert mask is not None or rows.seen_N is None
-            qkv = rows.pad(qkv)
-        elif self.kernel is not None and mask is None and not causal and cache is None:
+            return self.out(packed_self_attention(self, qkv, mask, causal, rows, cache))
+        if self.kernel is not None and mask is None and not causal and cache is None:
             y = self.kernel(qkv, self.heads)
             if y is not None:
                 return self.out(y)
         q, k, v = (split_heads(t, self.heads) for t in qkv.chunk(3, dim=-1))
         if cache is not None:
             k, v = cache.extend(k, v)
-        y = attend(q, k, v, mask, causal)
-        return self.out(y if rows is None else rows.pack(y))
+        return self.out(attend(q, k, v, mask, causal))
 
 
-class CrossAttention(nn.Module):
-    """Multi-head attention from queries to a context.
-
-    Attributes:
-        varlen: whether captions stay packed in attention.
-    """
+class CrossAttention(Attention):
+    """Multi-head attention from queries to a context."""
 
     def __init__(self, width: int, context_width: int, heads: int, residual_std: float) -> None:
-        super().__init__()
-        self.heads = heads
-        self.varlen = False
+        super().__init__(width, heads)
         self.q = linear(width, width, width**-0.5)
         self.kv = linear(context_width, 2 * width, context_width**-0.5)
         self.out = linear(width, width, residual_std)
@@ -177,25 +180,56 @@ class CrossAttention(nn.Module):
         Returns:
             As `x`, and [B, T, D] of shared queries.
         """
-        if context_BSC is None:
-            assert cache is not None and cache.pair is not None
-            k, v = cache.pair
-        else:
-            kv = self.kv(context_BSC)
-            if self.varlen and rows is not None and cache is None:
-                return self.out(varlen_cross_attention(self.q(x), kv, rows, self.heads))
-            k, v = (split_heads(t, self.heads) for t in kv.chunk(2, dim=-1))
-            if cache is not None:
-                cache.pair = (k, v)
-        q = self.q(x)
-        if rows is not None:
-            q = rows.pad(q)
-        elif q.ndim == 2:
-            q = q.expand(len(k), -1, -1).contiguous()  # not every kernel takes a stride of 0
+        kv = None if context_BSC is None else self.kv(context_BSC)
+        return self.out(cross_attention(self, self.q(x), kv, rows, cache))
+
+
+def packed_self_attention(
+    attention: Attention,
+    qkv_N3D: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    rows: Packing,
+    cache: LayerCache | None,
+) -> Tensor:
+    """Of packed queries, keys and values, [N, D]; other arguments as of `SelfAttention`."""
+    if attention.varlen and cache is None:
+        return varlen_self_attention(qkv_N3D, rows, attention.heads)
+    assert mask is not None or rows.seen_N is None
+    q, k, v = (split_heads(t, attention.heads) for t in rows.pad(qkv_N3D).chunk(3, dim=-1))
+    if cache is not None:
+        k, v = cache.extend(k, v)
+    return rows.pack(attend(q, k, v, mask, causal))
+
+
+def cross_attention(
+    attention: Attention,
+    q: Tensor,
+    kv_BS2D: Tensor | None,
+    rows: Packing | None,
+    cache: LayerCache | None,
+) -> Tensor:
+    """Of queries as `CrossAttention` takes them, to the keys and values of a context.
+
+    Without these they are in the cache.
+    """
+    if kv_BS2D is None:
+        assert cache is not None and cache.pair is not None
+        k, v = cache.pair
+    else:
+        if attention.varlen and rows is not None and cache is None:
+            return varlen_cross_attention(q, kv_BS2D, rows, attention.heads)
+        k, v = (split_heads(t, attention.heads) for t in kv_BS2D.chunk(2, dim=-1))
         if cache is not None:
-            q = q.reshape(len(k), -1, q.shape[-1])  # a context's sequences, one after the other
-        y = attend(split_heads(q, self.heads), k, v)
-        return self.out(y if rows is None else rows.pack(y))
+            cache.pair = (k, v)
+    if rows is not None:
+        q = rows.pad(q)
+    elif q.ndim == 2:
+        q = q.expand(len(k), -1, -1).contiguous()  # not every kernel takes a stride of 0
+    if cache is not None:
+        q = q.reshape(len(k), -1, q.shape[-1])  # a context's sequences, one after the other
+    y = attend(split_heads(q, attention.heads), k, v)
+    return y if rows is None else rows.pack(y)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -232,7 +266,11 @@ class BlockShape:
         return MLP(self.width, hidden, self.residual_std, self.quick_gelu)
 
 
-class Block(Recomputable):
+class TransformerBlock(Recomputable):
+    """A block of a tower or decoder of this package."""
+
+
+class Block(TransformerBlock):
     """Pre-norm transformer block."""
 
     def __init__(self, shape: BlockShape) -> None:
@@ -255,7 +293,7 @@ class Block(Recomputable):
         return x + self.mlp(self.norm2(x))
 
 
-class CrossBlock(Recomputable):
+class CrossBlock(TransformerBlock):
     """Pre-norm block that attends to image tokens instead of the text itself."""
 
     def __init__(self, shape: BlockShape) -> None:
@@ -292,13 +330,19 @@ class Stack(nn.ModuleList, Generic[B]):
         """In order."""
         return cast("Iterator[B]", super().__iter__())
 
+    def at(self, index: int) -> B:
+        """One of them."""
+        return cast("B", self[index])
+
 
 class AttentionalPooler(nn.Module):
     """Learned queries that read the image: [B, S, C] → [B, Q, D] (CoCa, section 3.2)."""
 
-    def __init__(self, width: int, context_width: int, heads: int, queries: int) -> None:
+    def __init__(
+        self, width: int, context_width: int, heads: int, queries: int, query_std: float = 1.0
+    ) -> None:
         super().__init__()
-        self.query = normal_parameter(queries, width, std=1.0)
+        self.query = normal_parameter(queries, width, std=query_std)
         self.norm_q = nn.LayerNorm(width)
         self.norm_kv = LayerNorm(context_width)
         self.attn = CrossAttention(width, context_width, heads, residual_std=width**-0.5)

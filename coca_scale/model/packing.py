@@ -30,6 +30,7 @@ class Packing:
         starts: int32 [B + 1], the first row of every sequence, and N; None while captions are
             being written.
         seen_N: bool, False for rows that attention must not see; None where it may see all.
+        causal: whether a row sees none of those after it.
     """
 
     batch: int
@@ -37,6 +38,12 @@ class Packing:
     indices: Tensor | None
     starts: Tensor | None = None
     seen_N: Tensor | None = None
+    causal: bool = True
+
+    @property
+    def rows(self) -> int:
+        """N, which the host knows without waiting for a device."""
+        return self.batch * self.longest if self.indices is None else len(self.indices)
 
     def pad(self, x_ND: Tensor) -> Tensor:
         """[N, D] → [B, L, D], zero where no row belongs."""
@@ -52,11 +59,40 @@ class Packing:
     def map(self, function: Move) -> Packing:
         """The same with other tensors."""
         tensors = (self.indices, self.starts, self.seen_N)
-        moved = (None if tensor is None else function(tensor) for tensor in tensors)
-        return Packing(self.batch, self.longest, *moved)
+        indices, starts, seen_N = (None if t is None else function(t) for t in tensors)
+        return replace(self, indices=indices, starts=starts, seen_N=seen_N)
+
+    def places(self) -> Tensor:
+        """Where in its sequence each row stands, int64 [N]; not while captions are being written.
+
+        Under OpenCLIP's CLS that is not its position.
+        """
+        if self.indices is not None:
+            return self.indices % self.longest
+        assert self.starts is not None
+        return torch.arange(self.longest, device=self.starts.device).repeat(self.batch)
+
+    def mean(self, x_ND: Tensor, counted_N: Tensor | None) -> Tensor:
+        """Mean [B, D] over the rows of each sequence that count, added up in fp32 at least."""
+        if counted_N is None:
+            counted_N = x_ND.new_ones(len(x_ND), dtype=torch.bool)
+        wide = torch.promote_types(x_ND.dtype, torch.float32)
+        total_BD = self.pad(x_ND * counted_N[:, None]).sum(1, dtype=wide)
+        return (total_BD / self.pad(counted_N[:, None]).sum(1).clamp(min=1)).to(x_ND.dtype)
 
     def mask(self) -> Tensor | None:
-        """Causal mask without what must not be seen, bool [B, 1, L, L]; None if all may be."""
+        """Which keys may be seen, bool, [B, 1, L, L] or without order [B, 1, 1, L].
+
+        None where all may be, or all up to the query.
+        """
+        if not self.causal:
+            if self.seen_N is None and self.indices is None:
+                return None
+            seen_N = self.seen_N
+            if seen_N is None:
+                assert self.indices is not None
+                seen_N = torch.ones_like(self.indices, dtype=torch.bool)
+            return self.pad(seen_N[:, None]).squeeze(-1)[:, None, None, :]
         if self.seen_N is None:
             return None
         hidden_BL = self.pad(~self.seen_N[:, None]).squeeze(-1)
@@ -77,6 +113,8 @@ class PackedCaptions:
         decoder: where the decoder's rows lie.
         counted_K: rows of the decoder whose next token counts, None if all do.
         labels_K: that token.
+        pooled: where the rows of those captions lie that become embeddings, which come first, if
+            others follow them that the decoder alone reads (targets.py); None if none do.
     """
 
     tokens_N: Tensor
@@ -87,6 +125,15 @@ class PackedCaptions:
     decoder: Packing
     counted_K: Tensor | None
     labels_K: Tensor
+    pooled: Packing | None = None
+
+    def pooled_only(self) -> PackedCaptions:
+        """What becomes embeddings alone, which no decoder can read."""
+        if self.pooled is None:
+            return self
+        tokens_N, positions_N = (x[: self.pooled.rows] for x in (self.tokens_N, self.positions_N))
+        text = self.pooled
+        return replace(self, tokens_N=tokens_N, positions_N=positions_N, text=text, pooled=None)
 
     def to(self, device: torch.device) -> PackedCaptions:
         """The same on another device, without waiting for it."""
@@ -138,30 +185,49 @@ def pack_captions(
     """
     batch, context = tokens_BT.shape
     rows_B = lengths_B if pooled_B is not None else lengths_B + 1
-    text, inside_BL = _packing(rows_B)
+    text, inside_BL = packing_of(rows_B)
     column_BL = torch.arange(text.longest, device=tokens_BT.device).expand(batch, -1)
     if pooled_B is None:
         column_BL = torch.where(column_BL < lengths_B[:, None], column_BL, context)
     first_B = rows_B.cumsum(0) - rows_B
-    decoder, read_BL = _packing(reads_B)
-    column_BR = torch.arange(decoder.longest, device=tokens_BT.device).expand(batch, -1)
     if seen_BS is not None:
         seen_N = seen_BS.gather(1, column_BL)[inside_BL]
         text = replace(text, seen_N=None if bool(seen_N.all()) else seen_N)
     padded_BS = F.pad(tokens_BT, (0, 1), value=pad_id)
-    labels = padded_BS[:, 1:][:, : decoder.longest][read_BL]
-    counted = labels != pad_id
-    rows = None if bool(counted.all()) else counted.nonzero().squeeze(1)
+    read_M, decoder, counted_K, labels_K = decoder_rows(first_B, tokens_BT, reads_B, pad_id)
     return PackedCaptions(
         tokens_N=padded_BS.gather(1, column_BL)[inside_BL],
         positions_N=column_BL[inside_BL],
         pooled_B=first_B + (pooled_B if pooled_B is not None else lengths_B),
         text=text,
-        read_M=(first_B[:, None] + column_BR)[read_BL],
+        read_M=read_M,
         decoder=decoder,
-        counted_K=rows,
-        labels_K=labels if rows is None else labels[rows],
+        counted_K=counted_K,
+        labels_K=labels_K,
     )
+
+
+def decoder_rows(
+    first_B: Tensor, tokens_BT: Tensor, reads_B: Tensor, pad_id: int
+) -> tuple[Tensor, Packing, Tensor | None, Tensor]:
+    """What a decoder reads of a text tower's rows, and learns.
+
+    Args:
+        first_B: row of the first token of each caption.
+        tokens_BT: ids of what is learnt.
+        reads_B: rows that are read of each.
+        pad_id: id of tokens that are not learnt.
+
+    Returns:
+        `read_M`, `decoder`, `counted_K` and `labels_K` of `PackedCaptions`.
+    """
+    decoder, read_BL = packing_of(reads_B)
+    column_BR = torch.arange(decoder.longest, device=tokens_BT.device).expand(len(reads_B), -1)
+    labels = F.pad(tokens_BT, (0, 1), value=pad_id)[:, 1:][:, : decoder.longest][read_BL]
+    counted = labels != pad_id
+    rows = None if bool(counted.all()) else counted.nonzero().squeeze(1)
+    read_M = (first_B[:, None] + column_BR)[read_BL]
+    return read_M, decoder, rows, labels if rows is None else labels[rows]
 
 
 def next_tokens(tokens_RT: Tensor, positions_T: Tensor) -> PackedCaptions:
@@ -192,7 +258,7 @@ def real_lengths(tokens_BT: Tensor, pad_id: int) -> Tensor:
     return (after_BT * (tokens_BT != pad_id)).amax(1)
 
 
-def _packing(lengths_B: Tensor) -> tuple[Packing, Tensor]:
+def packing_of(lengths_B: Tensor) -> tuple[Packing, Tensor]:
     """The layout of sequences of these lengths, and which of [B, L] have a row."""
     longest = max(1, int(lengths_B.max()))
     inside_BL = torch.arange(longest, device=lengths_B.device) < lengths_B[:, None]

@@ -63,6 +63,19 @@ class LayerNorm(SelectiveRecompute, nn.LayerNorm):
         )
 
 
+class RMSNorm(SelectiveRecompute, nn.RMSNorm):
+    """A norm in front of a linear layer, without mean and bias (Zhang & Sennrich 2019)."""
+
+    def forward(self, x: Tensor) -> Activation:  # type: ignore[override]
+        """[*, D] → [*, D]."""
+        shape, eps = self.normalized_shape, self.eps
+        y = F.rms_norm(x, shape, self.weight, eps)
+        if not self.selective:
+            return Activation(y, None)
+        kept, weight = x.detach(), self.weight.detach().clone()  # copies: as above
+        return Activation(y, lambda: F.rms_norm(kept, shape, weight, eps))
+
+
 class NormScale(SelectiveRecompute):
     """Weight and bias of a LayerNorm, for an input that is normalised once for many of them."""
 

@@ -6,11 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from coca_scale.model.config import TextConfig
 from coca_scale.model.kv_cache import KVCache
 from coca_scale.model.layers import Block, BlockShape, Stack, normal_parameter
 from coca_scale.model.packing import PackedCaptions, Packing, pack_captions, pick, real_lengths
 from coca_scale.model.recompute import run_block
+from coca_scale.model.targets import Targets, with_targets
+from coca_scale.model.tower_config import TextConfig
 
 
 class TextTransformer(nn.Module):
@@ -41,8 +42,10 @@ class TextTransformer(nn.Module):
         """Every block."""
         return len(self.blocks)
 
-    def pack(self, tokens_BT: Tensor, keep_padding: bool = False) -> PackedCaptions:
-        """Lay out token ids [B, T], T up to the context length, for `forward`.
+    def pack(
+        self, tokens_BT: Tensor, keep_padding: bool = False, targets: Targets | None = None
+    ) -> PackedCaptions:
+        """Lay out token ids [B, T], T up to the context length, for `forward`, and targets.
 
         A CLS row has position T. Under OpenCLIP's mask it sees one pad, which is kept with it.
         Looks at no parameter: under ZeRO-3 that would be a collective, in a thread of one rank.
@@ -60,7 +63,14 @@ class TextTransformer(nn.Module):
             lengths_B = torch.maximum(real_B, pooled_B + 1)
         if keep_padding:
             lengths_B = reads_B = torch.full_like(real_B, context)
-        return pack_captions(tokens_BT, lengths_B, reads_B, pooled_B, seen_BS, self.pad_id)
+        first = pack_captions(tokens_BT, lengths_B, reads_B, pooled_B, seen_BS, self.pad_id)
+        if targets is None:
+            return first
+        seen_BT = None
+        if self.has_cls:
+            inputs_BT = targets.inputs(self.pad_id)
+            seen_BT = visible_keys(inputs_BT, self.pad_id, self.correct_cls_mask)[:, :-1]
+        return with_targets(first, tokens_BT, targets, seen_BT, self.pad_id, keep_padding)
 
     def forward(
         self, captions: PackedCaptions, cache: KVCache | None = None

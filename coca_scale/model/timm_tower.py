@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from coca_scale.errors import UserError
-from coca_scale.model.config import VisionConfig
 from coca_scale.model.image import PooledTower
 from coca_scale.model.recompute import Recomputable
+from coca_scale.model.tower_config import VisionConfig
 
 
 def make_trunk(config: VisionConfig, pool: str) -> Any:
@@ -102,7 +102,14 @@ class TimmTower(_Trunk, PooledTower):
 
     def __init__(self, config: VisionConfig, embed_dim: int) -> None:
         trunk = make_trunk(config, pool="")
-        PooledTower.__init__(self, config, int(trunk.num_features), embed_dim)
+        query_std, self.skipped = 1.0, 0
+        if isinstance(config.attentional_pool, str):
+            # as OpenCLIP's CoCa2: its poolers do not see what a model has in front of its patches,
+            # nor the norm that some have behind their own pooling
+            query_std, self.skipped = embed_dim**-0.5, int(getattr(trunk, "num_prefix_tokens", 0))
+            if hasattr(trunk, "fc_norm"):
+                trunk.fc_norm = nn.Identity()
+        PooledTower.__init__(self, config, int(trunk.num_features), embed_dim, query_std)
         self.trunk = trunk
         output_format = str(getattr(trunk, "output_fmt", "NCHW"))
         self.channels_last = output_format == "NHWC"
@@ -128,7 +135,7 @@ class TimmTower(_Trunk, PooledTower):
                 [height, width], channels, device=x.device, dtype=torch.float32
             )
             x = self.norm_map(map_BHWC.flatten(1, 2)) + position.to(x.dtype)
-        return self.pool(x)
+        return self.pool(x[:, self.skipped :])
 
     def layer_groups(self) -> list[list[nn.Parameter]]:
         """timm's own groups from input to output, poolers with the last, then the projection."""
@@ -136,7 +143,7 @@ class TimmTower(_Trunk, PooledTower):
         groups[-1] += self._pooling_parameters()
         if self.norm_map is not None:
             groups[-1] += self.norm_map.parameters()
-        return [*groups, [self.projection]]
+        return [*groups, *self._head_groups()]
 
 
 class TimmClipTower(_Trunk):

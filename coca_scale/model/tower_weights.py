@@ -20,7 +20,7 @@ def load_tower_weights(coca: CoCa) -> list[str]:
     Raises:
         UserError: not in the local cache and not reachable.
     """
-    vision, text = coca.config.vision_cfg, coca.config.text_cfg
+    vision, text = coca.config.vision_cfg, coca.config.text
     notes = []
     if vision.timm_model_name is not None and vision.timm_model_pretrained:
         import timm

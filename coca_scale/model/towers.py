@@ -14,12 +14,17 @@ from torch import Tensor, nn
 
 from coca_scale.model.kv_cache import KVCache
 from coca_scale.model.packing import PackedCaptions, Packing
+from coca_scale.model.targets import Targets
 
 
 class ModelPart(Protocol):
     """A module of a CoCa."""
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """As of nn.Module."""
+        ...
+
+    def modules(self) -> Iterator[nn.Module]:
         """As of nn.Module."""
         ...
 
@@ -47,7 +52,8 @@ class ImageTower(ModelPart, Protocol):
 
         Returns:
             The embedding [B, embed_dim], not of unit length; and the tokens [B, S, D] that the
-            decoder reads, of the decoder's width, or None in a tower of a CLIP.
+            decoder reads, of the decoder's width (in a MaMMUT of the tower's), or None in a tower
+            of a CLIP.
         """
         ...
 
@@ -67,10 +73,13 @@ class TextTower(ModelPart, Protocol):
         """Layers that keep keys and values in `KVCache.text`; 0 where it caches by itself."""
         ...
 
-    def pack(self, tokens_BT: Tensor, keep_padding: bool = False) -> PackedCaptions:
+    def pack(
+        self, tokens_BT: Tensor, keep_padding: bool = False, targets: Targets | None = None
+    ) -> PackedCaptions:
         """Lay out token ids [B, T], T up to the context length, for the tower and the decoder.
 
-        Computed on the device of the ids. With `keep_padding` every given token has a row.
+        Computed on the device of the ids. With `keep_padding` every given token has a row. With
+        `targets` (`with_targets`) these are what the decoder reads and learns.
         """
         ...
 

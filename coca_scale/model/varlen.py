@@ -25,7 +25,7 @@ MOST_HEAD_WIDTH = 128
 
 
 def varlen_self_attention(qkv: Tensor, rows: Packing, heads: int) -> Tensor:
-    """Causal attention inside each caption, to rows that may be seen.
+    """Attention inside each caption, causal or not, to rows that may be seen.
 
     Args:
         qkv: fp16 or bf16 [N, 3·W], queries, keys and values of all heads.
@@ -36,7 +36,7 @@ def varlen_self_attention(qkv: Tensor, rows: Packing, heads: int) -> Tensor:
         [N, W]; zero for a row that sees nothing.
     """
     assert rows.starts is not None
-    out: Tensor = _self(qkv, rows.starts, rows.seen_N, heads, rows.longest)[0]
+    out: Tensor = _self(qkv, rows.starts, rows.seen_N, heads, rows.longest, rows.causal)[0]
     return out
 
 
@@ -59,18 +59,18 @@ def varlen_cross_attention(q: Tensor, kv: Tensor, rows: Packing, heads: int) -> 
 
 @torch.library.custom_op("coca_scale::varlen_self_attention", mutates_args=())
 def _self(
-    qkv: Tensor, starts: Tensor, seen: Tensor | None, heads: int, longest: int
+    qkv: Tensor, starts: Tensor, seen: Tensor | None, heads: int, longest: int, causal: bool
 ) -> tuple[Tensor, Tensor]:
     from coca_scale.model.varlen_kernel import forward
 
-    out, lse = _self_outputs(qkv, starts, seen, heads, longest)
-    forward(qkv.contiguous().chunk(3, dim=1), starts, seen, out, lse, context=None)
+    out, lse = _self_outputs(qkv, starts, seen, heads, longest, causal)
+    forward(qkv.contiguous().chunk(3, dim=1), starts, seen, out, lse, None, causal)
     return out, lse
 
 
 @_self.register_fake
 def _self_outputs(
-    qkv: Tensor, _starts: Tensor, _seen: Tensor | None, heads: int, _longest: int
+    qkv: Tensor, _starts: Tensor, _seen: Tensor | None, heads: int, _longest: int, _causal: bool
 ) -> tuple[Tensor, Tensor]:
     return qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3), _sums(qkv, heads)
 
@@ -84,13 +84,14 @@ def _self_backward(
     starts: Tensor,
     seen: Tensor | None,
     _longest: int,
+    causal: bool,
 ) -> Tensor:
     from coca_scale.model.varlen_kernel import backward
 
     qkv = qkv.contiguous()
     dqkv = torch.empty_like(qkv)
     inputs, grads = qkv.chunk(3, dim=1), dqkv.chunk(3, dim=1)
-    backward(grad.contiguous(), inputs, out, lse, starts, seen, grads, context=None)
+    backward(grad.contiguous(), inputs, out, lse, starts, seen, grads, None, causal)
     return dqkv
 
 
@@ -107,7 +108,7 @@ def _cross(
 
     out, lse = _cross_outputs(q, kv, starts, heads, longest)
     pair = kv.contiguous().flatten(0, 1).chunk(2, dim=1)
-    forward((q.contiguous(), *pair), starts, None, out, lse, context=kv.shape[1])
+    forward((q.contiguous(), *pair), starts, None, out, lse, kv.shape[1], False)
     return out, lse
 
 
@@ -134,7 +135,7 @@ def _cross_backward(
     dq, dkv = torch.empty_like(q), torch.empty_like(kv)
     inputs = (q, *kv.flatten(0, 1).chunk(2, dim=1))
     grads = (dq, *dkv.flatten(0, 1).chunk(2, dim=1))
-    backward(grad.contiguous(), inputs, out, lse, starts, None, grads, context=kv.shape[1])
+    backward(grad.contiguous(), inputs, out, lse, starts, None, grads, kv.shape[1], False)
     return dq, dkv
 
 
@@ -149,15 +150,17 @@ def _sums(x_ND: Tensor, heads: int) -> Tensor:
 
 
 def _keep_self(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    qkv, starts, seen, _, ctx.longest = inputs
+    qkv, starts, seen, _, ctx.longest, ctx.causal = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(qkv, *output, starts, seen)
 
 
 def _differentiate_self(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    made = None if grad is None else _self_backward(grad, *ctx.saved_tensors, ctx.longest)
-    return made, None, None, None, None
+    made = None
+    if grad is not None:
+        made = _self_backward(grad, *ctx.saved_tensors, ctx.longest, ctx.causal)
+    return made, None, None, None, None, None
 
 
 def _keep_cross(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -186,7 +189,13 @@ def _heads_apart(
 
 @register_flop_formula(torch.ops.coca_scale.varlen_self_attention)
 def _self_flops(
-    qkv: torch.Size, starts: torch.Size, _seen: Any, heads: int, longest: int, **_: Any
+    qkv: torch.Size,
+    starts: torch.Size,
+    _seen: Any,
+    heads: int,
+    longest: int,
+    _causal: bool,
+    **_: Any,
 ) -> int:
     count: int = sdpa_flop_count(*[_heads_apart(qkv[1] // 3, starts, heads, longest)] * 3)
     return count
@@ -201,6 +210,7 @@ def _self_backward_flops(
     starts: torch.Size,
     _seen: Any,
     longest: int,
+    _causal: bool,
     **_: Any,
 ) -> int:
     count: int = sdpa_backward_flop_count(*[_heads_apart(grad[1], starts, lse[0], longest)] * 4)

@@ -75,12 +75,11 @@ def _visible(  # type: ignore[no-untyped-def]
 @triton.jit
 def _forward(  # type: ignore[no-untyped-def]
     q, k, v, starts, seen, out, lse, N, H: tl.constexpr, D: tl.constexpr, P: tl.constexpr,
-    S: tl.constexpr, masked: tl.constexpr, stride_q: tl.constexpr, stride_kv: tl.constexpr,
-    Q: tl.constexpr, K: tl.constexpr,
+    S: tl.constexpr, masked: tl.constexpr, causal: tl.constexpr, stride_q: tl.constexpr,
+    stride_kv: tl.constexpr, Q: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """Writes also the logarithms, to the base 2, of the sums of exponentials of scores."""
     scale: tl.constexpr = LOG2_E * D**-0.5
-    causal: tl.constexpr = S == 0
     head, first, length, first_k, length_k = _place(starts, H, S)
     q += first * stride_q + head * D
     k += first_k * stride_kv + head * D
@@ -118,13 +117,12 @@ def _forward(  # type: ignore[no-untyped-def]
 @triton.jit
 def _backward(  # type: ignore[no-untyped-def]
     grad, q, k, v, out, lse, delta, starts, seen, dq, dk, dv, N, H: tl.constexpr, D: tl.constexpr,
-    P: tl.constexpr, S: tl.constexpr, masked: tl.constexpr, stride_q: tl.constexpr,
-    stride_kv: tl.constexpr, Q: tl.constexpr, K: tl.constexpr,
+    P: tl.constexpr, S: tl.constexpr, masked: tl.constexpr, causal: tl.constexpr,
+    stride_q: tl.constexpr, stride_kv: tl.constexpr, Q: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """`delta` [H, N] is memory for what a program needs of its own rows again."""
     natural: tl.constexpr = D**-0.5
     scale: tl.constexpr = LOG2_E * natural
-    causal: tl.constexpr = S == 0
     kind = dq.dtype.element_ty
     head, first, length, first_k, length_k = _place(starts, H, S)
     q += first * stride_q + head * D
@@ -183,11 +181,17 @@ def _backward(  # type: ignore[no-untyped-def]
 
 
 def constants(
-    heads: int, head_width: int, context: int | None, masked: bool, strides: tuple[int, int]
+    heads: int,
+    head_width: int,
+    context: int | None,
+    masked: bool,
+    causal: bool,
+    strides: tuple[int, int],
 ) -> dict[str, Any]:
     """What a kernel is compiled for: shapes, tiles, warps and stages."""
     filled = max(16, triton.next_power_of_2(head_width))
-    shapes = {"H": heads, "D": head_width, "P": filled, "S": context or 0, "masked": masked}
+    shapes = {"H": heads, "D": head_width, "P": filled, "S": context or 0}
+    shapes |= {"masked": masked, "causal": causal}
     warps = 4 if filled <= 64 else 8  # where the registers of 4 do not hold a tile's sums
     chosen = {"stride_q": strides[0], "stride_kv": strides[1], "num_warps": warps, **TILES}
     return {**shapes, **chosen}
@@ -200,6 +204,7 @@ def forward(
     out: Tensor,
     lse: Tensor,
     context: int | None,
+    causal: bool,
 ) -> None:
     """Fill outputs.
 
@@ -210,9 +215,10 @@ def forward(
         out: [N, W].
         lse: fp32 [H, N].
         context: S, rows that keys and values have for every caption; None where they have those of
-            the queries, and attention is causal.
+            the queries.
+        causal: whether a query sees no key after it.
     """
-    programs, chosen = _chosen(qkv, starts, seen, lse, context)
+    programs, chosen = _chosen(qkv, starts, seen, lse, context, causal)
     seen = starts if seen is None else seen  # not read
     _forward[programs](*qkv, starts, seen, out, lse, len(out), **chosen)
 
@@ -226,6 +232,7 @@ def backward(
     seen: Tensor | None,
     grads: Sequence[Tensor],
     context: int | None,
+    causal: bool,
 ) -> None:
     """Fill the gradients of queries, keys and values, which lie as these do.
 
@@ -238,18 +245,24 @@ def backward(
         seen: as above.
         grads: of `qkv`.
         context: as above.
+        causal: as above.
     """
-    programs, chosen = _chosen(qkv, starts, seen, lse, context)
+    programs, chosen = _chosen(qkv, starts, seen, lse, context, causal)
     seen = starts if seen is None else seen
     delta = lse.new_empty(lse.shape)
     _backward[programs](grad, *qkv, out, lse, delta, starts, seen, *grads, len(out), **chosen)
 
 
 def _chosen(
-    qkv: Sequence[Tensor], starts: Tensor, seen: Tensor | None, lse: Tensor, context: int | None
+    qkv: Sequence[Tensor],
+    starts: Tensor,
+    seen: Tensor | None,
+    lse: Tensor,
+    context: int | None,
+    causal: bool,
 ) -> tuple[tuple[int], dict[str, Any]]:
     heads = len(lse)
     strides = qkv[0].stride(0), qkv[1].stride(0)
     width = qkv[0].shape[1] // heads
-    chosen = constants(heads, width, context, seen is not None, strides)
+    chosen = constants(heads, width, context, seen is not None, causal, strides)
     return ((len(starts) - 1) * heads,), chosen

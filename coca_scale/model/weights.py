@@ -69,7 +69,7 @@ def load_coca(config: ModelConfig, logit_scale: LogitScale, weights: Mapping[str
         coca = CoCa(config)
     _compare(coca, logit_scale, weights)
     require_finite(weights)
-    if config.vision_cfg.timm_model_name or config.text_cfg.hf_model_name:
+    if config.vision_cfg.timm_model_name or config.text.hf_model_name:
         coca = CoCa(config)
     scale = _of_logits(logit_scale)
     towers = {name: tensor for name, tensor in weights.items() if name not in scale}
@@ -184,7 +184,7 @@ def fit_weight(name: str, old: Tensor, shape: torch.Size, config: ModelConfig) -
     if name == _TIMM_POSITIONS:
         return resize_grid(old[0], shape[1])[None]
     if name == _TEXT_POSITIONS:
-        return resize_caption(old, shape[0], config.text_cfg.embed_cls)
+        return resize_caption(old, shape[0], config.text.embed_cls)
     if name in _VOCABULARY and old.shape[0] < shape[0]:
         grown = old.mean(0, keepdim=True).expand(shape[0] - old.shape[0], -1)
         return torch.cat([old, grown])

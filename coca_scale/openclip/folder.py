@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import os
@@ -11,6 +10,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ SAFETENSORS_FILE = "open_clip_model.safetensors"
 BIN_FILE = "open_clip_pytorch_model.bin"
 OWN_CONFIG_FILE = "coca_scale_config.json"
 OWN_WEIGHTS_FILE = "coca_scale_model.safetensors"
+WITH_COCA2 = "4.2"  # of OpenCLIP: CoCa2, MaMMUT, modern text towers
 _OPENCLIP_FILES = (CONFIG_FILE, SAFETENSORS_FILE, BIN_FILE)
 _OWN_FILES = (OWN_CONFIG_FILE, OWN_WEIGHTS_FILE)
 
@@ -51,17 +52,16 @@ class Differences:
 
 
 def openclip_obstacle(config: ModelConfig) -> str | None:
-    """Why the installed open_clip cannot compute what this model computes; None if it can."""
-    vision, text = config.vision_cfg, config.text_cfg
+    """Why no OpenCLIP can compute what this model computes; None if one can."""
+    vision, text = config.vision_cfg, config.text
+    two_poolers = isinstance(vision.attentional_pool, str)
     if config.multimodal_cfg is not None:
-        if vision.timm_model_name is not None:
-            return "OpenCLIP's CoCa cannot use a timm image tower"
+        if vision.timm_model_name is not None and not two_poolers:
+            return "OpenCLIP's CoCa cannot use a timm image tower with one pooler"
+        if vision.timm_model_name is not None and not takes_image_size(vision.timm_model_name):
+            return "OpenCLIP's CoCa cannot use a timm image tower of feature maps"
         if text.hf_model_name is not None:
             return "OpenCLIP's Hugging Face text tower is not causal: captions leak"
-        if isinstance(vision.attentional_pool, str):
-            return f"OpenCLIP's {vision.attentional_pool!r} pooling does not run"
-        if text.correct_cls_mask and not _knows("correct_cls_mask"):
-            return "the installed open_clip has no text_cfg.correct_cls_mask"
     elif vision.timm_model_name is not None and takes_image_size(vision.timm_model_name):
         import timm  # takes seconds
 
@@ -73,15 +73,35 @@ def openclip_obstacle(config: ModelConfig) -> str | None:
     return None
 
 
+def needs_openclip(config: ModelConfig) -> str:
+    """The first version of OpenCLIP that reads an export of this model."""
+    new = config.text_cfg is None or config.text.correct_cls_mask or config.text.modern
+    return WITH_COCA2 if new or isinstance(config.vision_cfg.attentional_pool, str) else "3.0"
+
+
+def what_reads(config: ModelConfig) -> str | None:
+    """A sentence on the version that an export needs, if the installed one is older."""
+    needed, installed = needs_openclip(config), version("open_clip_torch")
+    if _numbers(installed) >= _numbers(needed):
+        return None
+    return f"open_clip {needed} and later read it, {installed} is installed here"
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", version)[:2]]
+
+
 def to_openclip_config(config: ModelConfig) -> dict[str, Any]:
     """The JSON object that OpenCLIP reads as `model_cfg`."""
     raw = _model_cfg(config)
-    raw["text_cfg"].pop("hf_config", None)
-    if not config.text_cfg.correct_cls_mask:
-        raw["text_cfg"].pop("correct_cls_mask", None)
+    if config.text_cfg is not None:
+        raw["text_cfg"].pop("hf_config", None)
+        if not config.text_cfg.correct_cls_mask:
+            raw["text_cfg"].pop("correct_cls_mask", None)
     if config.multimodal_cfg is not None:
-        raw["custom_text"] = True
-        raw["vision_cfg"]["output_tokens"] = raw["text_cfg"]["output_tokens"] = True
+        raw["vision_cfg"]["output_tokens"] = True
+        if config.text_cfg is not None:
+            raw["custom_text"] = raw["text_cfg"]["output_tokens"] = True
     return raw
 
 
@@ -196,7 +216,7 @@ def verify_folder(folder: Path, model: Model, batch: int = 4, seed: int = 0) -> 
     Raises:
         UserError: open_clip cannot load this model.
     """
-    obstacle = openclip_obstacle(model.config)
+    obstacle = openclip_obstacle(model.config) or what_reads(model.config)
     if obstacle is not None:
         raise UserError(f"{folder} cannot be verified with open_clip: {obstacle}")
     import open_clip  # heavy: only here is the whole of open_clip needed
@@ -204,7 +224,7 @@ def verify_folder(folder: Path, model: Model, batch: int = 4, seed: int = 0) -> 
     logging.getLogger().setLevel(logging.WARNING)
     theirs = open_clip.create_model(f"local-dir:{folder}").eval()
     config = model.config
-    text = config.text_cfg
+    text = config.text
     generator = torch.Generator().manual_seed(seed)
     size, length = config.vision_cfg.image_size, config.context_length
     images = torch.randn(batch, 3, size, size, generator=generator)
@@ -220,7 +240,7 @@ def verify_folder(folder: Path, model: Model, batch: int = 4, seed: int = 0) -> 
     assert image_tokens is not None
     real = tokens[:, 1:] != config.pad_id
     ours = model.coca.caption_logits(image_tokens, tokens)[:, :-1]
-    logits = theirs(images, tokens)["logits"]
+    logits = theirs(images, tokens)["logits"][:, : real.shape[1]]  # of the last token in some
     return Differences(image, words, _largest(ours[real], logits[real]))
 
 
@@ -231,13 +251,8 @@ def _model_cfg(config: ModelConfig) -> dict[str, Any]:
 
 def _is_flat(config: ModelConfig) -> bool:
     """Whether OpenCLIP builds its CLIP class, whose text tower has no prefix."""
-    return not (config.custom_text or config.multimodal_cfg or config.text_cfg.hf_model_name)
-
-
-def _knows(field: str) -> bool:
-    import open_clip.model  # heavy, and asked for only by rare configs
-
-    return field in {f.name for f in dataclasses.fields(open_clip.model.CLIPTextCfg)}
+    text = config.text
+    return not (config.custom_text or config.multimodal_cfg or text.hf_model_name or text.modern)
 
 
 def _saved(tensor: Tensor) -> Tensor:

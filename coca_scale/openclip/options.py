@@ -140,12 +140,91 @@ OPTIONS: dict[str, Option] = {
     "remote_sync_frequency": _left("copy the run folder with a tool of your own"),
     "remote_sync_protocol": _left("copy the run folder with a tool of your own"),
     "delete_previous_checkpoint": _taken("checkpoint.keep"),
-    "distill_model": _refused("there is no distillation"),
-    "distill_pretrained": _refused("there is no distillation"),
+    "distill_model": _taken("loss.distill"),
+    "distill_pretrained": _taken("loss.distill"),
     "use_bnb_linear": _refused("its layers are in int8; engine.fp8 has the like in FP8"),
     "siglip": _differs("loss.contrastive", "sigmoid; with a CoCa OpenCLIP 3 stays with softmax"),
     "loss_dist_impl": _needless(_EXACT),
 }
+
+
+_AUDIO = _refused("there are no models of sound here")
+_NAFLEX = _refused("pictures are square and have the size of the model")
+_PACKED = _needless("captions are packed: their lengths cost nothing, and nothing is padded")
+_ONE_COMPILATION = _needless("blocks are compiled one by one, by inductor, for the shapes they see")
+
+# of OpenCLIP's main branch after 3.3.0, by the flag; a `no_` before it may be typed as well
+NEWER: dict[str, Option] = {
+    "audio_ext": _AUDIO,
+    "audio_fill": _AUDIO,
+    "audio_fusion": _AUDIO,
+    "audio_int16_normalize": _AUDIO,
+    "audio_layer_decay": _AUDIO,
+    "audio_multiprocessing_context": _AUDIO,
+    "audio_trunc": _AUDIO,
+    "audio_zeroshot_audio_key": _AUDIO,
+    "audio_zeroshot_class_key": _AUDIO,
+    "audio_zeroshot_dataset": _AUDIO,
+    "audio_zeroshot_multiprocessing_context": _AUDIO,
+    "audio_zeroshot_split": _AUDIO,
+    "audio_zeroshot_target_key": _AUDIO,
+    "audio_zeroshot_template": _AUDIO,
+    "audio_zeroshot_workers": _AUDIO,
+    "pretrained_audio": _AUDIO,
+    "image_key": _refused("a picture is the member with the extension of one: jpg, png, webp, …"),
+    "max_image_pixels": _differs("", "what is left out has over 2^27 pixels, whatever it says"),
+    "text_key": _refused("captions are in .txt, or in fields of the .json: --json-text-key"),
+    "json_text_key": _taken("data.captions"),
+    "json_text_key_probs": _differs("data.captions", "a field of chance 0 is never read"),
+    "persistent_workers": _needless("loaders live as long as the run"),
+    "opt_kwargs": _refused("AdamW has lr, betas, eps and weight decay"),
+    "opt_fallback_list": _refused("the optimizer is AdamW for all weights"),
+    "image_layer_decay": _differs("optim.layer_decay", "of both towers and the decoder"),
+    "visual_layer_decay": _differs("optim.layer_decay", "of both towers and the decoder"),
+    "text_layer_decay": _differs("optim.layer_decay", "of both towers and the decoder"),
+    "text_pooler_own_group": _left("what pools is in the group above"),
+    "wd_exclude": _refused("matrices are decayed; norms, biases and embedding vectors are not"),
+    "val_retrieval_chunk_size": _needless("similarities exist in tiles"),
+    "val_retrieval_precision": _needless("ranks are found in fp32"),
+    "torchcompile_strategy": _ONE_COMPILATION,
+    "torchcompile_backend": _ONE_COMPILATION,
+    "torchcompile_mode": _ONE_COMPILATION,
+    "torchcompile_pass_break": _ONE_COMPILATION,
+    "torchcompile_dynamic": _ONE_COMPILATION,
+    "fsdp": _needless("DeepSpeed shards the model: engine.zero_stage"),
+    "fsdp_no_reshard_after_forward": _left("engine.zero_stage=2 has whole weights all the time"),
+    "fsdp_offload_cpu": _taken("engine.offload"),
+    "fsdp_checkpoint": _needless("checkpoints are sharded, and exports whole, always"),
+    "log_metric_every_n_steps": _differs("log.every_steps", "of the console as well"),
+    "train_loss_ema_samples": _left("the curves of TensorBoard can be smoothed"),
+    "text_attention_mask": _differs(
+        "", "padding is never computed; a token with its id inside a caption counts as padding"
+    ),
+    "fused_caption_loss": _needless("logits never exist as a whole, with accumulation as well"),
+    "caption_z_loss_weight": _differs(
+        "loss.z_loss", "divided by the caption weight, which multiplies it here"
+    ),
+    "caption_loss_compute_dtype": _needless("logits are in the precision of the run, sums in fp32"),
+    "caption_loss_chunk_size": _taken("loss.caption_chunk_rows"),
+    "use_naflex": _NAFLEX,
+    "force_naflex_vision": _NAFLEX,
+    "naflex_num_train_image_tokens": _NAFLEX,
+    "naflex_patch_sizes": _NAFLEX,
+    "naflex_patch_size_probs": _NAFLEX,
+    "naflex_seq_lens": _NAFLEX,
+    "naflex_seq_len_probs": _NAFLEX,
+    "naflex_max_tokens_per_batch": _NAFLEX,
+    "naflex_max_text_tokens": _NAFLEX,
+    "naflex_batch_divisor": _NAFLEX,
+    "naflex_loss_scale": _NAFLEX,
+    "naflex_pad_multiple": _NAFLEX,
+    "length_bucketing": _PACKED,
+    "bucket_pool": _PACKED,
+    "bucket_chunk": _PACKED,
+    "bucket_prefetch_pools": _PACKED,
+    "text_pad_multiple": _PACKED,
+}
+OPTIONS |= NEWER
 
 
 def options_table() -> str:

@@ -17,7 +17,17 @@ from open_clip_train.params import parse_args
 
 from coca_scale.errors import UserError
 from coca_scale.model.config import load_model_config
+from coca_scale.openclip.newer import (
+    Given,
+    data_keys,
+    is_harmless,
+    log_keys,
+    loss_keys,
+    optim_keys,
+    split_newer,
+)
 from coca_scale.openclip.options import OPTIONS, Fate
+from coca_scale.openclip.weight_files import WEIGHT_SUFFIXES
 from coca_scale.recipe import recipe_from_dict
 from coca_scale.recipe.batch import default_lanes
 from coca_scale.recipe.files import read_text
@@ -64,7 +74,10 @@ class Translation:
     def report(self) -> str:
         """For people: what was taken over, what differs, what is missing."""
         lines = []
-        taken = [f"{_flag(name)} → {OPTIONS[name].key}" for name in self.given["taken"]]
+        taken = [
+            f"{_flag(name)} → {key}" if (key := OPTIONS[name].key) else _flag(name)
+            for name in self.given["taken"]
+        ]
         if taken:
             lines.append(f"taken over: {', '.join(taken)}")
         for fate in ("differs", "not needed", "left out"):
@@ -87,15 +100,16 @@ def translate(command: str, gpus: int | None = None) -> Translation:
             something that would make another run of it here.
     """
     launcher, arguments = _split(_script(command))
-    args = _parsed(arguments)
+    rest, newer = split_newer(arguments)
+    args = _parsed(rest)
     typed = _typed(arguments)
-    _refuse(args, typed)
+    _refuse(args, newer, typed)
     found = _count_gpus(launcher, command) if gpus is None else gpus
     notes = []
     if found is None:
         notes.append("the command does not say how many GPUs; --gpus N does, 1 is assumed")
     count = found or 1
-    recipe = _recipe(args, typed, count, notes)
+    recipe = _recipe(args, newer, typed, count, notes)
     recipe_from_dict(recipe, "the translated recipe")
     given: dict[Fate, list[str]] = {f: [] for f in ("taken", "differs", "not needed", "left out")}
     for name in typed:
@@ -157,6 +171,8 @@ def _parsed(arguments: list[str]) -> Namespace:
     except SystemExit as error:
         said = complaint.getvalue().strip().splitlines() or ["nothing"]
         raise UserError(f"OpenCLIP does not understand it: {said[-1]}") from error
+    except (ValueError, SyntaxError) as error:  # of its --aug-cfg
+        raise UserError(f"OpenCLIP does not understand it: {error}") from error
     return args
 
 
@@ -170,6 +186,7 @@ def _typed(arguments: Sequence[str]) -> list[str]:
     for word in arguments:
         if word.startswith("--"):
             name = word[2:].partition("=")[0].replace("-", "_")
+            name = name if name in OPTIONS else name.removeprefix("no_")
             full = [name] if name in OPTIONS else [o for o in OPTIONS if o.startswith(name)]
             if not full:
                 raise UserError(
@@ -180,7 +197,7 @@ def _typed(arguments: Sequence[str]) -> list[str]:
     return list(names)
 
 
-def _refuse(args: Namespace, typed: Sequence[str]) -> None:
+def _refuse(args: Namespace, newer: Given, typed: Sequence[str]) -> None:
     """What would be another run without it."""
     harmless = {
         "opt": args.opt.lower() == "adamw",
@@ -192,7 +209,8 @@ def _refuse(args: Namespace, typed: Sequence[str]) -> None:
     faults = [
         f"{_flag(name)}: {OPTIONS[name].note}"
         for name in typed
-        if OPTIONS[name].fate == "refused" and not harmless.get(name, False)
+        if OPTIONS[name].fate == "refused"
+        and not (harmless.get(name, False) or is_harmless(name, newer))
     ]
     if args.resume not in (None, "latest"):
         faults.append(
@@ -201,6 +219,8 @@ def _refuse(args: Namespace, typed: Sequence[str]) -> None:
         )
     if args.csv_separator not in ("\t", ",", "\\t"):
         faults.append(f"--csv-separator {args.csv_separator}: tables have tabs or commas")
+    if (args.distill_model is None) != (args.distill_pretrained is None):
+        faults.append("--distill-model and --distill-pretrained: OpenCLIP distills with both only")
     if args.train_data is None and args.dataset_type != "synthetic":
         faults.append("--train-data is missing")
     if faults:
@@ -233,18 +253,19 @@ def _number(words: Sequence[str], options: Iterable[str]) -> int | None:
 
 
 def _recipe(
-    args: Namespace, typed: Sequence[str], gpus: int, notes: list[str]
+    args: Namespace, newer: Given, typed: Sequence[str], gpus: int, notes: list[str]
 ) -> dict[str, dict[str, Any]]:
     """Sections of the recipe."""
     batch = args.batch_size * gpus * args.accum_freq
     epoch = None if args.train_num_samples is None else -(-args.train_num_samples // batch)
     if epoch is None and not str(args.train_data).endswith((".csv", ".tsv")):
         notes.append("set data.train_samples, unless the shards have a manifest or sizes.json")
+    loss = _loss(args)
     recipe = {
         "run": _run(args),
         "model": _model(args, notes),
-        "data": _data(args) | _lanes(batch, gpus, args.workers),
-        "loss": _loss(args),
+        "data": _data(args) | data_keys(newer) | _lanes(batch, gpus, args.workers),
+        "loss": loss | loss_keys(newer, loss["caption_weight"]),
         "optim": {
             "lr": args.lr,
             "weight_decay": args.wd,
@@ -252,6 +273,7 @@ def _recipe(
             "beta2": args.beta2,
             "eps": args.eps,
             "clip_norm": args.grad_clip_norm or 0.0,
+            **optim_keys(newer),
         },
         "schedule": _schedule(args, epoch),
         "train": {
@@ -259,10 +281,10 @@ def _recipe(
             "global_batch": batch,
             "micro_batch": args.batch_size,
         },
-        "engine": _engine(args),
+        "engine": _engine(args) | ({"offload": "all"} if "fsdp_offload_cpu" in newer else {}),
         "checkpoint": _checkpoint(args, epoch, typed, notes),
         "eval": _eval(args, epoch, notes),
-        "log": _log(args),
+        "log": _log(args) | log_keys(newer),
     }
     return {name: section for name, section in recipe.items() if section}
 
@@ -349,11 +371,22 @@ def _sources(names: str, factors: str | None) -> Any:
 def _loss(args: Namespace) -> dict[str, Any]:
     """OpenCLIP takes the captioning loss if the name of the model has "coca" in it."""
     captions = load_model_config(args.model).multimodal_cfg is not None
-    return {
+    weights = {
         **({"contrastive": "sigmoid"} if args.siglip else {}),
         "contrastive_weight": args.coca_contrastive_loss_weight if captions else 1.0,
         "caption_weight": args.coca_caption_loss_weight if captions else 0.0,
     }
+    return weights | _distill(args)
+
+
+def _distill(args: Namespace) -> dict[str, Any]:
+    """A teacher, which OpenCLIP has for CLIP only, without accumulation and with weight 1."""
+    model, weights = args.distill_model, args.distill_pretrained
+    if model is None:
+        return {}
+    if Path(weights).suffix in WEIGHT_SUFFIXES:
+        return {"distill": {"teacher": weights, "config": model}}
+    return {"distill": {"teacher": f"{model}@{weights}"}}
 
 
 def _schedule(args: Namespace, epoch: int | None) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from coca_scale.data.loader import decode_sample
 from coca_scale.data.sample import BadSample, Source, causes_text
 from coca_scale.data.shards import ShardSource, missing_numbers, missing_shards
 from coca_scale.data.sources import open_source, train_crop
+from coca_scale.data.stored_features import StoredFeatures, are_stored
 from coca_scale.data.tokens import Tokenizer, make_tokenizer
 from coca_scale.engine.host import memory_bytes
 from coca_scale.errors import UserError
@@ -27,6 +28,7 @@ from coca_scale.model.freeze import freeze
 from coca_scale.model.weights import require_resizable
 from coca_scale.planning.fit import plan_run
 from coca_scale.planning.gpus import GPUS
+from coca_scale.planning.teacher import require_same_size, teacher_width
 from coca_scale.recipe import BatchSplit, Recipe
 from coca_scale.recipe.data import WeightedShards
 from coca_scale.recipe.stages import recipes_of
@@ -89,7 +91,8 @@ def _stage(recipe: Recipe, ranks: int, device_bytes: int | None, with_validation
     report = Report()
     batch = _batch(recipe, ranks, report)
     config = _model(recipe, report)
-    if config is not None and batch is not None:
+    taught = config is None or _teacher(recipe, config, report)
+    if config is not None and batch is not None and taught:
         _memory(recipe, ranks, device_bytes, report)
     tokenizer = _tokenizer(config, recipe, report) if config is not None else None
     _data("train", recipe.data.train, recipe, batch, config, tokenizer, report)
@@ -102,6 +105,19 @@ def tracking_fault(recipe: Recipe) -> str | None:
     """Why `log.wandb` of a recipe cannot be followed here; None if it can."""
     if recipe.log.wandb is not None and find_spec("wandb") is None:
         return "log.wandb needs the package: pip install 'coca-scale[wandb]'"
+    return None
+
+
+def caption_fault(recipe: Recipe, config: ModelConfig) -> str | None:
+    """What a recipe asks of captions that its model cannot do; None if it can."""
+    if config.multimodal_cfg is not None:
+        return None
+    for key, asked in (
+        ("data.caption_captions", recipe.data.caption_captions),
+        ("loss.caption_parallel", recipe.loss.caption_parallel),
+    ):
+        if asked:
+            return f"{key} is for models that write captions, and {recipe.model.name} is a CLIP"
     return None
 
 
@@ -126,6 +142,8 @@ def _batch(recipe: Recipe, ranks: int, report: Report) -> BatchSplit | None:
 def _model(recipe: Recipe, report: Report) -> ModelConfig | None:
     try:
         config = ModelConfig.from_recipe(recipe.model)
+        if (fault := caption_fault(recipe, config)) is not None:
+            raise UserError(fault)
         with torch.device("meta"):
             model = CoCa(config)
             freeze(model, recipe.model, recipe.loss)
@@ -138,6 +156,26 @@ def _model(recipe: Recipe, report: Report) -> ModelConfig | None:
     if recipe.model.pretrained is not None:
         report.notes.append(f"model: weights {pretrained_name(recipe.model)} were not read")
     return config
+
+
+def _teacher(recipe: Recipe, config: ModelConfig, report: Report) -> bool:
+    """Whether there is what the recipe wants to learn from, and it suits the model and the data."""
+    section = recipe.loss.distill
+    if section.teacher is None:
+        return True
+    try:
+        require_same_size(section, teacher_width(section), config)
+        if are_stored(section.teacher):
+            stored = StoredFeatures(Path(section.teacher))
+            stored.check(open_source(recipe.data.train, recipe.data, recipe.run.seed))
+            line = f"features of {stored.facts.model}, stored for all shards"
+        else:
+            line = f"{section.teacher} runs beside the model; its weights were not read"
+    except UserError as error:
+        report.faults.append(f"teacher: {error}")
+        return False
+    report.fine.append(f"teacher: {line}")
+    return True
 
 
 def _memory(recipe: Recipe, ranks: int, device_bytes: int | None, report: Report) -> None:
@@ -296,8 +334,9 @@ def _samples(
             skipped[bad.cause] += 1
             continue
         good += 1
-        captions += len(sample.captions)
-        cut += sum(tokenizer.cuts(caption) for caption, _ in sample.captions)
+        texts = [text for text, _ in (*sample.captions, *(sample.targets or ()))]
+        captions += len(texts)
+        cut += sum(map(tokenizer.cuts, texts))
     causes = causes_text(skipped)
     if not good:
         report.faults.append(f"{label}: none of the first samples can be used ({causes})")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch.testing._internal.distributed.fake_pg import FakeProcessGroup
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from coca_scale.data.loader import Draws
 from coca_scale.engine.config import (
     DTYPES,
     apply_settings,
@@ -25,13 +25,21 @@ from coca_scale.engine.config import (
 )
 from coca_scale.engine.objective import contrastive
 from coca_scale.errors import UserError
-from coca_scale.losses import FeatureGather
+from coca_scale.losses import FeatureGather, distill_loss
 from coca_scale.model import CoCa, ModelConfig
 from coca_scale.model.coca import Encoded
-from coca_scale.model.config import VisionConfig
 from coca_scale.model.freeze import freeze
-from coca_scale.planning.counting import LiveBytes, flops, parts
+from coca_scale.model.targets import Targets
+from coca_scale.model.tower_config import VisionConfig
+from coca_scale.planning.counting import (
+    LiveBytes,
+    caption_quantiles,
+    default_dtype,
+    flops,
+    parts,
+)
 from coca_scale.planning.plan import Costs
+from coca_scale.planning.teacher import teacher_costs, teacher_width
 from coca_scale.planning.units import model_units
 from coca_scale.recipe import BatchSplit, Recipe
 
@@ -63,10 +71,11 @@ def count_costs(recipe: Recipe, batch: BatchSplit, varlen: bool = False) -> Cost
                 lambda: model(*case.inputs, features_only=True, sample_ids=case.sample_ids)
             )
         step_flops = flops(lambda: case.forward().backward())
-    units = model_units(model, case.forward_flops(), step_flops)
+    units = model_units(model, case.forward_flops(True), case.forward_flops(), step_flops)
     bytes_per_flop = case.bytes_per_flop(_image_passes(recipe, model.config.vision_cfg))
     parameters = list(model.parameters())
     width, dtype = model.config.embed_dim, DTYPES[recipe.engine.precision]
+    taught = teacher_width(recipe.loss.distill)
     whole = gathered_whole(model)
     in_layers = [p for module in whole for p in module.parameters()]
     return Costs(
@@ -80,7 +89,7 @@ def count_costs(recipe: Recipe, batch: BatchSplit, varlen: bool = False) -> Cost
             *(_numel(module.parameters()) for module in whole),
         ),
         bucket=transfers(model).bucket,
-        features_bytes=batch.samples_per_rank * 2 * width * dtype.itemsize,
+        features_bytes=batch.samples_per_rank * 2 * (width + taught) * dtype.itemsize,
         checkpointing=recipe.engine.activation_checkpointing,
         recomputed=len(recomputed),
         blocks=len(model.blocks()),
@@ -91,7 +100,8 @@ def count_costs(recipe: Recipe, batch: BatchSplit, varlen: bool = False) -> Cost
         tower_flops=tower_flops,
         step_flops=step_flops,
         bytes_per_flop=bytes_per_flop,
-        loss_bytes=_contrastive_bytes(recipe, batch, width, dtype),
+        loss_bytes=_loss_bytes(recipe, batch, (width, taught), dtype),
+        teacher=teacher_costs(recipe, batch, varlen),
     )
 
 
@@ -154,9 +164,8 @@ class _Case:
         config = ModelConfig.from_recipe(recipe.model)
         dtype = DTYPES[recipe.engine.precision]
         micro, size = batch.micro_batch, config.vision_cfg.image_size
-        mean = recipe.data.mean_tokens
-        tokens = caption_quantiles(micro, mean, config.context_length, config.pad_id)
-        with FakeTensorMode() as self.fake, _default_dtype(dtype):
+        tokens, targets = _captions(recipe, micro, config)
+        with FakeTensorMode() as self.fake, default_dtype(dtype):
             self.model = CoCa(config).train()
             images = torch.randn(micro, 3, size, size, dtype=dtype)
             self.sample_ids = torch.arange(micro)  # by which patches are dropped
@@ -164,7 +173,8 @@ class _Case:
         for parameter in self.model.parameters():  # gradients are counted with the state
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(_drop)
-        self.inputs = images, self.model.text.pack(tokens).map(self.fake.from_tensor)
+        captions = self.model.text.pack(tokens, targets=targets)
+        self.inputs = images, captions.map(self.fake.from_tensor)
 
     def forward(self, encoded: Encoded | None = None) -> Tensor:
         """What the engine calls backward on, without its factors."""
@@ -205,10 +215,10 @@ class _Case:
         with self.fake:
             return moved / flops(lambda: self.forward().backward())
 
-    def forward_flops(self) -> dict[str, int]:
+    def forward_flops(self, features_only: bool = False) -> dict[str, int]:
         """Of a forward pass, by the names of modules in the order in which they run."""
         with self.fake, FlopCounterMode(display=False) as counter:
-            self.forward()
+            self.model(*self.inputs, features_only=features_only, sample_ids=self.sample_ids)
         counts = counter.get_flop_counts()
         return {name.partition(".")[2]: sum(c.values()) for name, c in counts.items()}
 
@@ -232,17 +242,21 @@ class _Case:
         return saved, peak + waiting * graph
 
 
-def caption_quantiles(captions: int, mean_tokens: float, context: int, pad_id: int) -> Tensor:
-    """Token ids [captions, context] whose lengths are evenly spaced quantiles of a distribution.
-
-    A start and an end token, and between them a Poisson number of words.
-    """
-    generator = torch.Generator().manual_seed(0)
-    words = torch.poisson(torch.full((8192,), max(mean_tokens - 2, 0.0)), generator).sort().values
-    quantiles = ((torch.arange(captions) + 0.5) / captions * len(words)).long()
-    lengths = (words[quantiles].long() + 2).clamp(max=context)
-    inside = torch.arange(context) < lengths[:, None]
-    return torch.where(inside, pad_id + 1, pad_id)
+def _captions(recipe: Recipe, count: int, config: ModelConfig) -> tuple[Tensor, Targets | None]:
+    """Captions as a recipe draws them, those to write where they are others or in parallel."""
+    about, data, draws = (config.context_length, config.pad_id), recipe.data, Draws.of(recipe)
+    match, write = data.mean_tokens, data.caption_mean_tokens or data.mean_tokens
+    if not data.two_captions or not draws.write:
+        tokens = written = caption_quantiles(count, match, *about)
+    elif not draws.match:
+        tokens = written = caption_quantiles(count, write, *about)
+    else:
+        tokens, written = (caption_quantiles(count, mean, *about) for mean in (match, write))
+        written = torch.where(written == config.pad_id, config.pad_id, config.pad_id + 2)
+    parallel = (torch.arange(1, count + 1) * draws.parallel).floor().diff(prepend=torch.zeros(1))
+    if written is tokens and not draws.parallel:
+        return tokens, None
+    return tokens, Targets(written, parallel > 0)
 
 
 def _numel(parameters: Iterable[Tensor]) -> int:
@@ -259,30 +273,28 @@ def _named_parts(model: CoCa) -> dict[str, nn.Module]:
     return {name.replace("_", " "): part for name, part in model.named_children()}
 
 
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """New parameters have it; those without data cannot be cast in place."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
 def _drop(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-def _contrastive_bytes(recipe: Recipe, batch: BatchSplit, width: int, dtype: torch.dtype) -> int:
-    """Most bytes alive in the loss of the global batch on one of its ranks."""
-    features = torch.empty(batch.samples_per_rank, 2, width, dtype=dtype, device="meta")
+def _loss_bytes(
+    recipe: Recipe, batch: BatchSplit, widths: tuple[int, int], dtype: torch.dtype
+) -> int:
+    """Most bytes alive in the losses of features of the global batch on one of its ranks."""
+    features, teacher = (
+        torch.empty(batch.samples_per_rank, 2, width, dtype=dtype, device="meta")
+        for width in widths
+    )
     scale = torch.zeros((), device="meta")
 
     def count(group: dist.ProcessGroup | None) -> int:
         with LiveBytes() as live:
-            gather = FeatureGather(features, group, recipe.loss.contrastive_resident)
+            about = (group, recipe.loss.contrastive_chunk_rows)
+            taught = teacher if widths[1] else None
+            gather = FeatureGather(features, group, recipe.loss.contrastive_resident, taught)
             contrastive(recipe.loss, gather, scale, scale, group)
+            if recipe.loss.learns("distill"):
+                distill_loss(gather, scale, 0.0, *about)
         return live.peak
 
     # of its own, beside that of a job whose rank counts; a constructor until torch 2.8

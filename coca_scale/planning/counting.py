@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -90,3 +91,27 @@ def flops(step: Callable[[], object]) -> int:
     with FlopCounterMode(display=False) as counter:
         step()
     return counter.get_total_flops()
+
+
+def caption_quantiles(captions: int, mean_tokens: float, context: int, pad_id: int) -> Tensor:
+    """Token ids [captions, context] whose lengths are evenly spaced quantiles of a distribution.
+
+    A start and an end token, and between them a Poisson number of words.
+    """
+    generator = torch.Generator().manual_seed(0)
+    words = torch.poisson(torch.full((8192,), max(mean_tokens - 2, 0.0)), generator).sort().values
+    quantiles = ((torch.arange(captions) + 0.5) / captions * len(words)).long()
+    lengths = (words[quantiles].long() + 2).clamp(max=context)
+    inside = torch.arange(context) < lengths[:, None]
+    return torch.where(inside, pad_id + 1, pad_id)
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """New parameters have it; those without data cannot be cast in place."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

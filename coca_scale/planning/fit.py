@@ -8,11 +8,9 @@ from dataclasses import replace
 from coca_scale.errors import UserError
 from coca_scale.planning.costs import count_costs
 from coca_scale.planning.gpus import Gpu
-from coca_scale.planning.plan import Costs, Plan, make_plan, memory_of
+from coca_scale.planning.plan import MARGIN, Costs, Plan, make_plan, memory_of
 from coca_scale.recipe import BatchSplit, Recipe
 from coca_scale.recipe.total_steps import total_steps
-
-MARGIN = 0.03  # of a device's memory, by which plans were off on GPUs
 
 
 def plan_run(
@@ -50,6 +48,15 @@ def fitted(recipe: Recipe, batch: BatchSplit, gpu: Gpu, gpus_per_node: int) -> t
         return tried, costs
     number = most_graphs(recipe, batch, costs, gpu, gpus_per_node)
     return _with(tried, kept_graphs=number), replace(costs, kept_graphs=number)
+
+
+def teacher_is_cut(recipe: Recipe, batch: BatchSplit, gpu: Gpu, gpus_per_node: int) -> bool:
+    """Whether a teacher's weights are cut over the ranks, so that there is room for them."""
+    placement = recipe.loss.distill.placement
+    if placement != "auto" or batch.ranks == 1:
+        return placement == "sharded"
+    costs = count_costs(recipe, batch, varlen=not gpu.is_host)
+    return memory_of(recipe, batch, costs, gpu, gpus_per_node).teacher_is_cut
 
 
 def most_graphs(

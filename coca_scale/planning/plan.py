@@ -21,11 +21,13 @@ from coca_scale.engine.config import (
 from coca_scale.planning.gpus import Gpu
 from coca_scale.planning.memory import HostBytes, StateBytes, host_bytes, state_bytes
 from coca_scale.planning.simulate import TOWERS, Network, Passes, overlapped, simulate
+from coca_scale.planning.teacher import TeacherCosts
 from coca_scale.planning.units import Unit
 from coca_scale.recipe import BatchSplit, Recipe
 
 # what a process takes beside tensors: CUDA context, NCCL's buffers, fragmentation
 RESERVED_BYTES = 2.5e9
+MARGIN = 0.03  # of a device's memory, by which plans were off on GPUs
 # of gradients: one fills while the other travels; under ZeRO-3 two travel, and one is put together
 REDUCE_BUCKETS = {1: 2, 2: 2, 3: 4}
 # measured on one GPU, as `Gpu.utilization` is
@@ -57,7 +59,8 @@ class Costs:
         tower_flops: of the forward pass of both towers, per micro-batch.
         step_flops: of forward and backward of everything, per micro-batch.
         bytes_per_flop: that go through the device's memory for each FLOP.
-        loss_bytes: most bytes alive in the contrastive loss of the global batch.
+        loss_bytes: most bytes alive in the losses of features of the global batch.
+        teacher: what one that runs beside it takes.
     """
 
     parameters: int
@@ -79,6 +82,7 @@ class Costs:
     step_flops: int
     bytes_per_flop: float
     loss_bytes: int
+    teacher: TeacherCosts | None = None
 
     @property
     def activations_bytes(self) -> int:
@@ -106,6 +110,7 @@ class Plan:
     activations_bytes: int
     loss_bytes: int
     buffers_bytes: int
+    teacher_bytes: int
     total_bytes: int
     host: HostBytes
     device_bytes: int
@@ -144,12 +149,16 @@ class Memory:
     Attributes:
         state: of weights, gradients and optimizer.
         buffers: bytes of gathered layers and buckets, and what a process takes beside tensors.
+        teacher: bytes of its weights.
+        teacher_is_cut: whether they are cut over the ranks.
         host: beside the device.
         total: bytes on the device, or in its host where it is that.
     """
 
     state: StateBytes
     buffers: int
+    teacher: int
+    teacher_is_cut: bool
     host: HostBytes
     total: int
 
@@ -158,17 +167,36 @@ def memory_of(
     recipe: Recipe, batch: BatchSplit, costs: Costs, gpu: Gpu, gpus_per_node: int
 ) -> Memory:
     """What a rank of a run takes; arguments as of `make_plan`."""
+    whole = _memory_with(recipe, batch, costs, gpu, gpus_per_node, False)
+    placement = recipe.loss.distill.placement
+    no_room = whole.total > gpu.memory_bytes * (1 - MARGIN)
+    cut = placement == "sharded" or (placement == "auto" and no_room)
+    if costs.teacher is None or batch.ranks == 1 or not cut:
+        return whole
+    return _memory_with(recipe, batch, costs, gpu, gpus_per_node, True)
+
+
+def _memory_with(
+    recipe: Recipe, batch: BatchSplit, costs: Costs, gpu: Gpu, gpus_per_node: int, cut: bool
+) -> Memory:
+    """As `memory_of`, with a teacher that is cut or whole."""
+    taught = costs.teacher
+    teacher = 0 if taught is None else taught.weights_bytes // (batch.ranks if cut else 1)
     state = state_bytes(recipe, batch, costs.parameters, costs.trained, gpus_per_node)
     buffers = _buffer_bytes(costs, recipe, batch, gpus_per_node)
     reserved = RESERVED_BYTES if gpu.memory_bytes > 30e9 else 0
     working = costs.activations_bytes + costs.loss_bytes + buffers
-    here = round(state.total + working + state.updating) if gpu.is_host else 0
+    if taught is not None:  # which is through before the model begins
+        gathered = 2 * taught.weights_bytes // max(1, taught.blocks) if cut else 0
+        working = max(working, taught.peak_bytes + gathered + buffers)
+    here = round(state.total + teacher + working + state.updating) if gpu.is_host else 0
+    built = costs.parameters + (0 if taught is None else taught.parameters)
     in_host = host_bytes(
-        recipe, batch, costs.image_size, costs.parameters, state.offloaded + here, state.saved
+        recipe, batch, costs.image_size, built, state.offloaded + here, state.saved
     )
-    total = round(state.total + max(working, state.updating) + reserved)
+    total = round(state.total + teacher + max(working, state.updating) + reserved)
     total = in_host.total if gpu.is_host else total
-    return Memory(state, round(buffers + reserved), in_host, total)
+    return Memory(state, round(buffers + reserved), teacher, cut, in_host, total)
 
 
 def make_plan(
@@ -197,7 +225,9 @@ def make_plan(
         limit = "communication"
     elif limit == "compute" and host > device:
         limit = "host"
-    step = line.seconds
+    sent = _sent_for_teacher(batch, costs, network) if memory.teacher_is_cut else 0.0
+    taught = sent / network.bytes_per_second
+    step = line.seconds + max(0.0, taught - _teacher_flops(batch, costs) / flops * device)
     seconds = None if steps is None else steps * step
     return Plan(
         parameters_bytes=state.parameters,
@@ -206,15 +236,16 @@ def make_plan(
         activations_bytes=costs.activations_bytes,
         loss_bytes=costs.loss_bytes,
         buffers_bytes=memory.buffers,
+        teacher_bytes=memory.teacher,
         total_bytes=memory.total,
         host=memory.host,
         device_bytes=round(gpu.memory_bytes),
         flops_per_sample=flops / batch.samples_per_rank,
-        communication_bytes_per_step=line.sent_bytes,
+        communication_bytes_per_step=line.sent_bytes + sent,
         link_bytes=network.bytes_per_second,
         compute_seconds=compute,
         utilization=flops / (gpu.flops * compute),
-        communication_seconds=line.sending_seconds,
+        communication_seconds=line.sending_seconds + taught,
         exposed_seconds=step - compute,
         step_seconds=step,
         samples_per_second=batch.global_batch / step,
@@ -227,7 +258,19 @@ def make_plan(
 
 def step_flops(batch: BatchSplit, costs: Costs) -> int:
     """Of a rank in a step."""
-    return costs.step_flops * batch.accumulation + costs.tower_flops * first_passes(batch, costs)
+    own = costs.step_flops * batch.accumulation + costs.tower_flops * first_passes(batch, costs)
+    return own + _teacher_flops(batch, costs)
+
+
+def _teacher_flops(batch: BatchSplit, costs: Costs) -> int:
+    return 0 if costs.teacher is None else costs.teacher.forward_flops * batch.accumulation
+
+
+def _sent_for_teacher(batch: BatchSplit, costs: Costs, network: Network) -> float:
+    """Bytes of a step in which a teacher's blocks are gathered for every micro-batch."""
+    assert costs.teacher is not None
+    share = (network.ranks - 1) / network.ranks
+    return costs.teacher.weights_bytes * share * batch.accumulation
 
 
 def first_passes(batch: BatchSplit, costs: Costs) -> int:
@@ -242,7 +285,10 @@ def compute_seconds(
     per_flop = 1 / (gpu.flops * gpu.utilization) + costs.bytes_per_flop / gpu.memory_rate
     device = step_flops(batch, costs) * per_flop
     passes = batch.accumulation + FIRST_PASS * first_passes(batch, costs)
-    host = passes * costs.blocks * gpu.block_seconds
+    blocks = passes * costs.blocks
+    if costs.teacher is not None:
+        blocks += FIRST_PASS * batch.accumulation * costs.teacher.blocks
+    host = blocks * gpu.block_seconds
     if recipe.engine.compile == "blocks":
         host *= COMPILED_BLOCK
     if recipe.engine.zero_stage in (1, 2):

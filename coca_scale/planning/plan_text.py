@@ -45,6 +45,7 @@ def plan_page(
         f"{_gb(plan.optimizer_bytes):>18} optimizer",
         f"{_gb(plan.activations_bytes):>18} activations ({parts}{waiting}){chosen}{again}",
         f"{_gb(plan.loss_bytes):>18} contrastive loss, gathered features included",
+        *([f"{_gb(plan.teacher_bytes):>18} the teacher's weights"] if costs.teacher else []),
         f"{_gb(plan.buffers_bytes):>18} gathered layers, buckets, CUDA and NCCL",
         *_host(plan, gpu),
         f"compute   {_number(plan.flops_per_sample / 1e9)} GFLOP per sample{graphs}; "

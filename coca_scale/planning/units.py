@@ -35,12 +35,21 @@ class Unit:
     backward_flops: float
 
 
-def model_units(model: CoCa, forward_flops: Mapping[str, int], step_flops: int) -> tuple[Unit, ...]:
+def model_units(
+    model: CoCa,
+    tower_flops: Mapping[str, int],
+    forward_flops: Mapping[str, int],
+    step_flops: int,
+) -> tuple[Unit, ...]:
     """Cut a model up, in the order of its forward pass.
+
+    What of a tower runs once more in the decoder, as the blocks of a MaMMUT do, is gathered once
+    more, and there a unit of the decoder; its gradients are reduced once.
 
     Args:
         model: with what is recomputed set, and what is locked.
-        forward_flops: of a micro-batch, by names of modules as they run.
+        tower_flops: of a micro-batch in the towers, by names of modules as they run.
+        forward_flops: of it in the whole model.
         step_flops: of forward and backward.
     """
     names = {module: name for name, module in model.named_modules()}
@@ -49,10 +58,18 @@ def model_units(model: CoCa, forward_flops: Mapping[str, int], step_flops: int) 
     largest = transfers(model).bucket
     units: list[Unit] = []
     for part in (name for name in forward_flops if name in children):
-        inside = [name for name in forward_flops if name in blocks and _part(name) == part]
-        found = [_unit(part, True, blocks[name], forward_flops[name]) for name in inside]
-        rest = _unit(part, False, children[part], forward_flops[part])
-        units += [*_pieces(_without(rest, found), largest), *found]
+        in_towers = part in tower_flops
+        flops = {
+            name: tower_flops.get(name, 0) if in_towers else count - tower_flops.get(name, 0)
+            for name, count in forward_flops.items()
+        }
+        own = [name for name in forward_flops if name in blocks and _part(name) == part]
+        lent = [name for name in flops if name in blocks and _is_lent(name, part, flops)]
+        found = [_unit(part, True, blocks[name], flops[name]) for name in own]
+        again = [_unit(part, True, blocks[name], flops[name]) for name in lent]
+        idle = [replace(unit, elements=0, trained=0) for unit in again]
+        rest = _without(_unit(part, False, children[part], flops[part]), [*found, *idle])
+        units += [*_pieces(rest, largest), *found, *(replace(u, trained=0) for u in again)]
     scale = step_flops / sum(unit.forward_flops + unit.backward_flops for unit in units)
     return tuple(
         replace(
@@ -66,6 +83,11 @@ def model_units(model: CoCa, forward_flops: Mapping[str, int], step_flops: int) 
 
 def _part(name: str) -> str:
     return name.partition(".")[0]
+
+
+def _is_lent(name: str, part: str, flops: Mapping[str, int]) -> bool:
+    """Whether a block of a tower runs in the decoder, too."""
+    return part == "decoder" and _part(name) != part and flops[name] > 0
 
 
 def _unit(part: str, block: bool, module: nn.Module, flops: int) -> Unit:

@@ -80,6 +80,9 @@ Sources = Annotated[
 ]
 
 
+CaptionWeights = dict[str, Annotated[float, Field(gt=0.0, le=1e6, allow_inf_nan=False)]]
+
+
 class DataSection(Section):
     """Where samples come from and in which order they are taken."""
 
@@ -95,6 +98,11 @@ class DataSection(Section):
         20.0,
         description="Tokens of a caption on average, start and end included, as `coca-scale data "
         "inspect` counts them; what is planned depends on it, training does not.",
+    )
+    caption_mean_tokens: Annotated[float, Field(ge=2.0, le=2**16)] | None = Field(
+        None,
+        description="Likewise of captions to write, where those have captions of their own; null: "
+        "as mean_tokens.",
     )
     train_samples: SampleCount | None = Field(
         None, description="Samples per epoch, needed for train.epochs where it cannot be counted."
@@ -115,11 +123,22 @@ class DataSection(Section):
         False,
         description="Draw the shards of an epoch with replacement, weights as chances.",
     )
-    captions: dict[str, Annotated[float, Field(gt=0.0, le=1e6, allow_inf_nan=False)]] = Field(
+    captions: CaptionWeights = Field(
         default_factory=dict,
         description="Sampling weights of several captions per picture: txt (one per line), or a "
         "field of the .json (text or list of texts): {txt: 0.5, recaption: 0.5}; captions of one "
-        "name share its weight. Empty: .txt, else the field caption.",
+        "name share its weight. Empty: .txt, else the field caption. NAME:sentences are the "
+        "sentences of a text, each by itself.",
+    )
+    contrastive_captions: CaptionWeights = Field(
+        default_factory=dict,
+        description="Likewise of the captions that pictures are matched to, where captions to "
+        "write are drawn apart: {txt: 1.0, recaption:sentences: 1.0}. Empty: as captions.",
+    )
+    caption_captions: CaptionWeights = Field(
+        default_factory=dict,
+        description="Likewise of the captions that the model learns to write, drawn apart: "
+        "{recaption: 1.0}. Empty: as captions. With neither, one caption is for both.",
     )
     filters: DataFilters = Field(
         default_factory=lambda: DataFilters(),
@@ -150,3 +169,15 @@ class DataSection(Section):
         description="Share of unusable samples above which the run stops; below 256 samples, "
         "when chance does not explain it.",
     )
+
+    @property
+    def two_captions(self) -> bool:
+        """Whether captions to match and captions to write are drawn apart."""
+        return bool(self.contrastive_captions or self.caption_captions)
+
+    @property
+    def caption_weights(self) -> tuple[CaptionWeights, CaptionWeights | None]:
+        """Of captions to match, and of captions to write; None: what is drawn is for both."""
+        if not self.two_captions:
+            return self.captions, None
+        return self.contrastive_captions or self.captions, self.caption_captions or self.captions

@@ -13,11 +13,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from coca_scale.recipe.data import DataSection
+from coca_scale.recipe.distill import DistillSection
 from coca_scale.recipe.lanes import usual_lanes
 from coca_scale.recipe.loss_weights import LossWeight, factors
 from coca_scale.recipe.optim_section import OptimSection
 from coca_scale.recipe.section import (
     MAX_STEPS,
+    Fraction,
     Minutes,
     NonNegativeInt,
     PathText,
@@ -92,6 +94,9 @@ class LossSection(Section):
 
     def weight(self, name: str) -> float | dict[str, float]:
         """Of a loss, by its name: a number, or points as `weight_at` takes them."""
+        of_teacher = self.distill.weights()
+        if name in of_teacher:
+            return of_teacher[name]
         found: float | dict[str, float] = getattr(self, f"{name}_weight")
         return found
 
@@ -110,6 +115,16 @@ class LossSection(Section):
         "steps {0: 0.0, 1000: 2.0} or in shares of the run {0%: 0.0, 10%: 2.0}.",
     )
     caption_weight: LossWeight = Field(2.0, description="Factor, as contrastive_weight.")
+    caption_parallel: Fraction = Field(
+        0.0,
+        description="Share of samples whose caption is predicted in parallel: every input is the "
+        "start token, so that each word is found in the picture alone (CapPa).",
+    )
+    distill: DistillSection = Field(
+        default_factory=lambda: DistillSection(),
+        description="A teacher: {teacher: MODEL, weight: 1.0, feature_weight: 0.0}, or a folder of "
+        "features instead of the model; docs/distillation.md.",
+    )
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
         0.0, description="Caption loss: probability mass spread over the vocabulary."
     )

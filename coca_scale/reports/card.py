@@ -19,6 +19,7 @@ from coca_scale.evaluation.kinds import KINDS, by_kind
 from coca_scale.evaluation.results import Kind, Score
 from coca_scale.losses import LABELS
 from coca_scale.model import ModelConfig
+from coca_scale.openclip.folder import needs_openclip
 from coca_scale.recipe.files import read_json_as
 from coca_scale.recipe.load import load_recipe
 from coca_scale.recipe.public import public_text
@@ -109,8 +110,9 @@ def model_card(
     Raises:
         UserError: the run's recipe is none.
     """
-    captions = config.multimodal_cfg is not None
-    vision, text = config.vision_cfg, config.text_cfg
+    captions, family = config.multimodal_cfg is not None, config.family.lower()
+    needed = needs_openclip(config)
+    vision, text = config.vision_cfg, config.text
     model = {
         "image tower": vision.label,
         "picture size": f"{vision.image_size} px",
@@ -123,7 +125,7 @@ def model_card(
         license=licence,
         model_name=repo.partition("/")[2],
         pipeline_tag="image-to-text" if captions else "zero-shot-image-classification",
-        tags=["clip", *(["coca", "image-captioning"] if captions else []), "coca-scale"],
+        tags=["clip", *([family, "image-captioning"] if captions else []), "coca-scale"],
         eval_results=[result for found in sets for result in _eval_results(found)] or None,
     )
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, autoescape=False)
@@ -132,7 +134,8 @@ def model_card(
         card_data=data.to_yaml(),
         name=repo.partition("/")[2],
         repo=repo,
-        kind="CoCa (contrastive captioner)" if captions else "CLIP",
+        kind=f"{config.family} (contrastive captioner)" if captions else "CLIP",
+        openclip="OpenCLIP" if needed == "3.0" else f"OpenCLIP {needed} or later",
         parameters=f"{parameters:,}",
         version=__version__,
         model=model,
@@ -177,12 +180,14 @@ def _training_facts(record: RunRecord) -> dict[str, str]:
     sources = [name for of in shards for name in (of if isinstance(of, list) else [of])]
     start, optim, schedule = recipe.model.pretrained, recipe.optim, recipe.schedule
     loss = stages[-1].loss
+    teacher = recipe.loss.distill.teacher
     weights = {name: _weight(loss.weight(name)) for name in LABELS if loss.learns(name)}
     kinds = {"contrastive": f"contrastive ({loss.contrastive})"}
     several = len(stages) > 1
     return {
         "data": ", ".join(dict.fromkeys(map(public_text, sources))),
         **({"starting from": public_text(start)} if start else {}),
+        **({"learnt from": public_text(teacher)} if teacher else {}),
         "samples seen": _length(record.metrics[-1], with_batch=not several),
         **({"stages": "; then ".join(map(_stage, stages))} if several else {}),
         "loss": " + ".join(f"{weight} × {kinds.get(n, n)}" for n, weight in weights.items()),

@@ -98,7 +98,7 @@ def prepare(
     warnings = []
     if licence is None:
         warnings.append("no licence chosen: --licence mit, apache-2.0, cc-by-4.0, ...")
-    if PRIVATE in (config.text_cfg.hf_model_name, config.vision_cfg.timm_model_name):
+    if PRIVATE in (config.text.hf_model_name, config.vision_cfg.timm_model_name):
         warnings.append("a tower is named by a folder of this machine, which others do not have")
     if not sets:
         warnings.append("no scores: --scores takes what coca-scale eval wrote with --out")
@@ -138,12 +138,13 @@ def _model_files(export: Path) -> tuple[Path, list[Path]]:
 
 def _without_folders(config: ModelConfig) -> ModelConfig:
     """The config as others can use it: models and tokenizers that lie on this machine are none."""
-    vision, text = config.vision_cfg, config.text_cfg
+    vision, text = config.vision_cfg, config.text
     names = ("hf_model_name", "hf_tokenizer_name")
     change: dict[str, Any] = {n: public_hub_name(v) for n in names if (v := getattr(text, n))}
     if text.hf_config is not None:
         change["hf_config"] = public_architecture(text.hf_config)
-    parts: dict[str, Any] = {"text_cfg": text.model_copy(update=change)}
+    section = config.text_section
+    parts: dict[str, Any] = {section: getattr(config, section).model_copy(update=change)}
     if vision.timm_model_name is not None:
         shown = {"timm_model_name": public_hub_name(vision.timm_model_name)}
         parts["vision_cfg"] = vision.model_copy(update=shown)
@@ -159,7 +160,7 @@ def _config_and_tokenizer(config_file: Path, config: ModelConfig, repo: str) -> 
     model = config.to_dict() if own else to_openclip_config(config)
     tokenizer = _tokenizer(config_file.parent)
     if tokenizer:
-        model["text_cfg"]["hf_tokenizer_name"] = repo
+        model[config.text_section]["hf_tokenizer_name"] = repo
     preprocess = config.preprocess_cfg.model_dump(mode="json")  # numbers, and words of its own
     content: dict[str, Any] = {"model_cfg": model, "preprocess_cfg": preprocess}
     if own:

@@ -56,13 +56,17 @@ KEYS: dict[str, Key] = {
     **_keys("data", Key.RESOLVED, "train lanes"),
     # which samples there are, and their order (docs/data.md)
     **_keys("data", Key.FIXED, "shuffle_window replacement captions filters"),
+    **_keys("data", Key.FIXED, "contrastive_captions caption_captions"),
     **_keys("data", Key.FIXED, "image_column caption_column encoding"),
     **_keys("data", Key.FREE, "val mean_tokens train_samples workers crop_scale_min"),
+    **_keys("data", Key.FREE, "caption_mean_tokens"),
     **_keys("data", Key.FREE, "retries timeout_seconds cache_dir cache_gigabytes max_bad_fraction"),
     **_keys(
         "loss", Key.FIXED, "contrastive contrastive_weight caption_weight label_smoothing z_loss"
     ),
+    **_keys("loss", Key.RESOLVED, "distill"),
     **_keys("loss", Key.FREE, "contrastive_chunk_rows contrastive_resident caption_chunk_rows"),
+    **_keys("loss", Key.FIXED, "caption_parallel"),
     **_keys("loss", Key.FREE, "caption_kernel"),
     **_keys("optim", Key.FIXED, "name layer_decay"),  # what its state is, and is cut for
     **_keys("optim", Key.FREE, "lr weight_decay beta1 beta2 eps clip_norm ema_decay"),
@@ -89,6 +93,7 @@ _FREE_IN_MODEL = {
     *("text_cfg.hf_model_pretrained", "text_cfg.hf_model_name", "text_cfg.hf_tokenizer_name"),
     *("text_cfg.hf_config._name_or_path", "text_cfg.hf_config.transformers_version"),
     *("multimodal_cfg.dim_head", "multimodal_cfg.n_queries", "multimodal_cfg.attn_pooler_heads"),
+    *("multimodal_cfg.hf_tokenizer_name", "text_cfg.variable_text", "multimodal_cfg.variable_text"),
 }
 _MODEL_KEYS = {
     "vision_cfg.image_size": "model.image_size",
@@ -116,6 +121,7 @@ class Identity:
         tokenizer: digest of what it makes of captions.
         data: digest of the training data's names, sizes and weights, wherever they lie.
         samples: digest of the first samples; None if one of them could not be read.
+        teacher: digest of what the run learns from beside its data; None for nothing.
     """
 
     recipe: dict[str, Any]
@@ -123,18 +129,30 @@ class Identity:
     tokenizer: str
     data: str
     samples: str | None
+    teacher: str | None = None
 
 
 def identify(
-    run: Recipe, recipe: Recipe, ranks: int, tokenizer: Tokenizer, source: Source
+    run: Recipe,
+    recipe: Recipe,
+    ranks: int,
+    tokenizer: Tokenizer,
+    source: Source,
+    teacher: str | None = None,
 ) -> Identity:
     """What a run is in the stage that has `recipe`; reads the first samples of its data."""
     values = recipe.model_dump(mode="json")
     flat = {key: _value(values, key) for key in KEYS}
     flat[STAGES] = run.model_dump(mode="json")["schedule"]["stages"]
+    tokens = tokenizer_digest(tokenizer)
+    return Identity(flat, ranks, tokens, source.identity(), _first_samples(source), teacher)
+
+
+def tokenizer_digest(tokenizer: Tokenizer) -> str:
+    """Of what it makes of captions, its context included."""
     about = (tokenizer.vocab_size, tokenizer.start_id, tokenizer.end_id, tokenizer.pad_id)
     ids = [ids.tolist() for ids in tokenizer(list(_PROBES))]
-    return Identity(flat, ranks, _digest(about, ids), source.identity(), _first_samples(source))
+    return _digest(about, ids)
 
 
 def compare(
@@ -179,6 +197,7 @@ def compare(
                 (other if kind is Key.FIXED else changed).append(line)
         if identity["tokenizer"] != now.tokenizer and not other:  # another context cuts elsewhere
             other.append("the tokenizer makes other tokens of captions")
+        other += _other_teacher(identity.get("teacher"), now.teacher, values, now.recipe)
         moved = values.get("data.train") != now.recipe["data.train"]
         other += _other_data(identity, now, moved, notes)
         if identity["ranks"] != now.ranks:
@@ -218,6 +237,20 @@ def _other_stages(old: list[Any], new: list[Any], finished: int) -> Iterator[str
             if before.get(key) != after.get(key):
                 shown = f"{_shown(before.get(key))} → {_shown(after.get(key))}"
                 yield f"{STAGES}.{number}.{key} {shown}, of a stage that is finished"
+
+
+def _other_teacher(
+    old: str | None, new: str | None, before: Mapping[str, Any], after: Mapping[str, Any]
+) -> Iterator[str]:
+    """What of a teacher makes it another run: who it is, and how much is learnt from it."""
+    if old != new:
+        there = ("none" if one is None else "one" for one in (old, new))
+        yield f"loss.distill: {'another teacher' if old and new else ' → '.join(there)}"
+    elif new is not None:
+        for key in ("weight", "feature_weight"):
+            values = [recipe["loss.distill"][key] for recipe in (before, after)]
+            if values[0] != values[1]:
+                yield f"loss.distill.{key} {values[0]} → {values[1]}"
 
 
 def _other_data(

@@ -29,10 +29,11 @@ _ADAPTED = {
     "vision_cfg": {"image_size", "patch_dropout", "output_tokens", "timm_model_pretrained"},
     "text_cfg": {
         *("context_length", "vocab_size", "output_tokens", "hf_tokenizer_name"),
-        *("hf_model_name", "hf_model_pretrained", "hf_config"),
+        *("hf_model_name", "hf_model_pretrained", "hf_config", "variable_text"),
     },
     "multimodal_cfg": {
         *("context_length", "vocab_size", "dim_head", "n_queries", "attn_pooler_heads"),
+        *("output_tokens", "hf_tokenizer_name", "variable_text"),
     },
 }
 

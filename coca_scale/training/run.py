@@ -174,6 +174,8 @@ def _described(recipe: Recipe, ranks: int) -> Iterator[str]:
         yield f"  {name:<16}{count:>15,}{note}"
     if recipe.model.pretrained is not None:
         yield f"weights      {pretrained_name(recipe.model)}, not read in a dry run"
+    if recipe.loss.distill.teacher is not None:
+        yield f"teacher      {recipe.loss.distill.teacher}, not read in a dry run"
     yield (
         f"batch        {batch.global_batch:,} = {batch.ranks} ranks × {batch.accumulation} "
         f"accumulation × {batch.micro_batch} micro-batch; {batch.lanes} lanes"

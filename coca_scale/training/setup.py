@@ -15,7 +15,14 @@ from typing import Any
 import torch
 
 from coca_scale.data.lengths import balanced_order
-from coca_scale.data.loader import LaneStates, StepBatch, TrainDataset, TrainLoader, deal_lanes
+from coca_scale.data.loader import (
+    Draws,
+    LaneStates,
+    StepBatch,
+    TrainDataset,
+    TrainLoader,
+    deal_lanes,
+)
 from coca_scale.data.sample import Source
 from coca_scale.data.sources import open_source, train_crop
 from coca_scale.data.tokens import FastTokenizer, Tokenizer, make_tokenizer
@@ -28,16 +35,18 @@ from coca_scale.engine.checkpoint import (
 )
 from coca_scale.engine.config import own_attention
 from coca_scale.engine.host import memory_bytes
+from coca_scale.engine.teacher import Teacher
 from coca_scale.engine.train_engine import TrainEngine
 from coca_scale.engine.world import World
 from coca_scale.errors import AgreedError, UserError
 from coca_scale.evaluation.zeroshot import open_labelled
 from coca_scale.model import CoCa, LogitScale, ModelConfig
 from coca_scale.model.weights import require_resizable
-from coca_scale.planning.check import tracking_fault
+from coca_scale.planning.check import caption_fault, tracking_fault
 from coca_scale.planning.costs import blocks_to_recompute, model_flops
-from coca_scale.planning.fit import fitted
+from coca_scale.planning.fit import fitted, teacher_is_cut
 from coca_scale.planning.gpus import GPUS, Gpu, peak_flops
+from coca_scale.planning.teacher import require_same_size
 from coca_scale.recipe import BatchSplit, Recipe, dump_recipe
 from coca_scale.recipe.data import WeightedShards
 from coca_scale.recipe.run_folder import CHECKPOINTS, RECIPE, VERSIONS
@@ -48,6 +57,7 @@ from coca_scale.training.identity import Identity, compare, identify
 from coca_scale.training.initial import find_start, initial_model, trained_sizes
 from coca_scale.training.positions import Positions, Skip
 from coca_scale.training.preflight import preflight, room_for_checkpoints, room_in_host
+from coca_scale.training.teaching import Teaching, find_teaching
 from coca_scale.training.validation import Validation
 from coca_scale.version import __version__
 
@@ -64,6 +74,7 @@ class Prepared:
         source: of training samples.
         validation: of the model, if the recipe has validation data.
         sources: all data, to be looked at on every node.
+        teaching: what it learns from beside its data.
     """
 
     stage: Stage
@@ -73,6 +84,7 @@ class Prepared:
     source: Source
     validation: Validation | None
     sources: list[Source]
+    teaching: Teaching | None
 
     @property
     def recipe(self) -> Recipe:
@@ -98,6 +110,8 @@ class Prepared:
             lanes=split.lanes,
             samples_per_lane=split.samples_per_lane,
             states=lanes,
+            draws=Draws.of(recipe),
+            tell=None if self.teaching is None else self.teaching.tell(self.tokenizer),
         )
         arrange = partial(balanced_order, micro_batch=split.micro_batch)
         return TrainLoader(
@@ -113,14 +127,14 @@ class Preparation:
         stages: of the run.
     """
 
-    def __init__(self, recipe: Recipe, world: World) -> None:
+    def __init__(self, recipe: Recipe, world: World, teaching: Teaching | None) -> None:
         """Raises UserError for whatever of the stages can be seen to be wrong without data."""
         if recipe.engine.precision == "fp16" and world.device.type == "cpu":
             raise UserError("engine.precision=fp16 needs a GPU; use fp32 or bf16 here")
         if (fault := tracking_fault(recipe)) is not None:
             raise UserError(fault)
         self.run = recipe
-        self._world = world
+        self._world, self._teaching = world, teaching
         self._opened: dict[str, Source] = {}
         self._prepared: dict[int, Prepared] = {}
         self._identities: dict[int, Identity] = {}
@@ -130,6 +144,10 @@ class Preparation:
             with faults_of(stage.name):
                 BatchSplit.from_recipe(stage.recipe, world.size)
                 config = ModelConfig.from_recipe(stage.recipe.model)
+                if (fault := caption_fault(stage.recipe, config)) is not None:
+                    raise UserError(fault)
+                if teaching is not None:
+                    require_same_size(recipe.loss.distill, teaching.width, config)
                 if before is not None and config != before:
                     require_resizable(before, config)
             before = config
@@ -150,7 +168,8 @@ class Preparation:
         if stage.number not in self._identities:
             found = self.of(stage)
             about = (stage.recipe, self._world.size, found.tokenizer, found.source)
-            self._identities[stage.number] = identify(self.run, *about)
+            teacher = None if self._teaching is None else self._teaching.identity
+            self._identities[stage.number] = identify(self.run, *about, teacher)
         return self._identities[stage.number]
 
     def after(self, step: int) -> list[Prepared]:
@@ -177,13 +196,16 @@ class Preparation:
         start = recipe.model.pretrained
         tokenizer = make_tokenizer(config, Path(start) if start is not None else None)
         source = self._open(recipe.data.train)
+        if self._teaching is not None:
+            self._teaching.check(source)
         sources, validation = [source], None
         if recipe.data.val is not None:
             held_out = self._open(recipe.data.val)
             sources.append(held_out)
             validation = _validation(recipe, config, tokenizer, held_out)
         split = BatchSplit.from_recipe(recipe, self._world.size)
-        return Prepared(stage, split, config, tokenizer, source, validation, sources)
+        found = (config, tokenizer, source, validation, sources)
+        return Prepared(stage, split, *found, self._teaching)
 
     def _open(self, spec: list[WeightedShards]) -> Source:
         """Data of any stage: all of them read it alike."""
@@ -245,7 +267,8 @@ def set_up(recipe: Recipe, world: World, skip: Skip | None = None) -> Setup:
         AgreedError: the recipe does not fit the model, the data or the number of ranks, the
             checkpoint is of another run, or weights cannot be loaded.
     """
-    preparation = world.agree(lambda: Preparation(recipe, world))
+    teaching = world.agree(lambda: find_teaching(recipe.loss.distill), first_alone=True)
+    preparation = world.agree(lambda: Preparation(recipe, world, teaching))
     folder, notes = recipe.run.folder, list[str]()
     reached = world.on_first(lambda: _reached(recipe))
     coming = world.agree(lambda: preparation.after(reached))
@@ -326,14 +349,19 @@ def _engine(
 ) -> TrainEngine:
     """The model sharded, with as much recomputed as the stage's recipe says. A collective."""
     fitting, split = prepared.recipe, prepared.batch_split
+    here = (_device(world), world.ranks_per_node)
     if "auto" in (fitting.engine.activation_checkpointing, fitting.engine.kept_graphs):
-        here = (_device(world), world.ranks_per_node)
         fitting = world.on_first(lambda: fitted(prepared.recipe, split, *here)[0])
         notes += _chosen(prepared.recipe, fitting, split)
     recomputed = world.on_first(lambda: blocks_to_recompute(fitting, split))
     if recomputed:
         notes.append(f"recomputing {len(recomputed)} blocks to keep to the activation budget")
-    engine = TrainEngine(coca, logit_scale, fitting, split, world, recomputed)
+    teacher: Teacher | None = None
+    if prepared.teaching is not None:
+        cut = partial(teacher_is_cut, fitting, split, *here)
+        teacher, note = prepared.teaching.make(fitting, world, cut)
+        notes.append(note)
+    engine = TrainEngine(coca, logit_scale, fitting, split, world, recomputed, teacher)
     attention = own_attention(coca, fitting.engine.precision)
     notes += [] if attention is None else [attention]
     return engine

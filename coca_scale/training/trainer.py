@@ -10,7 +10,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from coca_scale.data.loader import LaneStates
+from coca_scale.data.loader import LaneStates, StepBatch
 from coca_scale.data.prefetch import Prefetcher, ReadyBatch
 from coca_scale.engine.checkpoint import find_checkpoint, fitting_state
 from coca_scale.engine.ownership import Owner
@@ -20,6 +20,7 @@ from coca_scale.engine.world import World
 from coca_scale.errors import AgreedError, UserError
 from coca_scale.inference.export import export
 from coca_scale.inference.load import load_model
+from coca_scale.openclip.folder import what_reads
 from coca_scale.recipe import Recipe
 from coca_scale.recipe.exits import REQUEUE
 from coca_scale.recipe.run_folder import CHECKPOINTS, EXPORT, PROFILE
@@ -162,7 +163,7 @@ class Trainer:
         span = recipe.log.profile_steps if self.world.rank == 0 else None
         with (
             closing(samples),
-            closing(Prefetcher(samples, self.engine.lay_out, self.world.device)) as batches,
+            closing(self._ahead(samples)) as batches,
             GarbageCollection(recipe.engine.gc_every_steps) as garbage,
             StepProfiler(span, self.folder / PROFILE, log.say) as profiler,
         ):
@@ -188,14 +189,17 @@ class Trainer:
                     meter.restart()
         return Asked()
 
+    def _ahead(self, samples: Iterator[StepBatch]) -> Prefetcher:
+        engine = self.engine
+        return Prefetcher(samples, engine.lay_out, self.world.device, engine.lay_out_lesson)
+
     def _train_step(self, batch: ReadyBatch) -> None:
         lr = rate_of(self.setup.preparation.stages, self.step)
         seen = self.stage.samples_seen(self.step)
         share = batch.share
         weights = loss_weights_of(self.setup.preparation.stages, self.step)
-        flight = self.engine.step(
-            share.images, batch.captions, lr, seen, share.share_indices, loss_weights=weights
-        )
+        about = (lr, seen, share.share_indices, batch.lesson, weights)
+        flight = self.engine.step(share.images, batch.captions, *about)
         self.step += 1
         self.lanes = share.lanes
         self._behind.append(_Behind(self.step, flight, lr, share.keys, share.lanes))
@@ -278,6 +282,8 @@ class Trainer:
             obstacle = self.world.on_first(self._export)
         if obstacle is not None:
             log.say(f"{self.folder / EXPORT} is for coca-scale alone: {obstacle}")
+        elif (newer := what_reads(self.engine.module.config)) is not None:
+            log.say(f"{self.folder / EXPORT}: {newer}")
         if self.skips.causes:
             log.say(f"skipped samples: {self.skips.summary()}")
         log.say(f"finished {self.step} steps; run folder {self.folder}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from coca_scale.data.sample import Source
 from coca_scale.data.tokens import Tokenizer
@@ -39,6 +39,32 @@ class HeldPictures:
         if self._entries is None:
             self._entries = first_pictures(self._source, model, self.count, rank, ranks)
         yield from self._entries
+
+
+@dataclass(frozen=True)
+class ToWrite:
+    """The same pictures with the captions that the model learns to write; a `PictureSource`."""
+
+    pictures: HeldPictures
+
+    @property
+    def name(self) -> str:
+        """As of the pictures."""
+        return self.pictures.name
+
+    @property
+    def count(self) -> int:
+        """As of the pictures."""
+        return self.pictures.count
+
+    def entries(
+        self, model: ModelConfig, rank: int, ranks: int, strided: bool
+    ) -> Iterator[Picture | BadPicture]:
+        """As of the pictures."""
+        for entry in self.pictures.entries(model, rank, ranks, strided):
+            if isinstance(entry, Picture) and entry.targets is not None:
+                entry = replace(entry, captions=entry.targets)
+            yield entry
 
 
 @dataclass
@@ -92,7 +118,8 @@ class Validation:
         self._evaluators: list[Evaluator] = [Retrieval(pictures, equal_captions=True)]
         if captions and (settings.scored_captions or settings.captions):
             scored, shown = settings.scored_captions, settings.captions
-            self._evaluators.append(Captioning(pictures, GREEDY, scored, shown, java=False))
+            to_write = ToWrite(pictures)
+            self._evaluators.append(Captioning(to_write, GREEDY, scored, shown, java=False))
         if labelled is not None:
             self._evaluators.append(ZeroShot(labelled))
 

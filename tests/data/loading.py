@@ -6,13 +6,20 @@ from functools import cache
 
 import torch
 
-from coca_scale.data.loader import TrainDataset, TrainLoader, deal_lanes
+from coca_scale.data.loader import Draws, TrainDataset, TrainLoader, deal_lanes
 from coca_scale.data.sources import open_source, train_crop
 from coca_scale.data.tokens import make_tokenizer
 from coca_scale.model import load_model_config
 from tests.conftest import tiny_recipe
 
 BATCH = 12
+
+
+class Echo:
+    """A tokenizer that gives the caption back."""
+
+    def __call__(self, captions):
+        return captions
 
 
 @cache
@@ -33,6 +40,7 @@ def loader(
         lanes=lanes,
         samples_per_lane=batch // lanes,
         states=deal_lanes(lanes, rank, ranks, saved),
+        draws=Draws.of(recipe),
     )
     return TrainLoader(dataset, workers)
 

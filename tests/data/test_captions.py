@@ -16,7 +16,7 @@ from coca_scale.data.sample import BadSample
 from coca_scale.recipe import RecipeError
 from coca_scale.recipe.data import DataFilters
 from tests.conftest import tiny_recipe
-from tests.data.loading import loader
+from tests.data.loading import Echo, loader
 from tests.data.shards import encoded
 
 FIELDS = {
@@ -32,18 +32,11 @@ FIELDS = {
 FILES = {"jpg": encoded(), "txt": b"from txt", "json": json.dumps(FIELDS).encode()}
 
 
-class Echo:
-    """A tokenizer that gives the caption back."""
-
-    def __call__(self, captions):
-        return captions
-
-
 def captions_of(weights, files=FILES, draws=4000):
     sample = SampleRules(weights, DataFilters()).sample("k", files, "s.tar")
     rng = np.random.default_rng(0)
     crop = TrainCrop(8, 1.0)
-    drawn = Counter(decode_sample(sample, Echo(), crop, rng)[1] for _ in range(draws))
+    drawn = Counter(decode_sample(sample, Echo(), crop, rng).tokens for _ in range(draws))
     return sample, {text: count / draws for text, count in drawn.items()}
 
 

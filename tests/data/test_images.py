@@ -117,7 +117,7 @@ def test_prefetched_batches_reach_the_device_as_they_are(kind):
                 assert found.text.longest == wanted.text.longest
 
 
-def _lay_out(tokens, device="cpu"):
+def _lay_out(tokens, targets=None, device="cpu"):
     """In micro-batches of half a share."""
     lengths = real_lengths(tokens, 0)
     return [

@@ -300,6 +300,17 @@ def test_check_lists_every_fault_at_once(tmp_path):
     assert "decoded" in result.output  # what is there was looked at
 
 
+def test_lengths_are_of_the_captions_that_are_named(tmp_path):
+    with TarWriter(str(tmp_path / "0.tar")) as writer:
+        fields = {"long": "one two three. four five."}
+        writer.write({"__key__": "k", "jpg": encoded(), "txt": "one", "json": fields})
+    for names, lengths in (((), [3]), (("long",), [9]), (("txt", "long:sentences"), [3, 6, 5])):
+        found = inspect_shards([str(tmp_path)], captions=names)
+        assert sorted(found.lengths.elements()) == sorted(lengths), names
+    output = output_of("data", "inspect", tmp_path, "--captions", "long", "--captions", "txt")
+    assert "2, 2 a picture" in output
+
+
 def test_captions_longer_than_the_context_are_told(trained, tmp_path):
     """By check for the recipe's model, by inspect for CLIP, by eval for the model at hand."""
     with TarWriter(str(tmp_path / "0.tar")) as writer:

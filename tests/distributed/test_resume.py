@@ -92,6 +92,26 @@ def test_other_ranks_and_stages_give_the_same_run(whole, tmp_path):
     assert not leftovers
 
 
+TWO = {
+    "data__contrastive_captions": {"txt": 0.5, "long:sentences": 0.5},
+    "data__caption_captions": {"long": 1.0},
+    "loss__caption_parallel": 0.3,
+}
+
+
+@pytest.mark.slow
+def test_two_captions_go_on_as_one_does(tmp_path):
+    whole, again, fewer = (tmp_path / name for name in ("whole", "again", "fewer"))
+    keys = allocate(whole, 2, STEPS, **TWO)[1]
+    for folder, ranks in ((again, 2), (fewer, 1)):
+        first = allocate(folder, 2, 5, **TWO)[1]
+        rest = allocate(folder, ranks, STEPS, **TWO)[1]
+        assert first | rest == keys
+    assert curve(again, STEPS) == curve(whole, STEPS)
+    for changed, expected in zip(curve(fewer, STEPS), curve(whole, STEPS), strict=True):
+        assert changed == pytest.approx(expected, rel=1e-3)
+
+
 @pytest.mark.slow
 def test_the_same_layout_again_is_bit_exact(whole, tmp_path):
     folder = tmp_path / "run"

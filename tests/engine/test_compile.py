@@ -15,6 +15,7 @@ from coca_scale.model import CoCa, load_model_config
 from coca_scale.model.freeze import freeze
 from coca_scale.model.layers import Block, BlockShape, Stack
 from coca_scale.model.recompute import Linear, SelectiveRecompute
+from coca_scale.model.targets import Targets
 from tests.conftest import tiny_recipe
 from tests.engine.batches import batch_of
 from tests.ranks import on_ranks, quiet
@@ -91,7 +92,7 @@ def test_products_in_fp8_are_kept_as_others_are():
     assert 10 < kept_compiled < kept < 11, (kept, kept_compiled)
 
 
-def graphs_on_rank(_rank, _ranks, micro_batch, engine):
+def graphs_on_rank(_rank, _ranks, micro_batch, engine, two):
     """Graphs that there are after the first step, and after some of other lengths."""
     from coca_scale.engine.launch import start_world
     from coca_scale.engine.train_engine import TrainEngine
@@ -107,7 +108,8 @@ def graphs_on_rank(_rank, _ranks, micro_batch, engine):
         for step in range(4):
             images, tokens = batch_of(step)
             tokens[:4] = tokens[4:8]  # a length of 1 is always a graph of its own
-            engine.step(images, engine.lay_out(tokens), 1e-3)
+            targets = Targets(tokens.roll(step, 0), torch.rand(16) < 0.5) if two else None
+            engine.step(images, engine.lay_out(tokens, targets), 1e-3)
             counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
         engine.close()
     return counts
@@ -117,10 +119,16 @@ FP8 = {"engine__precision": "bf16", "engine__fp8": True}
 
 
 @pytest.mark.parametrize(
-    ("micro_batch", "engine", "graphs"),
-    [(16, {}, 5), (4, {}, 8), (4, FP8, 8), (4, {"engine__kept_graphs": 4}, 5)],
+    ("micro_batch", "engine", "graphs", "two"),
+    [
+        (16, {}, 5, False),
+        (4, {}, 8, False),
+        (4, FP8, 8, False),
+        (4, {"engine__kept_graphs": 4}, 5, False),
+        (4, {}, 8, True),  # rows of captions to write are rows like others
+    ],
 )
-def test_captions_of_another_length_need_no_other_graph(micro_batch, engine, graphs):
-    (counts,) = on_ranks(graphs_on_rank, 1, micro_batch, engine)
+def test_captions_of_another_length_need_no_other_graph(micro_batch, engine, graphs, two):
+    (counts,) = on_ranks(graphs_on_rank, 1, micro_batch, engine, two)
     # blocks of images, text, decoder and cross-attention, the pooler; the towers' in a first pass
     assert counts == [graphs] * 4

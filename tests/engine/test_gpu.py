@@ -66,7 +66,7 @@ def exact():
     torch.manual_seed(0)
     config = load_model_config("coca_ViT-B-32")
     model = CoCa(config).double().train()
-    context, vocabulary = config.context_length, config.text_cfg.vocab_size
+    context, vocabulary = config.context_length, config.text.vocab_size
     images = torch.randint(0, 256, (6, 3, 224, 224), dtype=torch.uint8)
     tokens = torch.zeros(6, context, dtype=torch.long)
     for row, length in enumerate((2, 3, 9, 20, 33, context)):

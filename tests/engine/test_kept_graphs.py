@@ -33,7 +33,7 @@ def engine_on(rank, ranks, world, changes):
 def run(engine, rank, ranks, step):
     rows = slice(rank * BATCH // ranks, (rank + 1) * BATCH // ranks)
     images, tokens = (whole[rows] for whole in batch_of(step))
-    tokens = tokens.clamp(max=engine.module.config.text_cfg.vocab_size - 1)
+    tokens = tokens.clamp(max=engine.module.config.text.vocab_size - 1)
     return engine.step(images, engine.lay_out(tokens), 1e-3).result()
 
 

@@ -31,7 +31,7 @@ def run_step(chunk_rows):
     coca = CoCa(config)
     coca.caption_head.chunk_rows = chunk_rows
     images = torch.randn(BATCH, 3, 48, 48)
-    tokens = torch.randint(1, config.text_cfg.vocab_size, (BATCH, config.context_length))
+    tokens = torch.randint(1, config.text.vocab_size, (BATCH, config.context_length))
     saved: set[tuple[int, ...]] = set()
 
     def pack(tensor):
@@ -48,7 +48,7 @@ def run_step(chunk_rows):
 
 def too_large(shapes, config):
     """Shapes with more rows of logits or similarities than a chunk may have."""
-    vocabulary = config.text_cfg.vocab_size
+    vocabulary = config.text.vocab_size
     weight = (vocabulary, config.multimodal_cfg.width)
     logits = {
         s for s in shapes if len(s) >= 2 and vocabulary in s and s not in (weight, weight[::-1])
@@ -61,10 +61,8 @@ def test_step_makes_only_chunks():
     config, made, saved = run_step(CHUNK)
     assert too_large(made, config) == set()
     assert too_large(saved, config) == set()
-    assert not any(
-        len(s) == 2 and s[-1] == config.text_cfg.vocab_size and s[0] <= CHUNK for s in saved
-    )
-    assert (CHUNK, config.text_cfg.vocab_size) in made  # the check does see the chunks
+    assert not any(len(s) == 2 and s[-1] == config.text.vocab_size and s[0] <= CHUNK for s in saved)
+    assert (CHUNK, config.text.vocab_size) in made  # the check does see the chunks
 
 
 def test_the_check_can_fail():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import traceback
 
 import torch
@@ -41,20 +42,27 @@ def reads_on_rank(rank, ranks, cases):
 
 
 def _reads(rank, ranks, world, changes):
+    from coca_scale.engine.teacher import RunningTeacher
     from coca_scale.engine.train_engine import TrainEngine
     from coca_scale.model import CoCa, LogitScale, load_model_config
+    from coca_scale.model.weights import Model
     from coca_scale.recipe import BatchSplit
 
     recipe = tiny_recipe(**changes)
-    model = CoCa(load_model_config("coca_tiny"))
-    engine = TrainEngine(model, LogitScale(), recipe, BatchSplit.from_recipe(recipe, ranks), world)
+    model, teacher = CoCa(load_model_config("coca_tiny")), None
+    if recipe.loss.distill.teacher is not None:
+        towers = Model(copy.deepcopy(model).eval().requires_grad_(False), LogitScale())
+        cut = recipe.loss.distill.placement == "sharded"
+        teacher = RunningTeacher(towers, torch.float32, world, cut)
+    split = BatchSplit.from_recipe(recipe, ranks)
+    engine = TrainEngine(model, LogitScale(), recipe, split, world, (), teacher)
     rows = slice(rank * BATCH // ranks, (rank + 1) * BATCH // ranks)
     images, tokens = (whole[rows] for whole in batch_of(0))
-    captions = engine.lay_out(tokens)
+    about = (engine.lay_out(tokens), 1e-3, 0, None, engine.lay_out_lesson(tokens))
     for _ in range(3):  # in the first ones DeepSpeed compares the order of modules over ranks
-        engine.step(images, captions, 1e-3)
+        engine.step(images, *about)
     with Reads() as reads:
-        flight = engine.step(images, captions, 1e-3)
+        flight = engine.step(images, *about)
     assert flight.result().applied
     engine.close()
     return sorted(set(reads.places))
@@ -74,5 +82,10 @@ def test_a_step_asks_the_device_for_nothing():
     ]
     cases += [
         {**case, "engine__kept_graphs": 1} for case in cases if case["train__micro_batch"] == 4
+    ]
+    learns = {"teacher": "itself", "feature_weight": 1.0}
+    cases += [
+        {"loss__distill": {**learns, "placement": placement}, "train__micro_batch": size}
+        for placement, size in (("replicated", 8), ("sharded", 4))
     ]
     assert on_ranks(reads_on_rank, 2, cases) == [[[]] * len(cases)] * 2

@@ -53,7 +53,7 @@ def random_pair(name: str, folder: Any, images: int) -> tuple[Any, ...]:
     torch.manual_seed(1)
     size = config.vision_cfg.image_size
     pictures = torch.randn(images, 3, size, size)
-    special = SimpleNamespace(start_id=1, end_id=2, pad_id=config.text_cfg.pad_id)
+    special = SimpleNamespace(start_id=1, end_id=2, pad_id=config.text.pad_id)
     probe = generate(coca, pictures[:4], special, GenerationOptions("greedy", seq_len=12))
     special.end_id = int(probe.tokens_BNL[..., 1:].flatten().bincount().argsort()[-2])
     return coca, theirs, pictures, special

@@ -16,9 +16,9 @@ def test_each_token_sees_what_it_sees_in_a_whole_caption(kind, tmp_path):
     config = variant(kind, tmp_path)
     torch.manual_seed(0)
     coca = CoCa(config).double().eval()
-    size, hugging_face = config.vision_cfg.image_size, config.text_cfg.hf_model_name is not None
+    size, hugging_face = config.vision_cfg.image_size, config.text.hf_model_name is not None
     images = torch.randn(2, 3, size, size, dtype=torch.float64)
-    tokens = torch.randint(5, config.text_cfg.vocab_size, (4, 10))
+    tokens = torch.randint(5, config.text.vocab_size, (4, 10))
     if not hugging_face:  # there, padding is no word
         tokens[1, 3] = tokens[3, 4] = tokens[3, 5] = config.pad_id
     _, image_tokens = coca.image(images)

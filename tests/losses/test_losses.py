@@ -116,7 +116,7 @@ def test_sigmoid_of_pairs_that_are_sure_loses_no_digits():
 
 @pytest.mark.parametrize("queries", [1, 1536, 8192, 98_304, 2**24])
 def test_a_tile_of_a_gpu_has_its_size(queries):
-    rows, columns = contrastive.tile_size(None, torch.empty(queries, 2, 8, device="meta"))
+    rows, columns = contrastive.tile_of(None, torch.empty(queries, 2, 8, device="meta"))
     assert rows <= queries
     assert contrastive.GPU_TILE - rows < rows * columns <= contrastive.GPU_TILE
 

@@ -1,5 +1,7 @@
 """Our models are OpenCLIP's, parameter for parameter and output for output."""
 
+import re
+from importlib.metadata import version
 from types import SimpleNamespace
 
 import open_clip
@@ -19,6 +21,8 @@ from coca_scale.openclip.folder import (
     is_model_folder,
     read_folder,
     to_openclip_config,
+    verify_folder,
+    what_reads,
     write_folder,
 )
 from coca_scale.openclip.state_dict import from_openclip, to_openclip
@@ -66,7 +70,7 @@ def reference_greedy(theirs, images, start, end, length):
 @torch.no_grad()
 def assert_same(theirs, config, ours, captions=3):
     coca = build_model(config, ours).coca
-    size, text = config.vision_cfg.image_size, config.text_cfg
+    size, text = config.vision_cfg.image_size, config.text
     images = torch.randn(captions, 3, size, size)
     end = text.eos_id if text.pool_type == "eos" else None
     tokens = uneven_tokens(captions, config.context_length, text.vocab_size, end)
@@ -156,7 +160,31 @@ def test_export_loads_in_openclip_and_comes_back_bit_exact(tmp_path):
     assert plain["logit_scale"].shape == ()
 
 
-@pytest.mark.parametrize("kind", ["roberta", "timm_vit", "cascade", "parallel", "correct_mask"])
+NEWER = ("cascade", "parallel", "correct_mask", "timm_cascade", "modern", "modern_all")
+MAMMUTS = ("mammut", "mammut_modern", "mammut_laion")
+
+
+@pytest.mark.parametrize("kind", (*NEWER, *MAMMUTS))
+def test_what_a_later_openclip_reads_is_written_for_it_and_refused_here(kind, tmp_path):
+    config = variant(kind, tmp_path)
+    torch.manual_seed(0)
+    weights = weights_of(CoCa(config))
+    assert write_folder(weights, config, tmp_path) is None
+    installed = version("open_clip_torch")
+    newer = f"open_clip 4.2 and later read it, {installed} is installed here"
+    assert what_reads(config) == newer
+    with pytest.raises(UserError, match=re.escape(newer)):
+        verify_folder(tmp_path, build_model(config, weights))
+    with pytest.raises((TypeError, RuntimeError, KeyError)):
+        open_clip.create_model(f"local-dir:{tmp_path}")
+    read_config, read_weights = read_folder(tmp_path)
+    read = read_weights()
+    assert to_openclip_config(read_config) == to_openclip_config(config)
+    assert read.keys() == weights.keys()
+    assert all(torch.equal(read[name], weights[name]) for name in weights)
+
+
+@pytest.mark.parametrize("kind", ["roberta", "timm_vit"])
 def test_what_openclip_cannot_compute_is_not_written_for_it(kind, tmp_path):
     config = variant(kind, tmp_path)
     torch.manual_seed(0)
@@ -174,7 +202,7 @@ def test_what_openclip_cannot_compute_is_not_written_for_it(kind, tmp_path):
 
 def test_exporting_over_another_kind_leaves_one_model(tmp_path):
     torch.manual_seed(0)
-    for kind in ("coca", "cascade", "coca"):
+    for kind in ("coca", "timm_vit", "coca"):
         config = variant(kind, tmp_path)
         weights = weights_of(CoCa(config))
         write_folder(weights, config, tmp_path)
@@ -194,7 +222,7 @@ def test_an_export_that_is_cut_short_is_no_model(tmp_path):
 
 
 def test_every_parameter_is_initialised(tmp_path):
-    for kind in ("coca", "base", "cascade", "clip"):
+    for kind in ("coca", "base", "cascade", "clip", "modern_all", *MAMMUTS):
         config = variant(kind, tmp_path)
         torch.manual_seed(0)
         first = CoCa(config)
@@ -208,7 +236,8 @@ def test_every_parameter_is_initialised(tmp_path):
 
 
 def test_activation_checkpointing_changes_no_gradient(tmp_path):
-    for kind in ("coca", "base", "cascade", "roberta", "timm_vit"):
+    kinds = ("coca", "base", "cascade", "roberta", "timm_vit", "modern_all", *MAMMUTS)
+    for kind in kinds:
         torch.manual_seed(0)
         config = variant(kind, tmp_path)
         coca = CoCa(config)

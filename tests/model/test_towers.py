@@ -34,7 +34,7 @@ def fresh(config, seed=0):
 
 
 def random_tokens(config, batch):
-    length, vocabulary = config.context_length, config.text_cfg.vocab_size
+    length, vocabulary = config.context_length, config.text.vocab_size
     return torch.randint(5, vocabulary, (batch, length))
 
 
@@ -104,7 +104,7 @@ def test_every_accepted_hugging_face_type_is_causal(kind, tmp_path):
     decoder = {"width": 64, "heads": 4, "layers": 1, "context_length": 16}
     raw = raw_config("coca_tiny", embed_dim=64, text_cfg=text, multimodal_cfg=decoder)
     config = parse_model_config(raw, kind)
-    assert config.text_cfg.hf_config["model_type"] == kind
+    assert config.text.hf_config["model_type"] == kind
     coca = fresh(config)
     tokens = random_tokens(config, 2)
     changed = tokens.clone()
@@ -112,7 +112,7 @@ def test_every_accepted_hugging_face_type_is_causal(kind, tmp_path):
     assert torch.allclose(
         text_tokens(coca, tokens)[:, :7], text_tokens(coca, changed)[:, :7], atol=1e-6
     )
-    assert (config.pad_id, config.multimodal_cfg.vocab_size) == (1, config.text_cfg.vocab_size)
+    assert (config.pad_id, config.multimodal_cfg.vocab_size) == (1, config.text.vocab_size)
 
 
 @torch.no_grad()
@@ -120,7 +120,7 @@ def test_roberta_captioner_equals_transformers_and_openclips_decoder(tmp_path):
     config = variant("roberta", tmp_path)
     coca = fresh(config)
     reference = RobertaForCausalLM(
-        RobertaConfig(**{**config.text_cfg.hf_config, "is_decoder": True})
+        RobertaConfig(**{**config.text.hf_config, "is_decoder": True})
     ).eval()
     missing, unexpected = reference.roberta.load_state_dict(
         coca.text.transformer.state_dict(), strict=False
@@ -183,19 +183,21 @@ def test_timm_tower_equals_timm_under_openclips_pooler(kind, tmp_path):
     assert relative(embedding, pooled[:, 0] @ tower.projection) <= 1e-5
 
 
-@pytest.mark.parametrize("kind", ["cascade", "parallel"])
+@pytest.mark.parametrize("kind", ["cascade", "parallel", "timm_cascade"])
 @torch.no_grad()
 def test_two_poolers_as_in_the_paper(kind, tmp_path):
+    """As CoCa2 has them: the norm first, no projection behind the contrastive one."""
     config = variant(kind, tmp_path)
     tower = fresh(config).image
-    x = torch.randn(2, 37, 160)
+    x = torch.randn(2, 37, tower.norm_post.weight.shape[0])
     embedding, tokens = PooledTower.pool(tower, x)
-    generative = openclip_pooler(tower.pooler, 17, 4)
+    generative = openclip_pooler(tower.pooler, config.vision_cfg.attn_pooler_queries, 4)
     contrastive = openclip_pooler(tower.contrastive_pooler, 1, 4)
-    expected = tower.norm_post(generative(x))
+    x = tower.norm_post(x)
+    expected = generative(x)
     assert relative(tokens, expected) <= 1e-5
-    read = contrastive(expected if kind == "cascade" else x)
-    assert relative(embedding, read[:, 0] @ tower.projection) <= 1e-5
+    read = contrastive(x if kind == "parallel" else expected)
+    assert relative(embedding, read[:, 0]) <= 1e-5
 
 
 @torch.no_grad()
@@ -364,7 +366,7 @@ def test_hugging_face_weights_are_the_models_own(tmp_path):
 
     config = variant("roberta", tmp_path)
     coca = fresh(config, seed=5)
-    folder = config.text_cfg.hf_model_name
+    folder = config.text.hf_model_name
     published = AutoModel.from_pretrained(folder, add_pooling_layer=False).state_dict()
     notes = load_tower_weights(coca)
     assert notes == [f"text tower starts from the weights of {folder}"]

@@ -8,7 +8,7 @@ from torch._subclasses import FakeTensorMode
 
 from coca_scale.engine.config import apply_settings, own_attention
 from coca_scale.model import CoCa, load_model_config
-from coca_scale.model.layers import CrossAttention, SelfAttention
+from coca_scale.model.layers import Attention, SelfAttention
 from coca_scale.planning.costs import count_costs
 from coca_scale.recipe import BatchSplit
 from tests.conftest import tiny_recipe
@@ -19,7 +19,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 PREPARE = """
 from dataclasses import replace
-from coca_scale.model.packing import _packing
+from coca_scale.model.packing import packing_of
 from coca_scale.model.varlen import varlen_cross_attention, varlen_self_attention
 
 def heads_apart(x_BLW, heads):
@@ -28,7 +28,8 @@ def heads_apart(x_BLW, heads):
 def padded_self(qkv, rows, heads):
     q, k, v = (heads_apart(x, heads) for x in rows.pad(qkv).chunk(3, -1))
     mask = rows.mask()
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+    causal = mask is None and rows.causal
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
     return rows.pack(y.transpose(1, 2).flatten(2))
 
 def padded_cross(q, kv, rows, heads):
@@ -42,8 +43,9 @@ def results(function, inputs, rows, heads, grad):
     out.backward(grad)
     return [out.detach(), *(x.grad for x in inputs)]
 
-def draw(lengths, heads, width, context, dtype, hidden=0.0):
-    rows = _packing(torch.tensor(lengths))[0].map(lambda x: x.to(device))
+def draw(lengths, heads, width, context, dtype, hidden=0.0, causal=True):
+    rows = packing_of(torch.tensor(lengths))[0].map(lambda x: x.to(device))
+    rows = replace(rows, causal=causal)
     count = sum(lengths)
     shape = (count, 3 * heads * width) if context is None else (count, heads * width)
     inputs = [torch.randn(shape, device=device).to(dtype)]
@@ -61,9 +63,11 @@ COMPARE = """
 LENGTHS = (1, 0, 64, 65, 130, 5)
 for width in (8, 32, 64, 88):
     for dtype in (torch.float16, torch.bfloat16) if width == 64 else (torch.float16,):
-        for context, hidden in ((None, 0.0), (None, 0.4), (70, 0.0)):
+        cases = (None, 0.0, True), (None, 0.4, True), (70, 0.0, True)
+        both_ways = ((None, 0.0, False), (None, 0.4, False)) if width in (32, 88) else ()
+        for context, hidden, causal in (*cases, *both_ways):
             heads = 1 + width % 3
-            inputs, rows, grad = draw(LENGTHS, heads, width, context, dtype, hidden)
+            inputs, rows, grad = draw(LENGTHS, heads, width, context, dtype, hidden, causal)
             padded = padded_self if context is None else padded_cross
             ours = varlen_self_attention if context is None else varlen_cross_attention
             wide = [x.double() for x in inputs]
@@ -78,7 +82,7 @@ for width in (8, 32, 64, 88):
 # A caption by itself is what it is among others.
 inputs, rows, grad = draw((9, 40, 3), 2, 32, None, torch.float16)
 found = results(varlen_self_attention, inputs, rows, 2, grad)
-alone = _packing(torch.tensor([40]))[0].map(lambda x: x.to(device))
+alone = packing_of(torch.tensor([40]))[0].map(lambda x: x.to(device))
 again = results(varlen_self_attention, [inputs[0][9:49]], alone, 2, grad[9:49])
 assert all(torch.equal(a[9:49], b) for a, b in zip(found, again, strict=True))
 # Rows that see nothing are zero, and have no gradient; scores far from zero do not overflow.
@@ -127,22 +131,22 @@ opcheck(
     ops.varlen_cross_attention.default, (*(x.requires_grad_() for x in cross), rows.starts, *sizes)
 )
 qkv, rows, grad = draw(lengths, 2, 16, None, torch.float16, 0.4)
-opcheck(
-    ops.varlen_self_attention.default, (qkv[0].requires_grad_(), rows.starts, rows.seen_N, *sizes)
-)
+others = rows.starts, rows.seen_N, *sizes, True
+opcheck(ops.varlen_self_attention.default, (qkv[0].requires_grad_(), *others))
 """
 
 MODELS = """
 from coca_scale.model import CoCa, load_model_config
-from coca_scale.model.layers import CrossAttention, SelfAttention
-from tests.model.test_padding import uneven_captions
+from coca_scale.model.layers import Attention
+from tests.model.captions import texts_of, uneven_captions
 
-def gradients(model, images, tokens, weights, varlen):
+def gradients(model, images, tokens, targets, weights, varlen):
     for module in model.modules():
-        if isinstance(module, SelfAttention | CrossAttention):
+        if isinstance(module, Attention):
             module.varlen = varlen
     model.zero_grad()
-    features, sums = model(images, model.text.pack(tokens).to(torch.device(device)))
+    captions = model.text.pack(tokens, targets=targets)
+    features, sums = model(images, captions.to(torch.device(device)))
     ((features * weights).sum() + sum(sums.values()) / 10).backward()
     found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     return {"features": features.detach(), **sums, **found}
@@ -155,9 +159,9 @@ for kind, file in FILES.items():
     size = config.vision_cfg.image_size
     images = torch.randn(6, 3, size, size, dtype=torch.float16, device=device)
     weights = torch.randn(6, 2, config.embed_dim, dtype=torch.float16, device=device)
-    tokens = uneven_captions(config)
-    ours, theirs = (gradients(model, images, tokens, weights, v) for v in (True, False))
-    wide = images.double(), tokens, weights.double()
+    texts = (uneven_captions(config), None) if "clip" in kind else texts_of(config)
+    ours, theirs = (gradients(model, images, *texts, weights, v) for v in (True, False))
+    wide = images.double(), *texts, weights.double()
     exact = gradients(model.double(), *wide, False)
     assert ours.keys() == exact.keys()
     assert any(not torch.equal(ours[name], theirs[name]) for name in ours)
@@ -175,7 +179,7 @@ def test_packed_captions_attend_as_padded_ones(script):
 
 
 def test_models_compute_the_same_without_padding(tmp_path):
-    kinds = ("coca", "correct_mask", "clip", "roberta")
+    kinds = ("coca", "correct_mask", "clip", "roberta", "modern", "mammut", "mammut_modern")
     files = {kind: str(config_file(kind, tmp_path)) for kind in kinds}
     run(f"\nFILES = {files}\n" + MODELS)
 
@@ -183,6 +187,7 @@ def test_models_compute_the_same_without_padding(tmp_path):
 SHAPES = [
     (64, None, True),
     (64, None, False),
+    (64, 0, True),  # not causal
     (64, 255, False),
     (88, 255, False),
     (128, None, True),
@@ -198,8 +203,8 @@ def test_the_kernels_keep_to_the_registers_of_gpus(
     from coca_scale.model import varlen_kernel
 
     kernel, inner = getattr(varlen_kernel, name), 12 * width
-    strides = (3 * inner, 3 * inner) if context is None else (inner, 2 * inner)
-    constants = varlen_kernel.constants(12, width, context, masked, strides)
+    strides = (inner, 2 * inner) if context else (3 * inner, 3 * inner)
+    constants = varlen_kernel.constants(12, width, context, masked, context is None, strides)
     kinds = {**dict.fromkeys(kernel.arg_names, "*bf16"), "N": "i32", "starts": "*i32"}
     kinds |= {"lse": "*fp32", "delta": "*fp32", "seen": "*i1" if masked else "*i32"}
     made = assembled(kernel, constants, kinds, capability, monkeypatch, capfd)
@@ -213,7 +218,7 @@ def varlen_modules(recipe, varlen):
     apply_settings(model, recipe, varlen=varlen)
     said = own_attention(model, recipe.engine.precision) or ""
     assert ("packed captions" in said) == any(getattr(m, "varlen", False) for m in model.modules())
-    kinds = SelfAttention | CrossAttention
+    kinds = Attention
     return {n for n, m in model.named_modules() if isinstance(m, kinds) and m.varlen}
 
 

@@ -10,7 +10,7 @@ import pytest
 from open_clip_train.params import parse_args
 
 from coca_scale.errors import UserError
-from coca_scale.openclip.options import OPTIONS
+from coca_scale.openclip.options import NEWER, OPTIONS
 from coca_scale.openclip.translate import translate
 from coca_scale.recipe import load_recipe
 from coca_scale.recipe.batch import BatchSplit
@@ -155,9 +155,22 @@ def test_gpus_are_those_of_the_launcher(launcher, gpus):
 
 
 @pytest.mark.parametrize(
+    ("weights", "teacher"),
+    [
+        ("openai", {"teacher": "ViT-L-14@openai"}),
+        ("logs/epoch_3.pt", {"teacher": "logs/epoch_3.pt", "config": "ViT-L-14"}),
+    ],
+)
+def test_a_teacher_is_taken_over(weights, teacher):
+    distill = f"--distill-model ViT-L-14 --distill-pretrained {weights}"
+    command = f"python -m open_clip_train.main --model ViT-B-32 --train-data a.csv {distill}"
+    assert translate(command).recipe["loss"]["distill"] == teacher
+
+
+@pytest.mark.parametrize(
     ("more", "message"),
     [
-        ("--distill-model ViT-L-14", "no distillation"),
+        ("--distill-model ViT-L-14", "OpenCLIP distills with both only"),
         ("--opt timm/lion", "AdamW"),
         ("--resume logs/epoch_3.pt", "--pretrained logs/epoch_3.pt"),
         ("--no-such-option", "unrecognized arguments: --no-such-option"),
@@ -186,6 +199,77 @@ def test_an_option_of_a_newer_openclip_is_said_in_one_line(monkeypatch):
             translate(f"python -m open_clip_train.main --model ViT-B-32 --train-data a {option}")
 
 
+@pytest.mark.parametrize(
+    ("more", "key", "value"),
+    [
+        ("--caption-z-loss-weight 1e-4", "loss.z_loss", 5e-5),
+        ("--caption-z-loss-weight=1e-4 --coca-caption-loss-weight 4", "loss.z_loss", 2.5e-5),
+        ("--caption-loss-chunk-size 512", "loss.caption_chunk_rows", 512),
+        ("--json-text-key recaption", "data.captions", {"recaption": 1.0}),
+        (
+            "--json-text-key 'a;b;c' --json-text-key-probs 0.5 0.25",
+            *("data.captions", {"a": 0.5, "b": 0.25}),
+        ),
+        ("--image-layer-decay 0.7 --text-layer-decay 0.7", "optim.layer_decay", 0.7),
+        ("--visual-layer-decay 0.7 --text-layer-decay 0.7", "optim.layer_decay", 0.7),
+        ("--fsdp --fsdp-offload-cpu", "engine.offload", "all"),
+        ("--log-metric-every-n-steps 20 --log-every-n-steps 50", "log.every_steps", 20),
+        ("--torchcompile --torchcompile-strategy blocks", "engine.compile", "blocks"),
+    ],
+)
+def test_options_of_openclips_main_become_keys(more, key, value):
+    section, _, name = key.partition(".")
+    translation = translate(f"{BASIC} {more}")
+    assert translation.recipe[section][name] == pytest.approx(value)
+    assert key in translation.report() or key == "engine.compile"
+
+
+def test_what_main_has_for_its_own_sake_leaves_the_recipe_as_it_is():
+    more = """--fused-caption-loss --text-attention-mask --persistent-workers --length-bucketing
+        --caption-loss-compute-dtype bfloat16 --torchcompile-pass-break --torchcompile-dynamic true
+        --text-key txt --image-key 'jpg;png' --image-layer-decay 1.0 --caption-z-loss-weight 0"""
+    translation = translate(f"{BASIC} {' '.join(more.split())}")
+    assert translation.recipe == translate(BASIC).recipe
+    assert "--fused-caption-loss: logits never exist as a whole" in translation.report()
+    off = translate(f"{BASIC} --no-persistent-workers --no-text-attention-mask")
+    assert off.recipe == translate(BASIC).recipe
+    assert "--text-attention-mask" in off.report()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("--use-naflex", "square"),
+        ("--audio-fill pad", "sound"),
+        ("--text-key 'txt;caption'", "--json-text-key"),
+        ("--image-key thumbnail.jpg", "extension"),
+        ("--wd-exclude '*.bias'", "--wd-exclude: matrices are decayed"),
+        ("--json-text-key 'a;b'", "--json-text-key-probs has the chances"),
+        ("--json-text-key a --json-text-key-probs 1 1", "1 fields"),
+        ("--json-text-key a --json-text-key-probs much", "'much' is no number"),
+        ("--json-text-key", "one value, not 0"),
+        ("--image-layer-decay 0.7", "the same for all towers"),
+        ("--caption-z-loss-weight 1 --coca-caption-loss-weight 0", "whose weight is 0"),
+        ("--aug-cfg scale", "OpenCLIP does not understand it"),
+        ("--aug-cfg 'scale=(0.5,'", "OpenCLIP does not understand it"),
+    ],
+)
+def test_options_of_main_that_would_make_another_run_are_refused(more, message):
+    with pytest.raises(UserError) as caught:
+        translate(f"{BASIC} {more}")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_option_of_main_is_a_traceback():
+    for name in NEWER:
+        for value in ("", " 1", "=x", " a b c"):
+            try:
+                translate(f"{BASIC} --{name.replace('_', '-')}{value}")
+            except UserError as error:
+                assert name.replace("_", "-") in str(error), (name, value)
+
+
 def test_other_texts_are_no_commands():
     with pytest.raises(UserError, match="no OpenCLIP training command"):
         translate("python train.py --model x")
@@ -207,5 +291,5 @@ def test_every_option_of_openclip_has_a_fate():
         parse_args([])
     names = {action.dest for action in seen[0]._actions} - {"help"}
     flags = {flag for action in seen[0]._actions for flag in action.option_strings} - {"-h"}
-    assert names == set(OPTIONS)
+    assert names == set(OPTIONS) - set(NEWER)
     assert flags - {"--help"} == {f"--{name.replace('_', '-')}" for name in names}
