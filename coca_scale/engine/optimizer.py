@@ -106,8 +106,8 @@ class Rate:
     losses: Kind
 
     def at(self, weights: Mapping[str, float]) -> float:
-        """In a step with these weights of the losses."""
-        return self.scale if any(weights[name] for name in self.losses) else 0.0
+        """In a step with these weights of the losses; one that is not among them has none."""
+        return self.scale if any(weights.get(name) for name in self.losses) else 0.0
 
 
 def make_optimizer(
