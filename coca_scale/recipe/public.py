@@ -36,9 +36,9 @@ _MODEL_WORDS = """
     alt altogether apple augreg base basic bert big bigg camembert cased clip clipa coca
     convnext core cross datacompdr deepspeed dfndr domain eva facebook facebookai finetune
     finetuned frozen ft fullcc google gopt hf hub i18n laion laion2b laion400m laion5b language
-    lt ltt mammut merged meta microsoft mobileclip mrl mscoco mt5 net nllb open openai patch pe
-    plus python quickgelu reg res resnet rewind rn roberta scale siglip so soup swin timm tiny
-    torch
+    lt ltt mammut merged meta microsoft mobileclip moderntext mrl mscoco mt5 net nllb open openai
+    patch pe plus python quickgelu reg res resnet rewind rn roberta scale siglip so soup swin timm
+    tiny torch
     uncased vision vit vitamin webli window worldwide xl xlarge xlm xxl xxlarge
 """
 # of DeepSpeed's settings, and of ours that are text
