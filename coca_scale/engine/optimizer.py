@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from coca_scale.losses import LABELS, OF_FEATURES
 from coca_scale.model import CoCa, LogitScale
 from coca_scale.model.freeze import Kind, layer_scales, pausing
-from coca_scale.recipe.schema import LossSection, OptimSection
+from coca_scale.recipe.optim_section import OptimSection
+from coca_scale.recipe.schema import LossSection
 
 Groups = list[dict[str, Any]]
 NOT_DECAYED = (
