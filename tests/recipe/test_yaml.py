@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 
 import pytest
@@ -213,12 +215,12 @@ def test_home_is_written_out_in_every_path(home):
     assert keys == {
         *("run.dir", "model.name", "model.pretrained", "data.train", "data.val", "data.cache_dir"),
         *("checkpoint.resume", "eval.zeroshot", "eval.classnames", "eval.templates"),
+        *("loss.distill.teacher", "loss.distill.config"),
     }
     assert PathText.__metadata__[0].func is with_home
     raw = load_recipe(TINY, [f"{key}=~/x/y" for key in sorted(keys)]).model_dump()
     for key in keys:
-        section, name = key.split(".")
-        value = raw[section][name]
+        value = reduce(getitem, key.split("."), raw)
         assert value == f"{home}/x/y" or value[0]["shards"] == f"{home}/x/y"
     sources = "[~/a.tar, {shards: [~/b.tar, '{~/c,/d}/{0..9}.tar'], weight: 2.0}]"
     train = load_recipe(TINY, [f"data.train={sources}"]).data.train
