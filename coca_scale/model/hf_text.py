@@ -70,8 +70,6 @@ class HuggingFaceTextTower(Recomputable):
         pooled_B = torch.zeros_like(real_B)  # not used: the mean is the embedding
         lengths_B = torch.full_like(real_B, longest)
         first = pack_captions(tokens_BT, lengths_B, reads_B, pooled_B, None, self.pad_id)
-        if targets is None:
-            return first
         return with_targets(first, tokens_BT, targets, None, self.pad_id, keep_padding)
 
     def forward(

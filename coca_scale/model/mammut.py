@@ -86,9 +86,7 @@ class MammutText(nn.Module):
         seen = seen_BT if hides else None
         first = pack_captions(tokens_BT, lengths_B, reads_B, none_B, seen, self.pad_id)
         first = replace(first, text=replace(first.text, causal=False))
-        if targets is None:
-            return first
-        if not hides:
+        if targets is not None and not hides:
             targets = replace(targets, tokens_BT=self._filled(targets.tokens_BT))
         return with_targets(first, tokens_BT, targets, None, self.pad_id, keep_padding)
 

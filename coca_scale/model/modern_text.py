@@ -59,8 +59,6 @@ class ModernText(nn.Module):
         if keep_padding:
             lengths_B = reads_B = torch.full_like(real_B, tokens_BT.shape[1])
         first = pack_captions(tokens_BT, lengths_B, reads_B, pooled_B, None, self.pad_id)
-        if targets is None:
-            return first
         return with_targets(first, tokens_BT, targets, None, self.pad_id, keep_padding)
 
     def forward(

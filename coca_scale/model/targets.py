@@ -80,7 +80,7 @@ class Targets:
 def with_targets(
     first: PackedCaptions,
     tokens_BT: Tensor,
-    targets: Targets,
+    targets: Targets | None,
     seen_BT: Tensor | None,
     pad_id: int,
     keep_padding: bool,
@@ -90,11 +90,13 @@ def with_targets(
     Args:
         first: layout of the captions that are pooled.
         tokens_BT: their ids.
-        targets: of the same pictures.
+        targets: of the same pictures; None where it is what is pooled.
         seen_BT: bool, inputs of the targets that the text tower's attention may see; None if all.
         pad_id: id of tokens that are not learnt.
         keep_padding: whether every token has a row.
     """
+    if targets is None:
+        return first
     assert targets.tokens_BT.shape == tokens_BT.shape
     assert first.text.starts is not None
     separate_B = targets.separate(tokens_BT)

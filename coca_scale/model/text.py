@@ -64,10 +64,8 @@ class TextTransformer(nn.Module):
         if keep_padding:
             lengths_B = reads_B = torch.full_like(real_B, context)
         first = pack_captions(tokens_BT, lengths_B, reads_B, pooled_B, seen_BS, self.pad_id)
-        if targets is None:
-            return first
         seen_BT = None
-        if self.has_cls:
+        if self.has_cls and targets is not None:
             inputs_BT = targets.inputs(self.pad_id)
             seen_BT = visible_keys(inputs_BT, self.pad_id, self.correct_cls_mask)[:, :-1]
         return with_targets(first, tokens_BT, targets, seen_BT, self.pad_id, keep_padding)
