@@ -9,6 +9,7 @@ from torch import nn
 
 from coca_scale.engine.config import layers, transfers
 from coca_scale.model import CoCa
+from coca_scale.model.mammut import MammutText
 from coca_scale.model.recompute import Recomputable
 
 MAKES_ITS_GRADIENT = "caption_head"  # in the forward pass
@@ -57,14 +58,15 @@ def model_units(
     children = dict(model.named_children())
     largest = transfers(model).bucket
     units: list[Unit] = []
+    twice = tower_flops if isinstance(model.text, MammutText) else {}
     for part in (name for name in forward_flops if name in children):
-        in_towers = part in tower_flops
-        flops = {
-            name: tower_flops.get(name, 0) if in_towers else count - tower_flops.get(name, 0)
-            for name, count in forward_flops.items()
-        }
+        flops = (
+            twice
+            if part in twice
+            else {name: count - twice.get(name, 0) for name, count in forward_flops.items()}
+        )
         own = [name for name in forward_flops if name in blocks and _part(name) == part]
-        lent = [name for name in flops if name in blocks and _is_lent(name, part, flops)]
+        lent = [n for n in twice if part == "decoder" and n in blocks and flops[n]]
         found = [_unit(part, True, blocks[name], flops[name]) for name in own]
         again = [_unit(part, True, blocks[name], flops[name]) for name in lent]
         idle = [replace(unit, elements=0, trained=0) for unit in again]
@@ -83,11 +85,6 @@ def model_units(
 
 def _part(name: str) -> str:
     return name.partition(".")[0]
-
-
-def _is_lent(name: str, part: str, flops: Mapping[str, int]) -> bool:
-    """Whether a block of a tower runs in the decoder, too."""
-    return part == "decoder" and _part(name) != part and flops[name] > 0
 
 
 def _unit(part: str, block: bool, module: nn.Module, flops: int) -> Unit:

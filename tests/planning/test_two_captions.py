@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from coca_scale.errors import UserError
 from coca_scale.planning.check import check
 from coca_scale.planning.costs import count_costs
@@ -29,6 +31,20 @@ def test_a_step_costs_what_is_written_and_a_first_pass_does_not():
     assert long.step_flops < two.step_flops < long.step_flops + 6 * more
     idle = costs_of(**APART, **LONG, loss__contrastive_weight=0.0)
     assert idle.tower_flops == long.tower_flops
+
+
+@pytest.mark.parametrize("model", ["coca_tiny", "mammut2_tiny", "coca2-moderntext_tiny"])
+def test_every_unit_costs_something_and_all_of_them_a_step(model):
+    for apart in ({}, {**APART, **LONG, "loss__caption_parallel": 0.5}):
+        costs = costs_of(model__name=model, **apart)
+        flops = [(u.forward_flops, u.backward_flops) for u in costs.units]
+        assert min(min(pair) for pair in flops) >= 0
+        assert sum(map(sum, flops)) == pytest.approx(costs.step_flops)
+        again = [u for u in costs.units if u.part == "decoder" and u.elements and not u.trained]
+        # the blocks of a MaMMUT, which are the text tower's
+        assert len(again) == (4 if model == "mammut2_tiny" else 0)
+        reduced = sum(u.trained for u in costs.units)
+        assert reduced == costs.trained
 
 
 def refusal_on_rank(_rank, _ranks, recipes):
