@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from coca_scale.losses.caption import Kernel, chunked_cross_entropy
 from coca_scale.model.kv_cache import KVCache, LayerCache
 from coca_scale.model.layers import Block, BlockShape, CrossBlock, Stack, normal_parameter
-from coca_scale.model.modern import ModernBlock, final_norm, rotation
+from coca_scale.model.modern import ModernBlock, plain_norm, rotation
 from coca_scale.model.packing import Packing
 from coca_scale.model.recompute import run_block
 from coca_scale.model.tower_config import DecoderConfig
@@ -19,8 +19,7 @@ class MultimodalDecoder(nn.Module):
 
     def __init__(self, config: DecoderConfig, quick_gelu: bool) -> None:
         super().__init__()
-        layers = config.layers
-        shape = BlockShape(config.width, config.heads, config.mlp_ratio, layers, quick_gelu)
+        layers, shape = config.layers, shape_of(config, quick_gelu)
         self.blocks = Stack[Block](Block(shape) for _ in range(layers))
         self.cross_blocks = Stack[CrossBlock](CrossBlock(shape) for _ in range(layers))
         self.norm_final = nn.LayerNorm(config.width)
@@ -67,7 +66,7 @@ class ModernDecoder(nn.Module):
         self.config = config
         crosses = [number % config.cross_attn_ratio == 0 for number in range(config.layers)]
         self.blocks = Stack[ModernBlock](ModernBlock(config, sees) for sees in crosses)
-        self.norm_final = final_norm(config)
+        self.norm_final = plain_norm(config, config.width)
 
     def forward(
         self, text_MD: Tensor, rows: Packing, image_BSD: Tensor | None, cache: KVCache | None = None
@@ -91,6 +90,11 @@ class ModernDecoder(nn.Module):
         blocks = [list(block.parameters()) for block in self.blocks]
         blocks[-1] += self.norm_final.parameters()
         return blocks
+
+
+def shape_of(config: DecoderConfig, quick_gelu: bool) -> BlockShape:
+    """Of classic blocks."""
+    return BlockShape(config.width, config.heads, config.mlp_ratio, config.layers, quick_gelu)
 
 
 def layer_caches(cache: KVCache | None, number: int) -> tuple[LayerCache | None, LayerCache | None]:

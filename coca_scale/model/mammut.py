@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from coca_scale.model.decoder import layer_caches, places_of
+from coca_scale.model.decoder import layer_caches, places_of, shape_of
 from coca_scale.model.kv_cache import KVCache
-from coca_scale.model.layers import Block, BlockShape, CrossBlock, Stack, linear, normal_parameter
-from coca_scale.model.modern import ModernBlock, final_norm, rotation
+from coca_scale.model.layers import Block, CrossBlock, Stack, linear, normal_parameter
+from coca_scale.model.modern import ModernBlock, plain_norm, rotation
 from coca_scale.model.packing import PackedCaptions, Packing, pack_captions, real_lengths
 from coca_scale.model.recompute import run_block
 from coca_scale.model.targets import Targets, with_targets
@@ -48,7 +48,7 @@ class MammutText(nn.Module):
         if config.modern:
             crosses = [number % config.cross_attn_ratio == 0 for number in layers]
             self.blocks = Stack[ModernBlock](ModernBlock(config, sees) for sees in crosses)
-            self.norm_final = final_norm(config)
+            self.norm_final = plain_norm(config, config.width)
         else:
             self.position_embedding = normal_parameter(config.context_length, width, std=0.01)
             shape = shape_of(config, quick_gelu)
@@ -209,8 +209,3 @@ class MammutDecoder(nn.Module):
         """The projection of image tokens, and cross-attention from input to output."""
         crosses = self.cross_blocks if self.cross_blocks is not None else ()
         return [list(self.image_projection.parameters()), *(list(c.parameters()) for c in crosses)]
-
-
-def shape_of(config: DecoderConfig, quick_gelu: bool) -> BlockShape:
-    """Of classic blocks."""
-    return BlockShape(config.width, config.heads, config.mlp_ratio, config.layers, quick_gelu)

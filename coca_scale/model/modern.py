@@ -109,10 +109,10 @@ class PlainMLP(nn.Module):
         return self.c_proj(self.act(self.c_fc(x)))
 
 
-def final_norm(config: TransformerConfig) -> nn.RMSNorm | nn.LayerNorm:
-    """The norm behind the last block."""
+def plain_norm(config: TransformerConfig, width: int) -> nn.RMSNorm | nn.LayerNorm:
+    """A norm that is not in front of a linear layer: behind the last block, or of heads."""
     kind = nn.RMSNorm if config.norm_type == "rmsnorm" else nn.LayerNorm
-    return kind(config.width, eps=config.norm_eps)
+    return kind(width, eps=config.norm_eps)
 
 
 def _block_norm(config: TransformerConfig) -> RMSNorm | LayerNorm:
@@ -133,14 +133,10 @@ class _ModernAttention(Attention):
             )
             if self.gate.bias is not None:
                 nn.init.ones_(self.gate.bias)  # mostly open: sigmoid(1) = 0.73
-        self.q_norm, self.k_norm = (self._head_norm(config) for _ in "qk")
+        self.q_norm, self.k_norm = (
+            plain_norm(config, self.head_width) if config.qk_norm else nn.Identity() for _ in "qk"
+        )
         self.proj = linear(width, width, residual_std, bias)
-
-    def _head_norm(self, config: TransformerConfig) -> nn.Module:
-        if not config.qk_norm:
-            return nn.Identity()
-        kind = nn.RMSNorm if config.norm_type == "rmsnorm" else nn.LayerNorm
-        return kind(self.head_width, eps=config.norm_eps)
 
     def _heads(self, x: Tensor) -> Tensor:
         """[*, H·d] → [*, H, d]."""

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from coca_scale.model.kv_cache import KVCache
 from coca_scale.model.layers import Stack, linear
-from coca_scale.model.modern import ModernBlock, final_norm, rotation
+from coca_scale.model.modern import ModernBlock, plain_norm, rotation
 from coca_scale.model.packing import PackedCaptions, pack_captions, pick, real_lengths
 from coca_scale.model.recompute import run_block
 from coca_scale.model.targets import Targets, with_targets
@@ -34,7 +34,7 @@ class ModernText(nn.Module):
         self.pad_id = config.pad_id
         self.token_embedding = token_embedding(config)
         self.blocks = Stack[ModernBlock](ModernBlock(config) for _ in range(config.layers))
-        self.norm_final = final_norm(config)
+        self.norm_final = plain_norm(config, config.width)
         width = config.width
         self.projection = linear(width, embed_dim, width**-0.5, bias=False)
 
