@@ -29,6 +29,7 @@ from coca_scale.losses import FeatureGather, distill_loss
 from coca_scale.model import CoCa, ModelConfig
 from coca_scale.model.coca import Encoded
 from coca_scale.model.freeze import freeze
+from coca_scale.model.mammut import MammutText
 from coca_scale.model.targets import Targets
 from coca_scale.model.tower_config import VisionConfig
 from coca_scale.planning.counting import (
@@ -71,7 +72,8 @@ def count_costs(recipe: Recipe, batch: BatchSplit, varlen: bool = False) -> Cost
                 lambda: model(*case.inputs, features_only=True, sample_ids=case.sample_ids)
             )
         step_flops = flops(lambda: case.forward().backward())
-    units = model_units(model, case.forward_flops(True), case.forward_flops(), step_flops)
+    twice = case.forward_flops(features_only=True) if isinstance(model.text, MammutText) else {}
+    units = model_units(model, twice, case.forward_flops(), step_flops)
     bytes_per_flop = case.bytes_per_flop(_image_passes(recipe, model.config.vision_cfg))
     parameters = list(model.parameters())
     width, dtype = model.config.embed_dim, DTYPES[recipe.engine.precision]

@@ -9,7 +9,6 @@ from torch import nn
 
 from coca_scale.engine.config import layers, transfers
 from coca_scale.model import CoCa
-from coca_scale.model.mammut import MammutText
 from coca_scale.model.recompute import Recomputable
 
 MAKES_ITS_GRADIENT = "caption_head"  # in the forward pass
@@ -38,7 +37,7 @@ class Unit:
 
 def model_units(
     model: CoCa,
-    tower_flops: Mapping[str, int],
+    twice: Mapping[str, int],
     forward_flops: Mapping[str, int],
     step_flops: int,
 ) -> tuple[Unit, ...]:
@@ -49,8 +48,9 @@ def model_units(
 
     Args:
         model: with what is recomputed set, and what is locked.
-        tower_flops: of a micro-batch in the towers, by names of modules as they run.
-        forward_flops: of it in the whole model.
+        twice: where the decoder runs through the text tower once more, what a micro-batch costs in
+            the towers, by names of modules; else empty.
+        forward_flops: of a micro-batch in the whole model, by names of modules as they run.
         step_flops: of forward and backward.
     """
     names = {module: name for name, module in model.named_modules()}
@@ -58,7 +58,6 @@ def model_units(
     children = dict(model.named_children())
     largest = transfers(model).bucket
     units: list[Unit] = []
-    twice = tower_flops if isinstance(model.text, MammutText) else {}
     for part in (name for name in forward_flops if name in children):
         flops = (
             twice
