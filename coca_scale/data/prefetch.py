@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from coca_scale.data.loader import StepBatch
-from coca_scale.model.packing import PackedCaptions, sent
+from coca_scale.model.packing import Lesson, PackedCaptions, sent
 from coca_scale.model.targets import Targets
 
 LayOut = Callable[[Tensor, Targets | None], list[PackedCaptions]]
-Lesson = PackedCaptions | Tensor
 LayOutLesson = Callable[[Tensor], list[Lesson]]
 
 

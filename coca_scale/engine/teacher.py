@@ -16,10 +16,8 @@ from coca_scale.engine.cut_layers import CutLayers
 from coca_scale.engine.world import World
 from coca_scale.model.coca import CoCa
 from coca_scale.model.image import normalize_pixels
-from coca_scale.model.packing import PackedCaptions, sent
+from coca_scale.model.packing import Lesson, PackedCaptions, sent
 from coca_scale.model.weights import Model
-
-Lesson = PackedCaptions | Tensor
 
 
 class Teacher(Protocol):

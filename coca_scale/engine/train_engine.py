@@ -50,7 +50,7 @@ from coca_scale.engine.optimizer import (
     own_settings,
 )
 from coca_scale.engine.refit import refitted
-from coca_scale.engine.teacher import Lesson, Teacher
+from coca_scale.engine.teacher import Teacher
 from coca_scale.engine.weight_average import AVERAGE_FOLDER, WeightAverage
 from coca_scale.engine.world import World
 from coca_scale.engine.writing import Entries, FileWriter
@@ -61,7 +61,7 @@ from coca_scale.losses import FeatureGather
 from coca_scale.model import CoCa, LogitScale
 from coca_scale.model.coca import Encoded
 from coca_scale.model.image import normalize_pixels
-from coca_scale.model.packing import PackedCaptions, sent
+from coca_scale.model.packing import Lesson, PackedCaptions, sent
 from coca_scale.model.pickles import read_pickle
 from coca_scale.model.targets import Targets
 from coca_scale.model.timm_tower import cast_statistics

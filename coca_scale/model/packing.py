@@ -151,6 +151,10 @@ class PackedCaptions:
         return replace(self, **changed)
 
 
+# what a teacher takes of a micro-batch: captions of its own, or features that it has left
+Lesson = PackedCaptions | Tensor
+
+
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
     """The same on another device, for which the host does not wait."""
     if device.type == "cuda" and tensor.device.type == "cpu":
