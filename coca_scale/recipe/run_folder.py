@@ -3,6 +3,7 @@
 RECIPE = "recipe.yaml"  # resolved
 VERSIONS = "versions.json"  # of packages, the commit, the number of ranks
 METRICS = "metrics.jsonl"  # an object per logged step
+EVENTS = "events.jsonl"  # an object per start, save, failure and end
 VALIDATION = "validation.jsonl"  # an object per validation
 SHEETS = "validation"  # pictures with captions
 BAD_SAMPLES = "bad_samples.jsonl"

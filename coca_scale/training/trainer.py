@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -25,6 +25,7 @@ from coca_scale.recipe import Recipe
 from coca_scale.recipe.exits import REQUEUE
 from coca_scale.recipe.run_folder import CHECKPOINTS, EXPORT, PROFILE
 from coca_scale.training.bad_steps import BadSteps, Rollback
+from coca_scale.training.events import Event, append_event, job_of_slurm
 from coca_scale.training.garbage_collection import GarbageCollection
 from coca_scale.training.log import RunLog, peak_memory_bytes
 from coca_scale.training.meter import Meter
@@ -125,6 +126,7 @@ class Trainer:
         with log:
             for note in self.setup.notes:
                 log.say(note)
+            self._tell_event("start", **job_of_slurm(), hosts=self._ranks_of_hosts())
             saver = self._make_saver(log)
             if self.step < self.stage.last or self.setup.resumed is None:
                 try:
@@ -135,6 +137,7 @@ class Trainer:
                 saver.last(self.step)
                 if asked.leave or asked.stop:
                     back = ", to be started again" if asked.leave else " as asked"
+                    self._tell_event("end", how="left" if asked.leave else "stopped")
                     log.say(f"left after step {self.step} of {self.last_step}{back}")
                     return REQUEUE if asked.leave else 0
             if self.stage.number < self.stage.of:
@@ -272,6 +275,13 @@ class Trainer:
             saver.finish()
         return batch, asked
 
+    def _tell_event(self, event: Event, **values: Any) -> None:
+        if self.owner.holds():
+            append_event(self.folder, event, step=self.step, **values)
+
+    def _ranks_of_hosts(self) -> dict[str, int]:
+        return dict(Counter(self.world.hosts))
+
     def _validate(self, log: RunLog) -> None:
         if self.prepared.validation is not None:
             with self.watchdog.phase("validating", self._slow_seconds):
@@ -286,6 +296,7 @@ class Trainer:
             log.say(f"{self.folder / EXPORT}: {newer}")
         if self.skips.causes:
             log.say(f"skipped samples: {self.skips.summary()}")
+        self._tell_event("end", how="finished")
         log.say(f"finished {self.step} steps; run folder {self.folder}")
 
     def _export(self) -> str | None:
