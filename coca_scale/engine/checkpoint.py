@@ -7,36 +7,28 @@ does `latest` name it.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import BaseModel, Field, FiniteFloat, InstanceOf, field_validator
+from pydantic import BaseModel, Field, FiniteFloat, field_validator
 from torch import Tensor
 
 from coca_scale.engine.constants import read_constants
-from coca_scale.engine.train_engine import SCALE_FILE
+from coca_scale.engine.scale_file import SCALE_FILE, ScaleState, read_scale
 from coca_scale.engine.weight_average import AVERAGE_FOLDER
 from coca_scale.engine.world import World
 from coca_scale.engine.writing import Entries, sync_folder, write_hashed
-from coca_scale.engine.zero_files import (
-    STATE_TAG,
-    Layout,
-    full_weights,
-    replica_weights,
-    to_universal,
-)
+from coca_scale.engine.zero_files import replica_weights
+from coca_scale.engine.zero_slices import SavedState
 from coca_scale.errors import AgreedError, UserError
 from coca_scale.model.config import ModelConfig, parse_model_config
-from coca_scale.model.pickles import read_pickle
-from coca_scale.recipe.files import read_json_as, sha256_of, validated
+from coca_scale.recipe.files import read_json_as, sha256_of
 
 MANIFEST = "manifest.json"
 PROGRESS = "progress.json"
@@ -236,73 +228,6 @@ def _manifest(folder: Path) -> _Manifest:
         raise UserError(f"{folder}: not a complete checkpoint (no {MANIFEST})") from error
 
 
-@contextlib.contextmanager
-def fitting_state(
-    checkpoint: Path, layout: Layout, scratch: Path, world: World, remade: bool = False
-) -> Iterator[Path | None]:
-    """The state of a checkpoint in DeepSpeed's universal format, where its layout is not `layout`.
-
-    Or where the run's model is `remade`: has other sizes, or trains other weights. A collective.
-    The copy lies in folder `scratch` and is removed at the end of the block.
-
-    Raises:
-        UserError: it cannot be converted; on every rank.
-    """
-    saved = saved_layout(checkpoint)
-    replicas = saved.zero_stage == layout.zero_stage == 0  # which fit any number of ranks
-    if replicas or (saved == layout and not remade):
-        yield None
-        return
-    if 0 in (saved.zero_stage, layout.zero_stage):
-        raise UserError(
-            f"{checkpoint} was written by {saved}; ZeRO stage 0 and the others cannot be "
-            "converted into each other. Set engine.zero_stage as it was"
-        )
-    target = scratch / f"{checkpoint.name}.universal{_TEMPORARY}"
-    universal = target / STATE_TAG  # the converter leaves a file beside its folder
-    try:
-        world.on_first(lambda: _convert(checkpoint, saved, universal))
-        yield universal
-        world.barrier()
-    finally:
-        if world.rank == 0:
-            shutil.rmtree(target, ignore_errors=True)
-
-
-def _convert(checkpoint: Path, saved: Layout, universal: Path) -> None:
-    """Write the state of a checkpoint in the universal format, where there is room for it."""
-    shutil.rmtree(universal.parent, ignore_errors=True)
-    universal.parent.mkdir(parents=True)
-    files = _manifest(checkpoint).files.items()
-    size = sum(entry.bytes for name, entry in files if name.startswith(f"{STATE_TAG}/"))
-    needed = 2 * size  # its pieces and, for a while, what they are put together to
-    message = (
-        f"to change the layout of {checkpoint} takes {needed / 1e9:.2f} GB for a while, and "
-        f"{universal.parents[1]} has {{:.2f}} GB free; make room, or start on {saved}, as it was "
-        "saved"
-    )
-    free = shutil.disk_usage(universal.parent).free
-    if free < needed:
-        raise UserError(message.format(free / 1e9))
-    try:
-        to_universal(checkpoint / STATE_TAG, universal)
-    except UserError as error:
-        free = shutil.disk_usage(universal.parent).free
-        if free < size:  # something else took it meanwhile
-            raise UserError(message.format(free / 1e9)) from error
-        raise
-
-
-def saved_layout(folder: Path) -> Layout:
-    """How the state in a checkpoint is cut.
-
-    Raises:
-        UserError: it does not say so.
-    """
-    state = _read_scale(folder)
-    return Layout(state.ranks, state.zero_stage)
-
-
 def read_progress(folder: Path) -> dict[str, Any]:
     """The training loop's own state.
 
@@ -329,25 +254,26 @@ def read_weights(folder: Path, raw: bool = False) -> dict[str, Tensor]:
     Raises:
         UserError: a file is missing, damaged, or holds something else.
     """
-    state = _read_scale(folder)
+    state = read_scale(folder)
     averaged = (folder / AVERAGE_FOLDER).is_dir() and not raw
-    if state.zero_stage == 0:
-        weights = replica_weights(folder)
-    else:
-        weights = full_weights(folder / AVERAGE_FOLDER if averaged else folder)
+    weights = _trained(state, folder / AVERAGE_FOLDER if averaged else folder, None)
     scale = {f"logit_scale.{name}": tensor for name, tensor in state.model.items()}
     return {**weights, **read_constants(folder), **scale}
 
 
-@dataclass(frozen=True)
-class _Scale:
-    """What is needed of a checkpoint's `SCALE_FILE`."""
+def read_trained(folder: Path, names: Sequence[str]) -> dict[str, Tensor]:
+    """Some of the fp32 weights that a checkpoint trained; no other is read.
 
-    ranks: Annotated[int, Field(ge=1)]
-    zero_stage: Literal[0, 1, 2, 3]
-    model: Annotated[dict[Literal["log_scale", "bias"], InstanceOf[Tensor]], Field(min_length=1)]
+    Raises:
+        UserError: as `read_weights`, or one is not there.
+    """
+    return _trained(read_scale(folder), folder, names) if names else {}
 
 
-def _read_scale(folder: Path) -> _Scale:
-    file = folder / SCALE_FILE
-    return validated(read_pickle(file), _Scale, str(file))
+def _trained(state: ScaleState, folder: Path, names: Sequence[str] | None) -> dict[str, Tensor]:
+    """Those of the names, or all of them."""
+    if state.zero_stage == 0:
+        weights = replica_weights(folder)
+        return weights if names is None else {name: weights[name] for name in names}
+    saved = SavedState(folder)
+    return {name: saved.whole(name) for name in (saved.shapes if names is None else names)}

@@ -9,19 +9,19 @@ import torch
 from torch import Tensor
 
 from coca_scale.engine.constants import read_constants
-from coca_scale.engine.zero_files import full_weights
+from coca_scale.engine.zero_slices import SavedState
 from coca_scale.model import ModelConfig
 from coca_scale.model.weights import fit_weight
 
 
 def refitted(
-    checkpoint: Path, weights: Path, shapes: Mapping[str, torch.Size], config: ModelConfig
+    checkpoint: Path, weights: SavedState, shapes: Mapping[str, torch.Size], config: ModelConfig
 ) -> dict[str, Tensor]:
     """Those that a checkpoint did not train, or not in this shape.
 
     Args:
         checkpoint: its folder.
-        weights: the folder in it with shards of fp32 weights: itself, or that of the average.
+        weights: its own, or their average.
         shapes: of the weights that train now.
         config: of the model that they are of.
 
@@ -31,12 +31,11 @@ def refitted(
     Raises:
         UserError: a file is damaged, or holds something else.
     """
-    constants, trained = read_constants(checkpoint), full_weights(weights, lazy=True)
-    found = {}
+    constants, found = read_constants(checkpoint), {}
     for name, shape in shapes.items():
-        if name not in constants and trained[name].shape == shape:
+        if name not in constants and weights.shapes.get(name) == shape:
             continue
-        old = constants[name] if name in constants else trained[name].contiguous()
+        old = constants[name] if name in constants else weights.whole(name)
         new = old if old.shape == shape else fit_weight(name, old, shape, config)
         assert new is not None, f"stages have no other {name} than of {tuple(shape)}"
         found[name] = new.float()

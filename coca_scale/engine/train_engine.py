@@ -21,7 +21,6 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -41,7 +40,6 @@ from coca_scale.engine.constants import CONSTANTS_FILE, constants_of
 from coca_scale.engine.host import available_bytes, memory_bytes, regrowth_bytes, release_freed
 from coca_scale.engine.objective import Counts, FeatureTerms, Objective, Tally
 from coca_scale.engine.optimizer import (
-    ADAMW,
     SCALE_RATE,
     kind_of,
     make_optimizer,
@@ -50,25 +48,24 @@ from coca_scale.engine.optimizer import (
     own_settings,
 )
 from coca_scale.engine.refit import refitted
+from coca_scale.engine.scale_file import SCALE_FILE, read_scale
 from coca_scale.engine.teacher import Teacher
-from coca_scale.engine.weight_average import AVERAGE_FOLDER, WeightAverage
+from coca_scale.engine.weight_average import AVERAGE_FOLDER, WeightAverage, saved_average
 from coca_scale.engine.world import World
 from coca_scale.engine.writing import Entries, FileWriter
 from coca_scale.engine.zero import ZeroEngine
-from coca_scale.engine.zero_files import STATE_TAG, Layout, look_through
+from coca_scale.engine.zero_files import STATE_TAG, Layout, fits_layout, look_through
+from coca_scale.engine.zero_slices import SavedState
 from coca_scale.errors import AgreedError, UserError
 from coca_scale.losses import FeatureGather
 from coca_scale.model import CoCa, LogitScale
 from coca_scale.model.coca import Encoded
 from coca_scale.model.image import normalize_pixels
 from coca_scale.model.packing import Lesson, PackedCaptions, sent
-from coca_scale.model.pickles import read_pickle
 from coca_scale.model.targets import Targets
 from coca_scale.model.timm_tower import cast_statistics
 from coca_scale.model.weights import require_finite
 from coca_scale.recipe import BatchSplit, Recipe
-
-SCALE_FILE = "logit_scale.pt"
 
 
 @dataclass(frozen=True)
@@ -433,14 +430,16 @@ class TrainEngine:
             self._writer.save(state, folder / SCALE_FILE)
         return self._writer.start(folder, average_folder)
 
-    def load_state(self, folder: Path, universal: Path | None, remade: bool = False) -> None:
+    def load_state(self, folder: Path, remade: bool = False) -> bool:
         """Read what `save_state` wrote. A collective.
 
         Args:
             folder: of the checkpoint.
-            universal: its state in DeepSpeed's universal format, where it has another layout.
             remade: whether its model had other sizes or trained other weights. What is resized, or
                 begins to train, begins with moments of zero.
+
+        Returns:
+            Whether its state was cut otherwise than this run's.
 
         Raises:
             UserError: the checkpoint lacks something that this run needs, is of another optimizer,
@@ -448,35 +447,44 @@ class TrainEngine:
         """
         world, state = self.world, folder / STATE_TAG
         world.agree(lambda: look_through(state, world.rank, world.size))
-        saved = read_pickle(folder / SCALE_FILE, place=self.world.device)
-        kind, own = saved.get("optimizer_kind", ADAMW.name), self._optimizer_kind.name
+        saved = read_scale(folder, self.world.device)
+        kind, own = saved.optimizer_kind, self._optimizer_kind.name
         if kind != own:
             raise UserError(f"{folder} was written with the optimizer {kind}, this run has {own}")
-        self._logit_scale.load_state_dict(saved["model"])
+        self._logit_scale.load_state_dict(dict(saved.model))
         with own_settings(self._scale_optimizer):
-            self._scale_optimizer.load_state_dict(saved["optimizer"])
-        steps = saved["updates"] if "updates" in saved else _adam_steps(saved["optimizer"])
-        self._updates.fill_(steps)
-        if universal is None:
+            self._scale_optimizer.load_state_dict(saved.optimizer)
+        self._updates.fill_(saved.steps)
+        fits = fits_layout(saved.layout, self.layout, folder)
+        if remade and self.layout.zero_stage == 0:
+            raise UserError(
+                f"{folder}: a stage that resizes or locks weights needs zero_stage 1 to 3"
+            )
+        if fits and not remade:
             self._zero.load(folder)
-        else:
-            self._zero.load_universal(universal, steps, self._refitted(folder, folder, remade))
-        if self._average is not None:
-            if universal is None:
+            if self._average is not None:
                 self._average.load(folder, world.rank)
-            else:
-                others = self._refitted(folder, folder / AVERAGE_FOLDER, remade)
-                self._average.load_resharded(folder, others)
+        else:
+            world.agree(lambda: self._load_slices(folder, saved.steps, remade))
         scale = {f"logit_scale.{n}": p for n, p in self._logit_scale.named_parameters()}
         try:
             world.agree(lambda: require_finite({**self._zero.own_weights(), **scale}))
         except AgreedError as error:
             raise AgreedError(f"{folder}: {error}") from error
+        return not fits
 
-    def _refitted(self, checkpoint: Path, weights: Path, remade: bool) -> dict[str, Tensor]:
+    def _load_slices(self, folder: Path, steps: int, remade: bool) -> None:
+        """What of a checkpoint of another layout is this rank's. Local."""
+        saved = SavedState(folder)
+        self._zero.load_slices(saved, steps, self._refitted(folder, saved, remade))
+        if self._average is not None:
+            average = saved_average(folder)
+            self._average.load_resharded(average, self._refitted(folder, average, remade))
+
+    def _refitted(self, checkpoint: Path, saved: SavedState, remade: bool) -> dict[str, Tensor]:
         if not remade:
             return {}
-        return refitted(checkpoint, weights, self._zero.trained_shapes(), self.module.config)
+        return refitted(checkpoint, saved, self._zero.trained_shapes(), self.module.config)
 
 
 def _room_for_copies(ranks_here: int, in_background: bool) -> int:
@@ -489,8 +497,3 @@ def _room_for_copies(ranks_here: int, in_background: bool) -> int:
         return 0
     free = round(available_bytes() - memory_bytes() / 10) // ranks_here
     return max(0, free - regrowth_bytes())
-
-
-def _adam_steps(state: dict[str, Any]) -> int:
-    """Updates of a parameter's AdamW, as checkpoints without a count of their own have them."""
-    return max((int(entry["step"]) for entry in state["state"].values()), default=0)

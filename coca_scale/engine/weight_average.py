@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from coca_scale.engine.zero import ZeroEngine
-from coca_scale.engine.zero_files import full_weights, read_shard
+from coca_scale.engine.zero_slices import SavedState
 from coca_scale.errors import UserError
 
 AVERAGE_FOLDER = "average"
@@ -49,36 +49,32 @@ class WeightAverage:
         Raises:
             UserError: the checkpoint has no average.
         """
-        averages, updates = _saved(folder, rank)
-        self._updates.fill_(updates)
-        for mine, saved in zip(self._average, averages, strict=True):
-            mine.copy_(saved)
+        saved = saved_average(folder)
+        self._updates.fill_(saved.beside()["updates"])
+        for mine, average in zip(self._average, saved.masters(rank), strict=True):
+            mine.copy_(average)
 
-    def load_resharded(self, folder: Path, others: Mapping[str, Tensor]) -> None:
+    def load_resharded(self, saved: SavedState, others: Mapping[str, Tensor]) -> None:
         """Read what a run of another layout saved.
 
         Args:
-            folder: of the checkpoint.
+            saved: by `saved_average`.
             others: averages that are not in it as they are here, by name.
-
-        Raises:
-            UserError: the checkpoint has no average.
         """
-        _, updates = _saved(folder, 0)
-        self._updates.fill_(updates)
-        full = full_weights(folder / AVERAGE_FOLDER, lazy=True)
+        self._updates.fill_(saved.beside()["updates"])
         kept = [master.detach().clone() for master in self._masters]
-        self._engine.set_state(
-            lambda name: others[name] if name in others else full[name].contiguous()
-        )
+        self._engine.set_state(saved, others)
         for mine, master, before in zip(self._average, self._masters, kept, strict=True):
             mine.copy_(master.detach())
             master.data.copy_(before)
 
 
-def _saved(folder: Path, rank: int) -> tuple[list[Tensor], int]:
-    found = read_shard(folder / AVERAGE_FOLDER, rank)
-    if found is None:
+def saved_average(folder: Path) -> SavedState:
+    """The average in a checkpoint.
+
+    Raises:
+        UserError: it has none.
+    """
+    if not (folder / AVERAGE_FOLDER).is_dir():
         raise UserError(f"{folder} holds no average of the weights; resume without optim.ema_decay")
-    averages, beside = found
-    return averages, beside["updates"]
+    return SavedState(folder / AVERAGE_FOLDER)

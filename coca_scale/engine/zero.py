@@ -1,8 +1,7 @@
 """What touches DeepSpeed's inside, with zero2.py, zero3*.py, zero_files.py: engine, optimizers.
 
 Read against 0.19. A checkpoint of one layout (ranks, ZeRO stage) is brought into a run of another
-by DeepSpeed's own converter, which takes the shards apart into its universal format: one folder per
-parameter with `fp32.pt`, `exp_avg.pt`, `exp_avg_sq.pt`. They are loaded here and not by DeepSpeed,
+by slices (`engine/zero_slices.py`) and not by DeepSpeed, whose converter takes twice the disk, and
 whose loaders take no other stage's format, give every parameter group the hyper-parameters of the
 first, and let all groups share one step counter.
 """
@@ -10,8 +9,7 @@ first, and let all groups share one step counter.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from inspect import getclosurevars
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,6 @@ from deepspeed.checkpoint.constants import (
     PARAM_ALIGNMENT_PADDINGS,
     PARTITION_COUNT,
     SINGLE_PARTITION_OF_FP32_GROUPS,
-    UNIVERSAL_CHECKPOINT_INFO,
     ZERO_STAGE,
 )
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
@@ -35,8 +32,6 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import (
     safe_get_local_fp32_param,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
     set_z3_leaf_module,
@@ -50,7 +45,8 @@ from coca_scale.engine.zero2 import steps_unasked, take_over_step
 from coca_scale.engine.zero3 import ManyAtOnce
 from coca_scale.engine.zero3_layers import WholeLayers
 from coca_scale.engine.zero3_trace import StepTrace
-from coca_scale.engine.zero_files import HARMLESS, STATE_TAG, atom
+from coca_scale.engine.zero_files import HARMLESS, STATE_TAG
+from coca_scale.engine.zero_slices import SavedState
 from coca_scale.model.pickles import read_pickle, tensors_alone
 
 _RELEASED = "_PartitionedParameterCoordinator__params_to_release"  # remembers its arguments
@@ -84,7 +80,6 @@ class ZeroEngine:
             set_z3_leaf_module(module, True)
         names = {module: name for name, module in model.named_modules()}
         layers = {names[module]: module for module in gathered_whole}
-        setattr(model, UNIVERSAL_CHECKPOINT_INFO, {})  # without it checkpoints cannot be resharded
         self._moments = tuple(moments)
         self._stage = int(config["zero_optimization"]["stage"])
         self._engine, self._optimizer, *_ = deepspeed.initialize(
@@ -211,52 +206,73 @@ class ZeroEngine:
         if clip_norm is not None:
             optimizer.clip_grad = clip_norm
 
-    def load_universal(
-        self, folder: Path, optimizer_steps: int, others: Mapping[str, Tensor]
+    def load_slices(
+        self, saved: SavedState, optimizer_steps: int, others: Mapping[str, Tensor]
     ) -> None:
-        """Fill weights and optimizer state of a new engine from the universal format.
+        """Fill weights and optimizer state of a new engine from a state of any layout. Local.
 
         Args:
-            folder: with that.
+            saved: what is read.
             optimizer_steps: updates of the optimizer so far.
             others: fp32 weights that are not in it as they are here, by name; they have no moments.
+
+        Raises:
+            UserError: it is damaged, or holds something else.
         """
         self._prepare_moments(optimizer_steps)
-
-        def full(key: str | None, name: str) -> Tensor:
-            if name not in others:
-                return atom(folder / "zero", key or "fp32", name)
-            return others[name] if key is None else torch.zeros_like(others[name])
-
-        for key in (None, *self._moments):
-            self.set_state(partial(full, key), key)
+        for moment in (None, *self._moments):
+            self.set_state(saved, others, moment)
         self._round_masters()
 
     def trained_shapes(self) -> dict[str, torch.Size]:
         """Of the weights that train, whole, by name. Local."""
         return {name: getattr(p, "ds_shape", p.shape) for name, p in self._trained()}
 
-    def set_state(self, full: Callable[[str], Tensor], key: str | None = None) -> None:
-        """Fill this rank's part of the fp32 masters, or of the optimizer state `key`.
+    def set_state(
+        self, saved: SavedState, others: Mapping[str, Tensor], moment: str | None = None
+    ) -> None:
+        """Fill this rank's part of the fp32 masters, or of one of the moments. Local.
 
         Args:
-            full: the values of a whole parameter, by its name.
-            key: one of the moments.
+            saved: what is read, of every parameter the slice that this rank has.
+            others: as of `load_slices`.
+            moment: None for the masters.
         """
         for name, parameter in self._trained():
-            if isinstance(self._engine.optimizer, DeepSpeedZeroOptimizer_Stage3):
-                part = _own_part(parameter, full(name))
-                if key is None:
-                    safe_set_local_fp32_param(parameter, part)
-                else:
-                    safe_set_local_optimizer_state(parameter, part, key)
-            elif key is None:
-                safe_set_full_fp32_param(parameter, full(name))
+            own = self._own_slice(parameter)
+            if own is None:
+                continue
+            if name not in others:
+                part = saved.slice(name, *own, moment)
+            elif moment is None:
+                part = others[name].flatten()[slice(*own)]
             else:
-                safe_set_full_optimizer_state(parameter, full(name), key)
+                part = torch.zeros(own[1] - own[0])
+            self._set_slice(parameter, part, moment)
+
+    def _own_slice(self, parameter: Any) -> tuple[int, int] | None:
+        """Where this rank's part of a parameter begins and ends in it, flat; None without one."""
+        if self._stage == 3:
+            size, count = parameter.ds_tensor.ds_numel, parameter.ds_numel
+            begin = min(count, parameter.ds_zero_partition_rank * size)
+            return begin, min(count, begin + size)
+        if parameter._hp_mapping is None:
+            return None
+        address = parameter._hp_mapping.lp_fragment_address
+        return address.start, address.start + address.numel
+
+    def _set_slice(self, parameter: Any, part: Tensor, moment: str | None) -> None:
+        if self._stage < 3:
+            parameter._hp_mapping.get_hp_fragment(moment).data.copy_(part)
+            return
+        padded = torch.nn.functional.pad(part, (0, parameter.ds_tensor.ds_numel - len(part)))
+        if moment is None:
+            safe_set_local_fp32_param(parameter, padded)
+        else:
+            safe_set_local_optimizer_state(parameter, padded, moment)
 
     def shard(self, values: list[Tensor]) -> dict[str, Any]:
-        """Values of the masters in the format of a shard of weights, for `full_weights`. Local."""
+        """Values of the masters in the format of a shard of weights, for `SavedState`. Local."""
         state = self._engine.optimizer.state_dict()  # which says how the shard is cut
         names = (ZERO_STAGE, PARTITION_COUNT, PARAM_ALIGNMENT_PADDINGS)
         kept: dict[str, Any] = {n: state[n] for n in names if n in state}
@@ -318,14 +334,6 @@ class _Handover(CheckpointEngine):
     def load(self, path: str, map_location: Any = None) -> Any:
         """A file that a run of ours wrote, or somebody who says so."""
         return read_pickle(Path(path), HARMLESS, place=map_location)
-
-
-def _own_part(parameter: Any, full: Tensor) -> Tensor:
-    """This rank's part of a ZeRO-3 parameter's values `full`, flat, with zeros behind the end."""
-    size = parameter.ds_tensor.ds_numel
-    begin = parameter.ds_zero_partition_rank * size
-    part = full.flatten()[begin : begin + size]
-    return torch.nn.functional.pad(part, (0, size - part.numel()))
 
 
 def _link_moments(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coca_scale.engine.checkpoint import read_config, read_weights
+from coca_scale.engine.checkpoint import read_config, read_trained
 from coca_scale.engine.config import require_compilable, require_fp8
 from coca_scale.engine.constants import read_constants
 from coca_scale.engine.world import World
@@ -137,9 +137,7 @@ def _constants(checkpoint: Path, coca: CoCa) -> dict[str, Tensor]:
     """
     found = read_constants(checkpoint)
     locked = [name for name, p in coca.named_parameters() if not p.requires_grad]
-    if any(name not in found for name in locked):
-        weights = read_weights(checkpoint, raw=True)
-        found |= {name: weights[name] for name in locked}
+    found |= read_trained(checkpoint, [name for name in locked if name not in found])
     return fit_weights(found, coca.config)[0]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from coca_scale.data.loader import LaneStates, StepBatch
 from coca_scale.data.prefetch import Prefetcher, ReadyBatch
-from coca_scale.engine.checkpoint import find_checkpoint, fitting_state
+from coca_scale.engine.checkpoint import find_checkpoint
 from coca_scale.engine.ownership import Owner
 from coca_scale.engine.train_engine import StepInFlight, StepResult
 from coca_scale.engine.watchdog import NoWatchdog, Watchdog
@@ -363,15 +363,12 @@ class Trainer:
             return
         started = time.perf_counter()
         progress = self.setup.progress
-        scratch, layout = self.folder / CHECKPOINTS, self.engine.layout
-        remade = self.setup.remade
-        with fitting_state(resumed, layout, scratch, self.world, remade) as universal:
-            self.engine.load_state(resumed, universal, remade)
+        resharded = self.engine.load_state(resumed, self.setup.remade)
         self.step = progress["step"]
         self.bad_steps.load(progress["bad_steps"], other_losses=self.setup.crossing)
         self.skips.load(progress["skips"])
         seconds = time.perf_counter() - started
-        how = " after changing its layout" if universal is not None and not remade else ""
+        how = " into another layout" if resharded else ""
         self.setup.notes.append(
             f"resumed from {resumed} at step {self.step}; loaded in {seconds:.1f} s{how}"
         )

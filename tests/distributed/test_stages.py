@@ -130,15 +130,14 @@ def test_the_learning_rate_follows_the_stages(whole):
     assert rates[10] == pytest.approx(5e-4 * 0.345492, rel=1e-4)
 
 
-def state(checkpoint, scratch):
+def state(checkpoint):
     """Weights, their average and moments of a checkpoint, all whole."""
-    from coca_scale.engine.zero_files import STATE_TAG, atom, to_universal
+    from coca_scale.engine.zero_slices import SavedState
 
-    to_universal(checkpoint / STATE_TAG, scratch)
-    names = [path.name for path in (scratch / "zero").iterdir() if path.is_dir()]
+    saved = SavedState(checkpoint)
     moments = {
-        name: [atom(scratch / "zero", key, name).flatten() for key in ("exp_avg", "exp_avg_sq")]
-        for name in names
+        name: [saved.whole(name, key).flatten() for key in ("exp_avg", "exp_avg_sq")]
+        for name in saved.shapes
     }
     return read_weights(checkpoint, raw=True), read_weights(checkpoint), moments
 
@@ -148,8 +147,8 @@ def test_a_stage_begins_with_what_the_one_before_has_left(whole, tmp_path):
 
     allocate(tmp_path / "run", 2, BOUNDARIES[0])  # the second stage begins, and leaves
     name = f"checkpoints/step_{BOUNDARIES[0]:08d}"
-    before = state(whole[0] / name, tmp_path / "before")
-    after = state(tmp_path / "run" / name, tmp_path / "after")
+    before = state(whole[0] / name)
+    after = state(tmp_path / "run" / name)
     config = load_model_config("coca_tiny").resized(image_size=36)
     for old, new in zip(before[:2], after[:2], strict=True):
         expected, notes = fit_weights(old, config)

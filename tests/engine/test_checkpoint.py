@@ -17,7 +17,7 @@ from coca_scale.engine.checkpoint import (
     read_progress,
     verify_checkpoint,
 )
-from coca_scale.engine.train_engine import SCALE_FILE
+from coca_scale.engine.scale_file import SCALE_FILE
 from coca_scale.engine.world import World
 from coca_scale.engine.writing import write_hashed
 from coca_scale.errors import UserError

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from coca_scale.engine.optimizer import KINDS, kind_of, only_where
-from coca_scale.engine.zero_files import STATE_TAG, atom, to_universal
+from coca_scale.engine.zero_slices import SavedState
 from coca_scale.recipe import RecipeError
 from tests.conftest import tiny_recipe
 from tests.engine.batches import BATCH, batch_of
@@ -17,7 +17,8 @@ from tests.ranks import on_ranks, quiet
 
 def load_on_rank(rank, ranks, folder):
     from coca_scale.engine.launch import end_world, start_world
-    from coca_scale.engine.train_engine import SCALE_FILE, TrainEngine
+    from coca_scale.engine.scale_file import SCALE_FILE
+    from coca_scale.engine.train_engine import TrainEngine
     from coca_scale.errors import UserError
     from coca_scale.model import CoCa, LogitScale, load_model_config
     from coca_scale.recipe import BatchSplit
@@ -41,7 +42,7 @@ def load_on_rank(rank, ranks, folder):
         changed = {k: v for k, v in (saved | changes).items() if v is not None}
         torch.save(changed, folder / SCALE_FILE)
         try:
-            engine.load_state(folder, None)
+            engine.load_state(folder)
             counts.append(engine._updates)
         except UserError as error:
             counts.append(str(error))
@@ -104,7 +105,7 @@ def resume_on_rank(rank, ranks, folder, layouts):
             model = CoCa(load_model_config("coca_tiny"))
             engine = TrainEngine(model, LogitScale(), recipe, split, world)
             if start is not None:
-                engine.load_state(folder / "first", None if start == "same" else folder / "whole")
+                assert engine.load_state(folder / "first") == (start == "other")
             first = 0 if start is None else STEPS
             for step in range(first, 2 * STEPS):
                 if step == STEPS:  # saved where nothing is lost, and where everything came back
@@ -118,19 +119,14 @@ def resume_on_rank(rank, ranks, folder, layouts):
                 curve.append((result.loss, result.grad_norm, result.logit_scale))
         engine.close()
         curves.append(curve[-STEPS:])
-        if start is None:
-            state = (folder / "first" / STATE_TAG, folder / "whole")
-            world.on_first(partial(to_universal, *state))
     end_world()
     return curves
 
 
-def atoms(folder):
-    return {
-        (path.parent.name, path.stem): atom(folder / "zero", path.stem, path.parent.name)
-        for path in (folder / "zero").glob("*/*.pt")
-        if path.stem in ("fp32", "exp_avg", "exp_avg_sq")
-    }
+def everything(folder):
+    saved = SavedState(folder)
+    kinds = (None, "exp_avg", "exp_avg_sq")
+    return {(name, kind): saved.whole(name, kind) for name in saved.shapes for kind in kinds}
 
 
 @pytest.mark.slow
@@ -143,10 +139,9 @@ def test_nadamw_goes_on_to_the_bit_and_on_other_ranks_and_stages(tmp_path):
     for curve in (one, single):
         for found, expected in zip(curve, straight, strict=True):
             assert found == pytest.approx(expected, rel=1e-4)
-    expected = atoms(tmp_path / "whole")
-    assert any(key == "exp_avg_sq" and value.any() for (_, key), value in expected.items())
+    expected = everything(tmp_path / "first")
+    assert any(kind == "exp_avg_sq" and value.any() for (_, kind), value in expected.items())
     for name in ("2-1", "2-2", "1-0"):
-        to_universal(tmp_path / name / STATE_TAG, tmp_path / f"{name} whole")
-        found = atoms(tmp_path / f"{name} whole")
+        found = everything(tmp_path / name)
         assert found.keys() == expected.keys()
-        assert all(torch.equal(found[key].flatten(), expected[key].flatten()) for key in found)
+        assert all(torch.equal(found[key], expected[key]) for key in found)
