@@ -36,8 +36,7 @@ class OptimizerKind:
     Attributes:
         name: in checkpoints, which another kind cannot take over.
         label: as people call it.
-        moments: what it keeps of every weight in fp32, by the names in its state. DeepSpeed's
-            converter to another layout knows Adam's two and no others.
+        moments: what it keeps of every weight in fp32, by the names in its state.
         make: from parameter groups and the recipe. Its `step` heeds `found_inf`, as those of torch
             do that are fused.
     """

@@ -457,9 +457,7 @@ class TrainEngine:
         self._updates.fill_(saved.steps)
         fits = fits_layout(saved.layout, self.layout, folder)
         if remade and self.layout.zero_stage == 0:
-            raise UserError(
-                f"{folder}: a stage that resizes or locks weights needs zero_stage 1 to 3"
-            )
+            raise UserError(f"{folder}: zero_stage 0 keeps the sizes and locks of a run")
         if fits and not remade:
             self._zero.load(folder)
             if self._average is not None:
