@@ -10,15 +10,21 @@ from torch import Tensor
 
 from coca_scale.errors import UserError
 from coca_scale.model import CoCa
+from coca_scale.model.deferred import FirstWeights, part_of
 
 CONSTANTS_FILE = "constants.safetensors"
 
 
-def constants_of(model: CoCa) -> dict[str, Tensor]:
-    """Of a model before DeepSpeed has it, whose own copies are rounded to the run's precision."""
+def constants_of(model: CoCa, first: FirstWeights | None) -> dict[str, Tensor]:
+    """Of a model before DeepSpeed has it, whose own copies are rounded to the run's precision.
+
+    Args:
+        model: whose tensors have their values, or no memory.
+        first: asked for those without.
+    """
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     return {
-        name: tensor.detach().contiguous()
+        name: part_of(name, tensor, first).view(tensor.shape).contiguous()
         for name, tensor in model.state_dict().items()
         if name not in trained
     }

@@ -95,3 +95,15 @@ def _number(path: Path) -> int | None:
 def _cached(stat: Path, name: str) -> int:
     lines = stat.read_text().splitlines() if stat.is_file() else []
     return next((int(line.split()[1]) for line in lines if line.startswith(f"{name} ")), 0)
+
+
+def room_for_copies(ranks_here: int, in_background: bool) -> int:
+    """Bytes that a rank may copy for a save: what training does not come to want meanwhile.
+
+    A tenth of the host stays free beside that. Without a background every save is written before
+    training goes on, and nothing is copied.
+    """
+    if not in_background:
+        return 0
+    free = round(available_bytes() - memory_bytes() / 10) // ranks_here
+    return max(0, free - regrowth_bytes())

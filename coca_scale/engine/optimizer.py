@@ -88,7 +88,13 @@ def kind_of(optim: OptimSection) -> OptimizerKind:
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
     """Whether weight decay applies: matrices only, and not to embedding vectors and positions."""
-    return parameter.ndim >= 2 and not name.endswith(NOT_DECAYED)
+    return len(whole_shape(parameter)) >= 2 and not name.endswith(NOT_DECAYED)
+
+
+def whole_shape(parameter: nn.Parameter) -> torch.Size:
+    """Of a parameter that may be cut, as ZeRO-3 cuts it."""
+    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+    return shape
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ from coca_scale.engine.config import (
     transfers,
 )
 from coca_scale.engine.constants import CONSTANTS_FILE, constants_of
-from coca_scale.engine.host import available_bytes, memory_bytes, regrowth_bytes, release_freed
+from coca_scale.engine.host import release_freed, room_for_copies
 from coca_scale.engine.objective import Counts, FeatureTerms, Objective, Tally
 from coca_scale.engine.optimizer import (
     SCALE_RATE,
@@ -56,10 +56,12 @@ from coca_scale.engine.writing import Entries, FileWriter
 from coca_scale.engine.zero import ZeroEngine
 from coca_scale.engine.zero_files import STATE_TAG, Layout, fits_layout, look_through
 from coca_scale.engine.zero_slices import SavedState
+from coca_scale.engine.zero_start import fill
 from coca_scale.errors import AgreedError, UserError
 from coca_scale.losses import FeatureGather
 from coca_scale.model import CoCa, LogitScale
 from coca_scale.model.coca import Encoded
+from coca_scale.model.deferred import FirstWeights
 from coca_scale.model.image import normalize_pixels
 from coca_scale.model.packing import Lesson, PackedCaptions, sent
 from coca_scale.model.targets import Targets
@@ -150,15 +152,16 @@ class TrainEngine:
         world: World,
         recomputed: Collection[str] = (),
         teacher: Teacher | None = None,
+        first: FirstWeights | None = None,
     ) -> None:
-        """Shard `model`, which must hold the same weights on every rank.
+        """Shard `model`, which must hold the same weights on every rank, or those of `first`.
 
         Parameters without `requires_grad` stay as they are, and are saved in the precision they
         have here. Blocks named in `recomputed` keep no activations. A `teacher` is what the recipe
-        names in `loss.distill`.
+        names in `loss.distill`. `first` is asked for tensors without memory, one at a time.
         """
         assert world.size == batch_split.ranks, "the batch is split for another number of ranks"
-        self._constants = constants_of(model) if world.rank == 0 else {}
+        self._constants = constants_of(model, first) if world.rank == 0 else {}
         self.world = world
         self.dtype = DTYPES[recipe.engine.precision]
         self.layout = Layout(world.size, recipe.engine.zero_stage)
@@ -171,12 +174,13 @@ class TrainEngine:
         apply_settings(model, recipe, recomputed)
         self._logit_scale = logit_scale.to(world.device)
         self._scale_optimizer = make_scale_optimizer(self._logit_scale, recipe.optim)
-        optimizer, self._rates = make_optimizer(model, recipe.optim, recipe.loss)
         self._optimizer_kind = kind_of(recipe.optim)
         self._updates = torch.zeros((), dtype=torch.int64, device=world.device)
         config = deepspeed_config(recipe, batch_split, transfers(model), world.ranks_per_node)
+        fill(model, first, config, self.dtype, world.device)
+        optimizer, self._rates = make_optimizer(model, recipe.optim, recipe.loss)
         in_background = recipe.checkpoint.background
-        self._writer = FileWriter(partial(_room_for_copies, world.ranks_per_node, in_background))
+        self._writer = FileWriter(partial(room_for_copies, world.ranks_per_node, in_background))
         whole = gathered_whole(model) if recipe.engine.zero_stage == 3 else []
         self._zero = ZeroEngine(
             model,
@@ -483,15 +487,3 @@ class TrainEngine:
         if not remade:
             return {}
         return refitted(checkpoint, saved, self._zero.trained_shapes(), self.module.config)
-
-
-def _room_for_copies(ranks_here: int, in_background: bool) -> int:
-    """Bytes that a rank may copy for a save: what training does not come to want meanwhile.
-
-    A tenth of the host stays free beside that. Without a background every save is written before
-    training goes on, and nothing is copied.
-    """
-    if not in_background:
-        return 0
-    free = round(available_bytes() - memory_bytes() / 10) // ranks_here
-    return max(0, free - regrowth_bytes())

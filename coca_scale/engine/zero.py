@@ -39,7 +39,7 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 
 from coca_scale.engine.config import many_at_once
-from coca_scale.engine.optimizer import only_where, own_settings
+from coca_scale.engine.optimizer import only_where, own_settings, whole_shape
 from coca_scale.engine.writing import FileWriter
 from coca_scale.engine.zero2 import steps_unasked, take_over_step
 from coca_scale.engine.zero3 import ManyAtOnce
@@ -226,7 +226,7 @@ class ZeroEngine:
 
     def trained_shapes(self) -> dict[str, torch.Size]:
         """Of the weights that train, whole, by name. Local."""
-        return {name: getattr(p, "ds_shape", p.shape) for name, p in self._trained()}
+        return {name: whole_shape(p) for name, p in self._trained()}
 
     def set_state(
         self, saved: SavedState, others: Mapping[str, Tensor], moment: str | None = None

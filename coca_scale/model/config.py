@@ -122,6 +122,11 @@ class ModelConfig(Config):
             raise ValueError(f"multimodal_cfg: width {decoder.width} over {decoder.heads} heads")
 
     @property
+    def has_foreign_towers(self) -> bool:
+        """Whether a tower is one of timm or transformers, which make their weights themselves."""
+        return bool(self.vision_cfg.timm_model_name or self.text.hf_model_name)
+
+    @property
     def text(self) -> TextConfig:
         """What a text is to this model; of a MaMMUT, what its decoder says of it."""
         if self.text_cfg is not None:

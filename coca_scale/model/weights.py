@@ -69,7 +69,7 @@ def load_coca(config: ModelConfig, logit_scale: LogitScale, weights: Mapping[str
         coca = CoCa(config)
     _compare(coca, logit_scale, weights)
     require_finite(weights)
-    if config.vision_cfg.timm_model_name or config.text.hf_model_name:
+    if config.has_foreign_towers:
         coca = CoCa(config)
     scale = _of_logits(logit_scale)
     towers = {name: tensor for name, tensor in weights.items() if name not in scale}

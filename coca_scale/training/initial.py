@@ -17,6 +17,7 @@ from coca_scale.errors import UserError
 from coca_scale.inference.load import Found, find_model, pretrained_name
 from coca_scale.model import CoCa, LogitScale, ModelConfig
 from coca_scale.model.config import SIGMOID_START
+from coca_scale.model.deferred import Drawn, FirstWeights, ToBeLoaded, deferred
 from coca_scale.model.freeze import Kind, freeze, pausing
 from coca_scale.model.preprocess import OPENAI
 from coca_scale.model.tower_weights import load_tower_weights, require_statistics
@@ -70,10 +71,24 @@ def find_start(recipe: Recipe, config: ModelConfig, checkpoint: Path | None, wor
     return world.agree(lambda: _find(recipe.model, config, checkpoint), first_alone=True)
 
 
-def initial_model(
-    recipe: Recipe, start: Start, world: World, notes: list[str]
-) -> tuple[CoCa, LogitScale]:
-    """The model before training, the same on every rank, with what is locked marked as such.
+@dataclass(frozen=True)
+class Initial:
+    """The model before training.
+
+    Attributes:
+        coca: with what is locked marked as such. Tensors have no memory, or what a mapped file
+            holds; those of towers of other libraries, and locked ones of a checkpoint, have theirs.
+        logit_scale: its temperature.
+        first: the values of tensors without memory, the same on every rank; None without any.
+    """
+
+    coca: CoCa
+    logit_scale: LogitScale
+    first: FirstWeights | None
+
+
+def initial_model(recipe: Recipe, start: Start, world: World, notes: list[str]) -> Initial:
+    """The model before training, the same on every rank.
 
     A collective: rank 0 goes first, so that only one downloads.
 
@@ -86,9 +101,9 @@ def initial_model(
     Raises:
         AgreedError: the weights do not fit or are damaged, or those of a tower cannot be had.
     """
-    coca, logit_scale = world.agree(lambda: _build(recipe, start, notes), first_alone=True)
-    world.agree(lambda: require_fp8(coca, recipe.engine, world.device))
-    return coca, logit_scale
+    initial = world.agree(lambda: _build(recipe, start, notes), first_alone=True)
+    world.agree(lambda: require_fp8(initial.coca, recipe.engine, world.device))
+    return initial
 
 
 def _find(section: ModelSection, config: ModelConfig, checkpoint: Path | None) -> Start:
@@ -105,17 +120,17 @@ def _find(section: ModelSection, config: ModelConfig, checkpoint: Path | None) -
     return Start(config, found, None)
 
 
-def _build(recipe: Recipe, start: Start, notes: list[str]) -> tuple[CoCa, LogitScale]:
+def _build(recipe: Recipe, start: Start, notes: list[str]) -> Initial:
     torch.manual_seed(recipe.run.seed)
-    logit_scale = LogitScale.of(start.config)
+    logit_scale, first = LogitScale.of(start.config), None
     if start.checkpoint is not None:
-        coca = CoCa(start.config)
+        coca, first = _without_memory(start.config, recipe.run.seed, will_be_loaded=True)
         freeze(coca, recipe.model, recipe.loss)
         coca.load_state_dict(_constants(start.checkpoint, coca), strict=False, assign=True)
     elif start.found is not None:
         coca = _pretrained(start.config, start.found, logit_scale, recipe.model, notes)
     else:
-        coca = CoCa(start.config)
+        coca, first = _without_memory(start.config, recipe.run.seed)
         filled = load_tower_weights(coca) if recipe.model.pretrained_towers else []
         notes += filled
         if filled:
@@ -127,7 +142,21 @@ def _build(recipe: Recipe, start: Start, notes: list[str]) -> tuple[CoCa, LogitS
     if frozen:
         total = sum(p.numel() for p in coca.parameters())
         notes.append(f"{frozen:,} of {total:,} parameters are locked")
-    return coca, logit_scale
+    return Initial(coca, logit_scale, first)
+
+
+def _without_memory(
+    config: ModelConfig, seed: int, will_be_loaded: bool = False
+) -> tuple[CoCa, FirstWeights | None]:
+    """A model and what gives its tensors their values; zeros where a checkpoint will do that.
+
+    Towers of other libraries are made as those want it, with memory.
+    """
+    if config.has_foreign_towers:
+        return CoCa(config), None
+    with deferred() as record:
+        coca = CoCa(config)
+    return coca, ToBeLoaded(record) if will_be_loaded else Drawn(record, seed)
 
 
 def _constants(checkpoint: Path, coca: CoCa) -> dict[str, Tensor]:

@@ -40,7 +40,7 @@ from coca_scale.engine.train_engine import TrainEngine
 from coca_scale.engine.world import World
 from coca_scale.errors import AgreedError, UserError
 from coca_scale.evaluation.zeroshot import open_labelled
-from coca_scale.model import CoCa, LogitScale, ModelConfig
+from coca_scale.model import ModelConfig
 from coca_scale.model.weights import require_resizable
 from coca_scale.planning.check import caption_fault, tracking_fault
 from coca_scale.planning.costs import blocks_to_recompute, model_flops
@@ -54,7 +54,7 @@ from coca_scale.recipe.stage_section import STAGE_KEYS
 from coca_scale.recipe.stages import Stage, faults_of, stage_at, stages_of
 from coca_scale.recipe.whole_files import write_whole
 from coca_scale.training.identity import Identity, compare, identify
-from coca_scale.training.initial import find_start, initial_model, trained_sizes
+from coca_scale.training.initial import Initial, find_start, initial_model, trained_sizes
 from coca_scale.training.positions import Positions, Skip
 from coca_scale.training.preflight import preflight, room_for_checkpoints, room_in_host
 from coca_scale.training.teaching import Teaching, find_teaching
@@ -299,12 +299,12 @@ def set_up(recipe: Recipe, world: World, skip: Skip | None = None) -> Setup:
     # its processes are copies of this one, and would keep a model that they had seen
     left = progress.get("step", 0) < stage.last or resumed is None
     batches = iter(prepared.loader(lanes)) if left else None
-    coca, logit_scale = initial_model(prepared.recipe, start, world, notes)
-    room = room_for_checkpoints(folder, sum(p.numel() for p in coca.parameters()))
-    crowded = room_in_host(prepared.recipe, split, coca, world)
+    initial = initial_model(prepared.recipe, start, world, notes)
+    room = room_for_checkpoints(folder, sum(p.numel() for p in initial.coca.parameters()))
+    crowded = room_in_host(prepared.recipe, split, initial.coca, world)
     notes += [note for note in (room, crowded) if note is not None]
     samples_at_peak = _samples_at_peak(prepared, world)
-    engine = _engine(prepared, coca, logit_scale, world, notes)
+    engine = _engine(prepared, initial, world, notes)
     return Setup(
         preparation,
         prepared,
@@ -344,9 +344,7 @@ def _facts(prepared: Prepared) -> dict[str, Any]:
     return resolved | facts | resolved
 
 
-def _engine(
-    prepared: Prepared, coca: CoCa, logit_scale: LogitScale, world: World, notes: list[str]
-) -> TrainEngine:
+def _engine(prepared: Prepared, initial: Initial, world: World, notes: list[str]) -> TrainEngine:
     """The model sharded, with as much recomputed as the stage's recipe says. A collective."""
     fitting, split = prepared.recipe, prepared.batch_split
     here = (_device(world), world.ranks_per_node)
@@ -361,8 +359,9 @@ def _engine(
         cut = partial(teacher_is_cut, fitting, split, *here)
         teacher, note = prepared.teaching.make(fitting, world, cut)
         notes.append(note)
-    engine = TrainEngine(coca, logit_scale, fitting, split, world, recomputed, teacher)
-    attention = own_attention(coca, fitting.engine.precision)
+    about = (fitting, split, world, recomputed, teacher, initial.first)
+    engine = TrainEngine(initial.coca, initial.logit_scale, *about)
+    attention = own_attention(initial.coca, fitting.engine.precision)
     notes += [] if attention is None else [attention]
     return engine
 

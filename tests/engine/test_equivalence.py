@@ -16,6 +16,22 @@ from tests.ranks import on_ranks, quiet
 STEPS, SHORT = 20, 8
 
 
+class These:
+    def __init__(self, weights):
+        self.weights = weights
+
+    def part(self, name, _, begin, end):
+        return self.weights[name].reshape(-1)[begin:end]
+
+
+def without_memory(config):
+    from coca_scale.model import CoCa
+    from coca_scale.model.deferred import deferred
+
+    with deferred():
+        return CoCa(config)
+
+
 def curves_on_rank(rank, ranks, layouts):
     with quiet():
         return _curves(rank, ranks, layouts)
@@ -38,7 +54,11 @@ def _curves(rank, ranks, layouts):
         model = CoCa(config)
         plan = BatchSplit.from_recipe(recipe, ranks)
         here = replace(world, hosts=pairs) if recipe.engine.secondary_shard else world
-        engine = TrainEngine(model, LogitScale.of(config), recipe, plan, here)
+        first = None
+        if len(curves) % 2:  # from a model without memory, whose weights come one at a time
+            first, model = These(dict(model.state_dict())), without_memory(config)
+        scale = LogitScale.of(config)
+        engine = TrainEngine(model, scale, recipe, plan, here, first=first)
         copied: list[bool] = []
         model.caption_head.register_forward_hook(partial(note_second_copies, model, copied))
         whole: list[float] = []

@@ -319,7 +319,7 @@ def memory_on_rank(rank, _ranks, folder):
     world = start_world()
     config = ModelConfig.from_recipe(recipe.model)
     before = own_memory()
-    coca, _ = initial_model(recipe, find_start(recipe, config, None, world), world, [])
+    coca = initial_model(recipe, find_start(recipe, config, None, world), world, []).coca
     world.barrier()
     grown = own_memory() - before
     total = sum(p.numel() * 4 for p in coca.parameters())
