@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from coca_scale.errors import UserError
 from coca_scale.model import CoCa
-from coca_scale.model.deferred import FirstWeights, part_of
+from coca_scale.model.deferred import FirstWeights, whole_of
 
 CONSTANTS_FILE = "constants.safetensors"
+HOST = torch.device("cpu")
 
 
 def constants_of(model: CoCa, first: FirstWeights | None) -> dict[str, Tensor]:
@@ -24,7 +26,9 @@ def constants_of(model: CoCa, first: FirstWeights | None) -> dict[str, Tensor]:
     """
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     return {
-        name: part_of(name, tensor, first).view(tensor.shape).contiguous()
+        name: tensor.detach().contiguous()
+        if tensor.device.type != "meta"
+        else whole_of(name, tensor, first, tensor.dtype, HOST)
         for name, tensor in model.state_dict().items()
         if name not in trained
     }

@@ -11,10 +11,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from deepspeed.runtime.zero.partition_parameters import Init
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.partition_parameters import Init, PartitionedParamStatus
 from torch import Tensor, nn
 
-from coca_scale.model.deferred import FirstWeights, part_of
+from coca_scale.model.deferred import FirstWeights, fill_part, whole_of
 
 
 def fill(
@@ -39,16 +40,19 @@ def fill(
         dot = f"{prefix}." if prefix else ""
         for name, old in module.named_parameters(recurse=False):
             if old not in done:
-                part = partial(part_of, dot + name, old, first)
                 kind = dtype if old.is_floating_point() else old.dtype
                 if cutting is not None:
-                    done[old] = cutting.cut(old, part, kind, device)
+                    done[old] = cutting.cut(old, partial(_fill, dot + name, old, first), kind)
                 else:
-                    whole = part().view(old.shape).to(device, kind)
+                    whole = whole_of(dot + name, old, first, kind, device)
                     done[old] = nn.Parameter(whole, requires_grad=old.requires_grad)
             module.register_parameter(name, done[old])
         for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, part_of(dot + name, buffer, first).view(buffer.shape).to(device))
+            setattr(module, name, whole_of(dot + name, buffer, first, buffer.dtype, device))
+
+
+def _fill(name: str, like: Tensor, first: FirstWeights | None, target: Tensor, begin: int) -> None:
+    fill_part(target, name, like, first, begin)
 
 
 def _cuts(config: dict[str, Any]) -> bool:
@@ -66,23 +70,23 @@ class _Cutting:
     def __init__(self, config: dict[str, Any], dtype: torch.dtype) -> None:
         self._init = Init(config_dict_or_path=config, dtype=dtype)
 
-    @torch.no_grad()
     def cut(
-        self,
-        like: nn.Parameter,
-        values: Callable[[int, int], Tensor],
-        dtype: torch.dtype,
-        device: torch.device,
+        self, like: nn.Parameter, fill: Callable[[Tensor, int], None], dtype: torch.dtype
     ) -> nn.Parameter:
-        """A parameter of which this rank has its part, from the `values` in that part alone."""
-        # memory that nobody has written to is none yet, but for what becomes the part
-        whole = torch.empty(like.shape, dtype=dtype, device=device)
-        parameter: Any = nn.Parameter(whole, requires_grad=like.requires_grad)
-        self._init._convert_to_deepspeed_param(parameter)
-        parameter.partition()
-        part, size = parameter.ds_tensor, parameter.ds_tensor.ds_numel
-        begin = min(like.numel(), parameter.ds_zero_partition_rank * size)
-        end = min(like.numel(), begin + size)
-        part[: end - begin].copy_(values(begin, end))
-        part[end - begin :].zero_()
+        """A parameter of which this rank has its part, which `fill(part, begin)` writes."""
+        init, nothing = self._init, torch.empty(1, dtype=dtype, device=self._init.local_device)
+        parameter: Any = nn.Parameter(nothing.expand(like.shape), requires_grad=like.requires_grad)
+        init._convert_to_deepspeed_param(parameter)
+        parameter.ds_numel_aligned = init._aligned_size(parameter)
+        size = parameter.ds_numel_aligned // init._partition_world_size(parameter)
+        device = init.local_device if parameter.ds_persist else init.remote_device
+        part: Any = torch.zeros(size, dtype=dtype, device=device)
+        if init.pin_memory and part.device.type == "cpu":
+            part = get_accelerator().pin_memory(part)
+        part.ds_numel, part.final_location = size, None
+        part.status = PartitionedParamStatus.AVAILABLE
+        parameter.ds_tensor = part
+        begin = min(like.numel(), init._partition_rank(parameter) * size)
+        fill(part[: min(like.numel() - begin, size)], begin)
+        parameter.partition()  # it is, but for its status
         return parameter

@@ -43,6 +43,7 @@ class Record(TorchDispatchMode):
         super().__init__()
         self._done: list[_Done] = []
         self._writers: dict[int, list[int]] = {}
+        self._buffers: dict[torch.dtype, Tensor] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -91,29 +92,31 @@ class Record(TorchDispatchMode):
                         made.setdefault(_storage(without), value.untyped_storage())
             return [real(tensor) for tensor in wanted]
 
-    def part(self, tensor: Tensor, begin: int, end: int, name: str) -> Tensor:
-        """Elements of a tensor without data, flat; the same whatever part is asked for.
+    def fill(self, target: Tensor, tensor: Tensor, begin: int, name: str) -> None:
+        """Write elements of a tensor without data; the same whatever part is asked for.
 
         Args:
+            target: gets as many as it has room for, flat, of any type and on any device.
             tensor: a parameter or buffer of what was made inside `deferred`.
-            begin: the first of the elements.
-            end: behind the last.
+            begin: its first element that is wanted.
             name: that what is drawn follows from, and from no other tensor.
         """
-        filling = self._filling(tensor)
+        filling, end = self._filling(tensor), begin + len(target)
         if filling is None:
-            return self.make([tensor], _seed_of(name))[0].reshape(-1)[begin:end]
-        found = torch.empty(end - begin, dtype=tensor.dtype)
+            target.copy_(self.make([tensor], _seed_of(name))[0].reshape(-1)[begin:end])
+            return
+        if tensor.dtype not in self._buffers:  # kept: the C library would not take all of it back
+            self._buffers[tensor.dtype] = torch.empty(BLOCK_ELEMENTS, dtype=tensor.dtype)
+        buffer = self._buffers[tensor.dtype]
         with _generator() as generator, torch.no_grad():
             for number in range(begin // BLOCK_ELEMENTS, -(-end // BLOCK_ELEMENTS)):
                 generator.manual_seed(_seed_of(f"{name} {number}"))
                 at = number * BLOCK_ELEMENTS
-                block = torch.empty(min(BLOCK_ELEMENTS, tensor.numel() - at), dtype=tensor.dtype)
+                block = buffer[: tensor.numel() - at]
                 for done in filling:
                     done.function(block, *done.args[1:], **done.kwargs)
                 first, last = max(begin, at), min(end, at + len(block))
-                found[first - begin : last - begin] = block[first - at : last - at]
-        return found
+                target[first - begin : last - begin] = block[first - at : last - at]
 
     def _filling(self, tensor: Tensor) -> list[_Done] | None:
         """What makes up each element of a tensor by itself; None where there is more to it."""
@@ -156,8 +159,8 @@ def deferred() -> Iterator[Record]:
 class FirstWeights(Protocol):
     """What tensors without memory are to hold."""
 
-    def part(self, name: str, tensor: Tensor, begin: int, end: int) -> Tensor:
-        """Elements of a tensor, flat, by its name."""
+    def fill(self, target: Tensor, name: str, tensor: Tensor, begin: int) -> None:
+        """Write a flat tensor's elements from `begin` on, as many as the target has room for."""
         ...
 
 
@@ -168,9 +171,9 @@ class Drawn:
     record: Record
     seed: int
 
-    def part(self, name: str, tensor: Tensor, begin: int, end: int) -> Tensor:
+    def fill(self, target: Tensor, name: str, tensor: Tensor, begin: int) -> None:
         """As of `FirstWeights`."""
-        return self.record.part(tensor, begin, end, f"{self.seed} {name}")
+        self.record.fill(target, tensor, begin, f"{self.seed} {name}")
 
 
 @dataclass(frozen=True)
@@ -179,21 +182,37 @@ class ToBeLoaded:
 
     record: Record
 
-    def part(self, name: str, tensor: Tensor, begin: int, end: int) -> Tensor:
+    def fill(self, target: Tensor, name: str, tensor: Tensor, begin: int) -> None:
         """As of `FirstWeights`."""
         if isinstance(tensor, torch.nn.Parameter):
-            return torch.zeros(end - begin, dtype=tensor.dtype)
-        return self.record.part(tensor, begin, end, name)
+            target.zero_()
+        else:
+            self.record.fill(target, tensor, begin, name)
 
 
-def part_of(
-    name: str, tensor: Tensor, first: FirstWeights | None, begin: int = 0, end: int | None = None
-) -> Tensor:
-    """Elements of a tensor, flat, or what they are to be if it has no memory."""
+@torch.no_grad()
+def fill_part(
+    target: Tensor, name: str, tensor: Tensor, first: FirstWeights | None, begin: int = 0
+) -> None:
+    """Write a flat tensor's elements, or what they are to be if it has no memory, as `fill`."""
     if tensor.device.type != "meta":
-        return tensor.detach().reshape(-1)[begin:end]
+        target.copy_(tensor.reshape(-1)[begin : begin + len(target)])
+        return
     assert first is not None, f"nobody has values for {name}"
-    return first.part(name, tensor, begin, tensor.numel() if end is None else end)
+    first.fill(target, name, tensor, begin)
+
+
+def whole_of(
+    name: str,
+    tensor: Tensor,
+    first: FirstWeights | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    """A tensor with its values, whole."""
+    whole = torch.empty(tensor.shape, dtype=dtype, device=device)
+    fill_part(whole.view(-1), name, tensor, first)
+    return whole
 
 
 @contextmanager
