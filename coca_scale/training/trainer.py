@@ -25,7 +25,7 @@ from coca_scale.recipe import Recipe
 from coca_scale.recipe.exits import REQUEUE
 from coca_scale.recipe.run_folder import CHECKPOINTS, EXPORT, PROFILE
 from coca_scale.training.bad_steps import BadSteps, Rollback
-from coca_scale.training.events import Event, append_event, job_of_slurm
+from coca_scale.training.events import Event, append_event, job_of_slurm, last_logged, now
 from coca_scale.training.garbage_collection import GarbageCollection
 from coca_scale.training.log import RunLog, peak_memory_bytes
 from coca_scale.training.meter import Meter
@@ -85,6 +85,8 @@ class Trainer:
         self.signals = signals
         self.folder = recipe.run.folder
         self.step = 0
+        self._going_back = skip is not None
+        self._before: dict[str, Any] | None = None
         self.owner = owner or Owner(None, world.rank == 0)
         self.skips = SkipLog(world, self.owner, self.folder, recipe.data.max_bad_fraction)
         self.bad_steps = BadSteps(world, self.owner, self.folder, recipe.health, rollbacks)
@@ -126,7 +128,7 @@ class Trainer:
         with log:
             for note in self.setup.notes:
                 log.say(note)
-            self._tell_event("start", **job_of_slurm(), hosts=self._ranks_of_hosts())
+            self._tell_event("start", **job_of_slurm(), **self._beginning())
             saver = self._make_saver(log)
             if self.step < self.stage.last or self.setup.resumed is None:
                 try:
@@ -150,6 +152,7 @@ class Trainer:
         """What a run says of itself from its beginning."""
         if self.owner.holds():
             self.setup.preparation.write(self.prepared.tokenizer)
+            self._before = last_logged(self.folder)
         log = RunLog(self.setup.preparation.run, self.last_step, self.world.rank == 0, self.owner)
         log.resume_at(self.step)
         return log
@@ -279,8 +282,14 @@ class Trainer:
         if self.owner.holds():
             append_event(self.folder, event, step=self.step, **values)
 
-    def _ranks_of_hosts(self) -> dict[str, int]:
-        return dict(Counter(self.world.hosts))
+    def _beginning(self) -> dict[str, Any]:
+        """What a start is: where it is to end, and how far the run had come before."""
+        values = {"last_step": self.last_step, "hosts": dict(Counter(self.world.hosts))}
+        if self.stage.of > 1:
+            values["stage"] = self.stage.number
+        if self._before is not None:
+            values["before"] = self._before
+        return {**values, "going_back": True} if self._going_back else values
 
     def _validate(self, log: RunLog) -> None:
         if self.prepared.validation is not None:
@@ -308,6 +317,7 @@ class Trainer:
     def _metrics(self, step: _Behind, result: StepResult, times: dict[str, Any]) -> dict[str, Any]:
         values = {
             "step": step.number,
+            "time": now(),
             "samples_seen": self.stage.samples_seen(step.number),
             "loss": result.loss,
             **{f"{name}_loss": value for name, value in result.losses.items()},
