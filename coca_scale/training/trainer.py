@@ -13,6 +13,7 @@ from typing import Any
 from coca_scale.data.loader import LaneStates, StepBatch
 from coca_scale.data.prefetch import Prefetcher, ReadyBatch
 from coca_scale.engine.checkpoint import find_checkpoint
+from coca_scale.engine.compute_clock import ComputeClock, Spans, equal_layers
 from coca_scale.engine.ownership import Owner
 from coca_scale.engine.train_engine import StepInFlight, StepResult
 from coca_scale.engine.watchdog import NoWatchdog, Watchdog
@@ -44,6 +45,7 @@ class _Behind:
 
     number: int
     flight: StepInFlight
+    spans: Spans
     lr: float
     keys: list[str]
     lanes: LaneStates
@@ -97,6 +99,9 @@ class Trainer:
             world.set_timeout(max(self._step_seconds, self._slow_seconds) + 120)
         self.prepared, self.engine = self.setup.prepared, self.setup.engine
         self.recipe, self.stage = self.prepared.recipe, self.prepared.stage
+        alone = world.size == 1  # and nobody is slower
+        timed = [] if alone else equal_layers(self.engine.module, recipe.engine.zero_stage)
+        self._clock = ComputeClock(timed, world.device)
         self.last_step = self.setup.preparation.stages[-1].last
         self.lanes = self.setup.lanes
         self._steps_ahead = 1 if world.device.type == "cuda" else 0
@@ -205,10 +210,14 @@ class Trainer:
         share = batch.share
         weights = loss_weights_of(self.setup.preparation.stages, self.step)
         about = (lr, seen, share.share_indices, batch.lesson, weights)
-        flight = self.engine.step(share.images, batch.captions, *about)
+        with self._clock.timing(self._is_logged(self.step + 1)) as spans:
+            flight = self.engine.step(share.images, batch.captions, *about)
         self.step += 1
         self.lanes = share.lanes
-        self._behind.append(_Behind(self.step, flight, lr, share.keys, share.lanes))
+        self._behind.append(_Behind(self.step, flight, spans, lr, share.keys, share.lanes))
+
+    def _is_logged(self, number: int) -> bool:
+        return number % self.recipe.log.every_steps == 0 or number == self.last_step
 
     def _look(self, meter: Meter, log: RunLog, ahead: int = 0) -> None:
         """Judge and log all steps but the last `ahead`, waiting for them. A collective.
@@ -228,10 +237,10 @@ class Trainer:
                 raise
             if note is not None:
                 log.say(note)
-            if step.number % self.recipe.log.every_steps == 0 or step.number == self.last_step:
-                times, note = meter.read()
+            if self._is_logged(step.number):
+                times, notes = meter.read(step.spans.seconds())
                 log.metrics(self._metrics(step, result, times))
-                if note is not None:
+                for note in notes:
                     log.say(note)
                 self.skips.flush(step.number)
 
