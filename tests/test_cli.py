@@ -36,7 +36,7 @@ VERBS = list(verbs(typer.main.get_command(app)))
 def test_there_are_all_of_the_contract():
     assert {path[0] for path in VERBS} == {
         *("check", "plan", "data", "caption", "eval", "export", "publish", "report", "slurm"),
-        *("translate", "demo", "doctor"),
+        *("translate", "demo", "doctor", "watch"),
     }
 
 

@@ -45,6 +45,7 @@ app.add_typer(evaluate.app, name="eval")
 app.command("export")(models.export_command)
 app.command("publish")(models.publish_command)
 app.command("demo")(models.demo_command)
+app.command("watch")(runs.watch_command)
 app.command("report")(runs.report_command)
 
 

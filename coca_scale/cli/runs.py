@@ -1,4 +1,4 @@
-"""Verbs around a run: check, plan, slurm, translate, report, doctor."""
+"""Verbs around a run: check, plan, slurm, translate, watch, report, doctor."""
 
 from __future__ import annotations
 
@@ -154,6 +154,27 @@ def translate_command(
     else:
         write_whole(out, found.yaml())
         say(f"wrote {out}; deepspeed coca_scale/train.py --recipe {out} --dry-run")
+
+
+def watch_command(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
+    every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 2.0,
+    once: Annotated[bool, typer.Option("--once", help="Print one page and end.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print a line of JSON for each run and end.")
+    ] = False,
+) -> None:
+    """How runs go, live in the terminal until Ctrl-C, from their files; of several a row each.
+
+    Example: coca-scale watch runs/large
+    """
+    from coca_scale.reports.watch_page import Look, watch
+
+    if as_json:
+        for run in runs:
+            say(json.dumps(Look(run).state().json()))
+    else:
+        watch(runs, every, once)
 
 
 def report_command(

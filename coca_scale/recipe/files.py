@@ -133,10 +133,21 @@ def json_lines(path: Path) -> Iterator[dict[str, Any]]:
                 yield _object(line, f"{path}: line {number}")
 
 
-def readable_lines(path: Path, kind: type[T]) -> Iterator[T | None]:
+def readable_lines(path: Path, kind: type[T], last_bytes: int | None = None) -> Iterator[T | None]:
     """The same as the type that is meant, of a file that a fault of a disk or a person may have
-    damaged: None for a line that is something else."""
-    with path.open("rb") as file:
+    damaged: None for a line that is something else.
+
+    Args:
+        path: of the file.
+        kind: of its lines.
+        last_bytes: read no more than whole lines of its end; None reads all.
+    """
+    with open_regular(path) as file:
+        if last_bytes is not None:
+            before = os.fstat(file.fileno()).st_size - last_bytes - 1
+            if before >= 0:
+                file.seek(before)
+                file.readline()  # the end of one
         for line in file:
             if line.endswith(b"\n"):
                 try:

@@ -229,7 +229,7 @@ def held(claim: Claim) -> Iterator[Lock]:
 
 
 @dataclass(frozen=True)
-class _Seen:
+class Seen:
     """A lock file at a moment.
 
     Attributes:
@@ -253,8 +253,24 @@ class _Seen:
         """Whether who wrote it has ended in order."""
         return self.holder is not None and self.holder.released
 
+    @property
+    def dead(self) -> bool:
+        """Whether this process can tell that who wrote it runs no more."""
+        return self.holder is not None and self.holder.why_gone(_this_process()) is not None
 
-def _gone(claim: Claim, path: Path, me: Holder, seconds: float) -> tuple[_Seen, str | None] | None:
+
+def last_seen(claim: Claim) -> Seen | None:
+    """The file of the last owner, for who wants nothing but to know; None if there was none.
+
+    Raises:
+        UserError: something else is in its place.
+        OSError: it cannot be read.
+    """
+    number = max(_numbers(claim.place), default=None)
+    return None if number is None else _look(_path(claim.place, number))
+
+
+def _gone(claim: Claim, path: Path, me: Holder, seconds: float) -> tuple[Seen, str | None] | None:
     """Wait until it is sure that the owner that wrote `path` is gone.
 
     Returns:
@@ -279,7 +295,7 @@ def _gone(claim: Claim, path: Path, me: Holder, seconds: float) -> tuple[_Seen, 
     raise UserError(f"{claim.target} is in use by {now.holder or name}: {claim.advice}")
 
 
-def _why_gone(path: Path, seen: _Seen, me: Holder, seconds: float, announcement: str) -> str | None:
+def _why_gone(path: Path, seen: Seen, me: Holder, seconds: float, announcement: str) -> str | None:
     """Why the owner that wrote `path` counts as gone; None once the file changes or is removed.
 
     Says the announcement if that takes longer than a beat.
@@ -300,7 +316,7 @@ def _why_gone(path: Path, seen: _Seen, me: Holder, seconds: float, announcement:
             return None
 
 
-def _look(path: Path) -> _Seen | None:
+def _look(path: Path) -> Seen | None:
     """What a lock file says, None if it is gone; opened, as NFS then asks the server.
 
     Raises:
@@ -308,7 +324,7 @@ def _look(path: Path) -> _Seen | None:
     """
     try:
         with open_regular(path) as file:
-            return _Seen(os.fstat(file.fileno()).st_mtime_ns, file.read(_MOST_BYTES))
+            return Seen(os.fstat(file.fileno()).st_mtime_ns, file.read(_MOST_BYTES))
     except FileNotFoundError as error:
         if path.is_symlink():  # it would stay, and be looked at for ever
             raise NoFileError(f"{path} is a link to nothing; move it away") from error

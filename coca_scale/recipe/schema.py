@@ -340,7 +340,8 @@ class HealthSection(Section):
     )
     straggler_factor: Annotated[float, Field(gt=0.0)] = Field(
         0.2,
-        description="A rank for which the others wait longer than this share of the time is named.",
+        description="A rank is named for which the others wait longer than this share of the time, "
+        "or whose device computes longer than the median by more than this share.",
     )
 
 

@@ -11,10 +11,15 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
-from coca_scale.recipe.run_folder import EVENTS
+from pydantic import BaseModel
+
+from coca_scale.errors import UserError
+from coca_scale.recipe.files import readable_lines
+from coca_scale.recipe.run_folder import EVENTS, METRICS
 from coca_scale.training.appending import append
 
 Event = Literal["start", "save", "failure", "end"]
+_LAST_BYTES = 2**16
 
 
 def append_event(folder: Path, event: Event, **values: Any) -> None:
@@ -25,12 +30,30 @@ def append_event(folder: Path, event: Event, **values: Any) -> None:
         event: what happened.
         values: about it, as JSON has them.
     """
-    line = {
-        "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
-        "event": event,
-        **values,
-    }
+    line = {"time": now(), "event": event, **values}
     append(folder / EVENTS, json.dumps(line) + "\n")
+
+
+def now() -> str:
+    """The time as lines of a run's files have it: ISO 8601, UTC."""
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+
+
+class Logged(BaseModel):
+    """A line of metrics.jsonl, as far as events tell of it: its step, and when it was written."""
+
+    step: int
+    time: str
+
+
+def last_logged(folder: Path) -> dict[str, Any] | None:
+    """How far a run folder's metrics go, before a resume drops what it goes back behind."""
+    try:
+        lines = [*readable_lines(folder / METRICS, Logged, _LAST_BYTES)]
+    except (OSError, UserError):
+        return None
+    known = [line for line in lines if line is not None]
+    return known[-1].model_dump() if known else None
 
 
 def job_of_slurm() -> dict[str, Any]:

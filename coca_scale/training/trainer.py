@@ -13,6 +13,7 @@ from typing import Any
 from coca_scale.data.loader import LaneStates, StepBatch
 from coca_scale.data.prefetch import Prefetcher, ReadyBatch
 from coca_scale.engine.checkpoint import find_checkpoint
+from coca_scale.engine.compute_clock import ComputeClock, Spans, equal_layers
 from coca_scale.engine.ownership import Owner
 from coca_scale.engine.train_engine import StepInFlight, StepResult
 from coca_scale.engine.watchdog import NoWatchdog, Watchdog
@@ -25,7 +26,7 @@ from coca_scale.recipe import Recipe
 from coca_scale.recipe.exits import REQUEUE
 from coca_scale.recipe.run_folder import CHECKPOINTS, EXPORT, PROFILE
 from coca_scale.training.bad_steps import BadSteps, Rollback
-from coca_scale.training.events import Event, append_event, job_of_slurm
+from coca_scale.training.events import Event, append_event, job_of_slurm, last_logged, now
 from coca_scale.training.garbage_collection import GarbageCollection
 from coca_scale.training.log import RunLog, peak_memory_bytes
 from coca_scale.training.meter import Meter
@@ -44,6 +45,7 @@ class _Behind:
 
     number: int
     flight: StepInFlight
+    spans: Spans
     lr: float
     keys: list[str]
     lanes: LaneStates
@@ -85,6 +87,8 @@ class Trainer:
         self.signals = signals
         self.folder = recipe.run.folder
         self.step = 0
+        self._going_back = skip is not None
+        self._before: dict[str, Any] | None = None
         self.owner = owner or Owner(None, world.rank == 0)
         self.skips = SkipLog(world, self.owner, self.folder, recipe.data.max_bad_fraction)
         self.bad_steps = BadSteps(world, self.owner, self.folder, recipe.health, rollbacks)
@@ -95,6 +99,9 @@ class Trainer:
             world.set_timeout(max(self._step_seconds, self._slow_seconds) + 120)
         self.prepared, self.engine = self.setup.prepared, self.setup.engine
         self.recipe, self.stage = self.prepared.recipe, self.prepared.stage
+        alone = world.size == 1  # and nobody is slower
+        timed = [] if alone else equal_layers(self.engine.module, recipe.engine.zero_stage)
+        self._clock = ComputeClock(timed, world.device)
         self.last_step = self.setup.preparation.stages[-1].last
         self.lanes = self.setup.lanes
         self._steps_ahead = 1 if world.device.type == "cuda" else 0
@@ -126,7 +133,7 @@ class Trainer:
         with log:
             for note in self.setup.notes:
                 log.say(note)
-            self._tell_event("start", **job_of_slurm(), hosts=self._ranks_of_hosts())
+            self._tell_event("start", **job_of_slurm(), **self._beginning())
             saver = self._make_saver(log)
             if self.step < self.stage.last or self.setup.resumed is None:
                 try:
@@ -150,6 +157,7 @@ class Trainer:
         """What a run says of itself from its beginning."""
         if self.owner.holds():
             self.setup.preparation.write(self.prepared.tokenizer)
+            self._before = last_logged(self.folder)
         log = RunLog(self.setup.preparation.run, self.last_step, self.world.rank == 0, self.owner)
         log.resume_at(self.step)
         return log
@@ -202,10 +210,14 @@ class Trainer:
         share = batch.share
         weights = loss_weights_of(self.setup.preparation.stages, self.step)
         about = (lr, seen, share.share_indices, batch.lesson, weights)
-        flight = self.engine.step(share.images, batch.captions, *about)
+        with self._clock.timing(self._is_logged(self.step + 1)) as spans:
+            flight = self.engine.step(share.images, batch.captions, *about)
         self.step += 1
         self.lanes = share.lanes
-        self._behind.append(_Behind(self.step, flight, lr, share.keys, share.lanes))
+        self._behind.append(_Behind(self.step, flight, spans, lr, share.keys, share.lanes))
+
+    def _is_logged(self, number: int) -> bool:
+        return number % self.recipe.log.every_steps == 0 or number == self.last_step
 
     def _look(self, meter: Meter, log: RunLog, ahead: int = 0) -> None:
         """Judge and log all steps but the last `ahead`, waiting for them. A collective.
@@ -225,10 +237,10 @@ class Trainer:
                 raise
             if note is not None:
                 log.say(note)
-            if step.number % self.recipe.log.every_steps == 0 or step.number == self.last_step:
-                times, note = meter.read()
+            if self._is_logged(step.number):
+                times, notes = meter.read(step.spans.seconds())
                 log.metrics(self._metrics(step, result, times))
-                if note is not None:
+                for note in notes:
                     log.say(note)
                 self.skips.flush(step.number)
 
@@ -279,8 +291,14 @@ class Trainer:
         if self.owner.holds():
             append_event(self.folder, event, step=self.step, **values)
 
-    def _ranks_of_hosts(self) -> dict[str, int]:
-        return dict(Counter(self.world.hosts))
+    def _beginning(self) -> dict[str, Any]:
+        """What a start is: where it is to end, and how far the run had come before."""
+        values = {"last_step": self.last_step, "hosts": dict(Counter(self.world.hosts))}
+        if self.stage.of > 1:
+            values["stage"] = self.stage.number
+        if self._before is not None:
+            values["before"] = self._before
+        return {**values, "going_back": True} if self._going_back else values
 
     def _validate(self, log: RunLog) -> None:
         if self.prepared.validation is not None:
@@ -308,6 +326,7 @@ class Trainer:
     def _metrics(self, step: _Behind, result: StepResult, times: dict[str, Any]) -> dict[str, Any]:
         values = {
             "step": step.number,
+            "time": now(),
             "samples_seen": self.stage.samples_seen(step.number),
             "loss": result.loss,
             **{f"{name}_loss": value for name, value in result.losses.items()},

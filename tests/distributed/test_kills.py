@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from coca_scale.engine.checkpoint import complete_checkpoints, verify_checkpoint
+from tests.json_lines import lines_of
 from tests.ranks import TrainingRanks
 
 SMALL = [
@@ -88,6 +89,10 @@ def test_a_full_disk_leaves_the_run_alive_and_old_checkpoints_whole(small_disk, 
     assert "step 8/8" in output  # it went on
     assert "the last checkpoint cannot be saved" in output
     assert "Traceback" not in output
+    saves = [e for e in lines_of(small_disk / "run" / "events.jsonl") if e["event"] == "save"]
+    assert [e["step"] for e in saves] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert all("No space left on device" in e["failure"] for e in saves[2:])
+    assert all(e["bytes"] > 1e6 for e in saves[:2])
     found = complete_checkpoints(small_disk / "run" / "checkpoints")
     assert [p.name for p in found] == ["step_00000002", "step_00000001"]
     for folder in found:

@@ -188,6 +188,61 @@ def test_the_host_waits_for_nothing_in_a_step(micro_batch, compiled):
     assert found == [[True] * 3]
 
 
+def clocked_on_rank(_rank, _ranks, changes):
+    """Seconds in layers of a step, of one with more work in them, and of one that is not timed."""
+    from coca_scale.engine.compute_clock import ComputeClock, equal_layers
+    from coca_scale.engine.launch import start_world
+    from coca_scale.engine.train_engine import TrainEngine
+    from coca_scale.model import LogitScale
+    from coca_scale.recipe import BatchSplit
+
+    with quiet():
+        recipe, world = tiny_recipe(**{"train__global_batch": BATCH, **changes}), start_world()
+        model, split = CoCa(load_model_config("coca_tiny")), BatchSplit.from_recipe(recipe, 1)
+        engine = TrainEngine(model, LogitScale(), recipe, split, world)
+        clock = ComputeClock(equal_layers(engine.module, recipe.engine.zero_stage), world.device)
+        images, tokens = batch_of(0)
+        images = images.pin_memory()
+
+        def seconds(wanted=True):
+            torch.cuda.set_sync_debug_mode("error")
+            with clock.timing(wanted) as spans:
+                flight = engine.step(images, engine.lay_out(tokens), 1e-4)
+            torch.cuda.set_sync_debug_mode("default")
+            flight.result()  # the step is through, and so is what was timed in it
+            return spans.seconds()
+
+        for _ in range(3):
+            engine.step(images, engine.lay_out(tokens), 1e-4).result()
+        found = [seconds()]
+        for block in engine.module.image.blocks:
+            block.register_forward_hook(more_work, prepend=True)
+        seconds()
+        found += [seconds(), seconds(wanted=False)]
+        engine.close()
+    return found
+
+
+def more_work(*_):
+    """Many times what a tiny block has."""
+    x = torch.ones(4096, 4096, device="cuda")
+    for _ in range(10):
+        x = x @ x / 4096
+
+
+@pytest.mark.parametrize("compiled", ["none", "blocks"])
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_device_that_computes_longer_is_timed_and_the_host_does_not_wait(stage, compiled):
+    changes = {"train__micro_batch": 4, "engine__zero_stage": stage, "engine__compile": compiled}
+    ((plain, more, untimed),) = on_ranks(
+        clocked_on_rank, 1, {"engine__precision": "bf16", **changes}
+    )
+    print(f"ZeRO-{stage}, {compiled}: {plain:.4f} s, with more work {more:.4f} s")
+    assert plain > 0
+    assert more > 2 * plain
+    assert untimed is None
+
+
 HAS_FP8 = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
 
 
