@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+import re
+
+from pydantic import Field, field_validator
 
 from coca_scale.recipe.section import Minutes, PathText, PositiveInt, Section
 
@@ -32,3 +34,20 @@ class CheckpointSection(Section):
         description="auto: newest complete checkpoint of the run folder if there is one; "
         "never: start anew in an empty run folder; or a checkpoint folder.",
     )
+    mirror: PathText | None = Field(
+        None,
+        description="Bucket, s3://BUCKET/NAME or another url of fsspec, or a folder, that gets "
+        "complete checkpoints, logs and export behind the run, and that a run with an empty folder "
+        "goes on from; no other run's.",
+    )
+
+    @field_validator("mirror")
+    @classmethod
+    def _can_be_written(cls, url: str | None) -> str | None:
+        if url is None:
+            return None
+        if url.startswith(("http:", "https:", "pipe:", "synthetic:")):
+            raise ValueError("a bucket (s3://…, gs://…) or a folder; this cannot be written to")
+        if re.match(r"[a-z0-9+.-]+://[^/]*:[^/]*@", url, re.IGNORECASE):
+            raise ValueError("no passwords in a recipe; clients take them from the environment")
+        return url
