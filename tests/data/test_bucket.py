@@ -11,6 +11,8 @@ from coca_scale.data.retries import StorageError
 from coca_scale.data.storage import StorageOptions
 from tests.buckets import BUCKET, content, keys
 from tests.data.faulty_server import OF_UPLOADS, loopback_s3
+from tests.ports import free_port
+from tests.ranks import on_ranks
 
 STUBBORN = StorageOptions(retries=8, timeout_seconds=1.0)
 
@@ -66,3 +68,35 @@ def test_what_cannot_be_written_to_says_so(s3, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match="failed 1 times"):
         Bucket(str(tmp_path / "file"), StorageOptions(0, 5.0)).check()
+
+
+def use_bucket(_rank, _ranks, url, large):
+    """For `on_ranks`: what becomes of objects in a bucket."""
+    bucket = Bucket(url, StorageOptions(1, 30.0))
+    bucket.check()
+    bucket.put(b"small", "a/small")
+    bucket.put(large, "large")
+    found = [bucket.sizes(""), bucket.sizes("a"), bucket.sizes("nothing")]
+    found += [bucket.read("a/small"), b"".join(bucket.pieces("large"))]
+    bucket.remove("large")
+    bucket.remove("large")
+    return [*found, bucket.sizes("")]
+
+
+def test_google_storage(tmp_path, monkeypatch):
+    from gcp_storage_emulator.server import create_server
+
+    port = free_port()
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("FSSPEC_GS", '{"token": "anon"}')
+    # read when gcsfs is imported, so in a process of its own: the emulator has no such buckets
+    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    server = create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket")
+    server.start()
+    (tmp_path / "large").write_bytes(large := np.random.default_rng(0).bytes(6 * 2**20))
+    try:
+        (found,) = on_ranks(use_bucket, 1, "gs://bucket/run", tmp_path / "large")
+    finally:
+        server.stop()
+    sizes = {"a/small": 5, "large": len(large)}
+    assert found == [sizes, {"small": 5}, {}, b"small", large, {"a/small": 5}]
