@@ -7,16 +7,21 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from coca_scale.data.retries import StorageError, first_line, with_retries
 
+UPLOAD_PART_BYTES = 2**24
+PART_ATTEMPTS = 3  # before all of a large file goes again
+UPLOAD_PARTS_AT_ONCE = 2  # of one file, so that uploads take little memory
+SECONDS_FOR_BYTES = 2**22  # what `timeout_seconds` is meant for
 GONE = (404, 410)
 DENIED = (401, 403)
 
@@ -106,6 +111,77 @@ def list_remote(pattern: str, retries: int, timeout_seconds: float) -> list[str]
     return with_retries(listing, pattern, retries)
 
 
+@_client_faults()
+def upload(source: Path | bytes, url: str, timeout_seconds: float) -> None:
+    """Make an object of a file or of bytes; until all of it is there, the one before stays.
+
+    Args:
+        source: what it will be.
+        url: of the object.
+        timeout_seconds: longest wait for 4 MiB.
+
+    Raises:
+        FileNotFoundError: there is no such bucket, or no such file.
+        PermissionError: access is denied.
+        OSError: a fault of the server, which may pass.
+        StorageError: a kind of url that is not known or not written to, or whose package is not
+            installed.
+    """
+    system, path = _file_system(url, timeout_seconds)
+    size = len(source) if isinstance(source, bytes) else source.stat().st_size
+    target, options = path, dict[str, Any]()
+    if isinstance(system, LocalFileSystem):
+        target = f"{path}.tmp"
+        system.makedirs(str(Path(path).parent), exist_ok=True)
+    if system.async_impl:
+        options["timeout"] = timeout_seconds * (2 + size / SECONDS_FOR_BYTES)
+    if "s3" in system.protocol:
+        system.retries = PART_ATTEMPTS
+        options |= {"chunksize": UPLOAD_PART_BYTES, "max_concurrency": UPLOAD_PARTS_AT_ONCE}
+    try:
+        if isinstance(source, bytes):
+            system.pipe_file(target, source, **options)
+        else:
+            system.put_file(str(source), target, **options)
+    except NotImplementedError as error:
+        raise StorageError(f"{url}: cannot be written to") from error
+    if target != path:
+        system.mv(target, path)
+    if (there := _size_of(system, path)) != size:
+        raise OSError(f"{there} bytes are there where {size} were written")
+
+
+@_client_faults()
+def remove_object(url: str, timeout_seconds: float) -> None:
+    """Remove an object, if it is there.
+
+    Raises:
+        PermissionError: access is denied.
+        OSError: a fault of the server, which may pass.
+        StorageError: a kind of url that is not known, or whose package is not installed.
+    """
+    system, path = _file_system(url, timeout_seconds)
+    with suppress(FileNotFoundError):
+        system.rm_file(path)
+
+
+@_client_faults()
+def sizes_below(url: str, timeout_seconds: float) -> dict[str, int]:
+    """Bytes of all objects below a url, by what their names have behind it; there may be none.
+
+    Raises:
+        FileNotFoundError: there is no such bucket.
+        PermissionError: access is denied.
+        OSError: a fault of the server, which may pass.
+        StorageError: a kind of url that is not known, or whose package is not installed.
+    """
+    system, path = _file_system(url, timeout_seconds)
+    root = path.rstrip("/") + "/"
+    found = system.find(path, detail=True)
+    inside = {name: about for name, about in found.items() if name.startswith(root)}
+    return {name.removeprefix(root): int(about["size"]) for name, about in inside.items()}
+
+
 def _size_of(system: Any, path: str) -> int:
     """Size of an object.
 
@@ -163,8 +239,9 @@ def _client_errors() -> tuple[type[Exception], ...]:
         pass
     try:
         from gcsfs.retry import HttpError
+        from google.auth.exceptions import GoogleAuthError
 
-        kinds.append(HttpError)
+        kinds += [HttpError, GoogleAuthError]
     except ImportError:
         pass
     return tuple(kinds)

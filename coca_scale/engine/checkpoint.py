@@ -11,7 +11,7 @@ import json
 import re
 import secrets
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
@@ -28,7 +28,7 @@ from coca_scale.engine.zero_files import replica_weights
 from coca_scale.engine.zero_slices import SavedState
 from coca_scale.errors import AgreedError, UserError
 from coca_scale.model.config import ModelConfig, parse_model_config
-from coca_scale.recipe.files import read_json_as, sha256_of
+from coca_scale.recipe.files import parse_json, read_json_as, sha256_of, validated
 
 MANIFEST = "manifest.json"
 PROGRESS = "progress.json"
@@ -126,14 +126,39 @@ def complete_folder(temporary: Path, final: Path, files: Entries) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def drop_old(parent: Path, keep: int | None, keep_every: int | None) -> None:
-    """Remove all but the newest `keep` checkpoints and those of every `keep_every` steps."""
-    complete = sorted(p for p in parent.iterdir() if _NAME.fullmatch(p.name))
-    for folder in complete[:-keep] if keep is not None else []:
-        if keep_every and int(folder.name[-8:]) % keep_every == 0:
-            continue
-        (folder / MANIFEST).unlink(missing_ok=True)  # first: it is no checkpoint any more
-        shutil.rmtree(folder, ignore_errors=True)
+def drop_old(
+    parent: Path, keep: int | None, keep_every: int | None, spared: Collection[str] = ()
+) -> None:
+    """Remove all but the newest `keep` checkpoints and those of every `keep_every` steps.
+
+    Those that are named in `spared` stay for now.
+    """
+    names = newest_first(path.name for path in parent.iterdir())
+    for name in surplus(names, keep, keep_every):
+        if name not in spared:
+            (parent / name / MANIFEST).unlink(
+                missing_ok=True
+            )  # first: it is no checkpoint any more
+            shutil.rmtree(parent / name, ignore_errors=True)
+
+
+def surplus(names: Collection[str], keep: int | None, keep_every: int | None) -> list[str]:
+    """Of checkpoints those that are neither among the newest `keep` nor of such a step.
+
+    The oldest first: who is killed while removing them leaves the newer ones.
+    """
+    old = sorted(names, reverse=True)[keep:] if keep is not None else []
+    return [name for name in reversed(old) if not (keep_every and step_of(name) % keep_every == 0)]
+
+
+def newest_first(names: Iterable[str]) -> list[str]:
+    """Those of `names` that are of checkpoints, in order."""
+    return sorted(filter(_NAME.fullmatch, names), reverse=True)
+
+
+def step_of(name: str) -> int:
+    """The step of a checkpoint's name."""
+    return int(name.removeprefix("step_"))
 
 
 def _write_latest(parent: Path, name: str) -> None:
@@ -160,8 +185,8 @@ def complete_checkpoints(parent: Path) -> list[Path]:
     """Folders with a manifest, the newest first; whether their files are whole is not looked at."""
     if not parent.is_dir():
         return []
-    named = [p for p in parent.iterdir() if _NAME.fullmatch(p.name) and (p / MANIFEST).is_file()]
-    return sorted(named, key=lambda p: p.name, reverse=True)
+    named = (parent / name for name in newest_first(path.name for path in parent.iterdir()))
+    return [folder for folder in named if (folder / MANIFEST).is_file()]
 
 
 def find_checkpoint(parent: Path) -> Path | None:
@@ -219,6 +244,15 @@ def verify_checkpoint(folder: Path, share: int = 0, shares: int = 1) -> None:
         if sha256_of(path) != entry.sha256:
             raise UserError(f"{folder}: {name} is damaged (its checksum differs)")
     read_progress(folder)
+
+
+def listed_files(manifest: bytes, origin: str) -> Entries:
+    """The files of a checkpoint that lies elsewhere, as its manifest has them.
+
+    Raises:
+        UserError: it is no manifest.
+    """
+    return validated(parse_json(manifest, origin), _Manifest, origin).model_dump()["files"]
 
 
 def _manifest(folder: Path) -> _Manifest:

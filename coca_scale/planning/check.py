@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from coca_scale.data.bucket import Bucket
 from coca_scale.data.loader import decode_sample
 from coca_scale.data.sample import BadSample, Source, causes_text
 from coca_scale.data.shards import ShardSource, missing_numbers, missing_shards
-from coca_scale.data.sources import open_source, train_crop
+from coca_scale.data.sources import open_source, storage_options, train_crop
 from coca_scale.data.stored_features import StoredFeatures, are_stored
 from coca_scale.data.tokens import Tokenizer, make_tokenizer
 from coca_scale.engine.host import memory_bytes
@@ -75,6 +76,7 @@ def check(recipe: Recipe, ranks: int, device_bytes: int | None = None) -> Report
         report.add(found, f"{name}: " if name else "")
     _zeroshot(recipe, report)
     _folder(recipe.run.folder, report)
+    _mirror(recipe, report)
     return report
 
 
@@ -357,6 +359,18 @@ def _folder(folder: Path, report: Report) -> None:
         report.fine.append(f"run folder: {folder}")
     else:
         report.faults.append(f"run folder: {there} cannot be written to; set run.dir")
+
+
+def _mirror(recipe: Recipe, report: Report) -> None:
+    url = recipe.checkpoint.mirror
+    if url is None:
+        return
+    try:
+        Bucket(url, storage_options(recipe.data)).check()
+    except UserError as error:
+        report.faults.append(f"checkpoint.mirror: {error}")
+    else:
+        report.fine.append(f"checkpoint.mirror: {url}, written, listed and read")
 
 
 def _few(numbers: Sequence[str]) -> str:

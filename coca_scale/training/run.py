@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader processes are forked
@@ -33,6 +34,7 @@ from coca_scale.recipe.lock import run_claim
 from coca_scale.recipe.stages import faults_of, recipes_of
 from coca_scale.recipe.text import tell
 from coca_scale.training.bad_steps import Rollback
+from coca_scale.training.mirror import mirror_of
 from coca_scale.training.positions import Skip
 from coca_scale.training.requests import Signals
 from coca_scale.training.trainer import Trainer
@@ -85,12 +87,15 @@ def _train_stages(
     again there. After a bad stretch the run goes on with the data behind it.
     """
     left, skip = recipe.health.rollbacks, None
-    with owned(run_claim(recipe.run.folder), world) as owner:
+    with (
+        owned(run_claim(recipe.run.folder), world) as owner,
+        closing(mirror_of(recipe, world, owner, watchdog)) as mirror,
+    ):
 
         def to_a_checkpoint() -> int | None:
             """Train until there is one to go on from, or the run ends: its exit code."""
             nonlocal left, skip
-            trainer = Trainer(recipe, world, watchdog, left, skip, owner, signals)
+            trainer = Trainer(recipe, world, watchdog, left, skip, owner, signals, mirror)
             skip = None
             try:
                 code = trainer.run()

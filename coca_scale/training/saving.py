@@ -18,9 +18,10 @@ from coca_scale.engine.train_engine import TrainEngine
 from coca_scale.engine.watchdog import NoWatchdog, Watchdog
 from coca_scale.engine.writing import Entries
 from coca_scale.errors import AgreedError, UserError, refusal
-from coca_scale.recipe.schema import CheckpointSection
+from coca_scale.recipe.checkpoint_section import CheckpointSection
 from coca_scale.training.events import append_event
 from coca_scale.training.log import RunLog
+from coca_scale.training.mirror import Mirror, NoMirror
 
 
 @dataclass
@@ -51,6 +52,7 @@ class Saver:
         owner: Owner,
         watchdog: Watchdog | NoWatchdog,
         timeout_seconds: float,
+        mirror: Mirror | NoMirror,
     ) -> None:
         """Save into `parent`.
 
@@ -63,6 +65,7 @@ class Saver:
             owner: of the run folder; a job that lost it saves nothing.
             watchdog: limits the time of every save.
             timeout_seconds: the limit.
+            mirror: is offered every checkpoint.
         """
         self._engine = engine
         self._parent = parent
@@ -72,6 +75,7 @@ class Saver:
         self._owner = owner
         self._watchdog = watchdog
         self._timeout = timeout_seconds
+        self._mirror = mirror
         self._pending: _Pending | None = None
         self._newest: int | None = None
 
@@ -183,12 +187,14 @@ class Saver:
             if world.rank == 0:
                 shutil.rmtree(pending.temporary, ignore_errors=True)
             return 0, str(error)
+        self._mirror.offer(pending.final, mine)
         return sum(entry["bytes"] for entry in files.values()), None
 
     def _into_place(self, pending: _Pending, files: Entries) -> None:
         self._owner.require()  # writing may have taken long
         complete_folder(pending.temporary, pending.final, files)
-        drop_old(self._parent, self._section.keep, self._section.keep_every_steps)
+        keep, keep_every = self._section.keep, self._section.keep_every_steps
+        drop_old(self._parent, keep, keep_every, self._mirror.spared)
 
 
 def _written(pending: _Pending, rank: int) -> Entries:

@@ -30,6 +30,7 @@ from coca_scale.engine.checkpoint import (
     find_checkpoint,
     newest_intact,
     read_progress,
+    step_of,
     sweep,
     verify_together,
 )
@@ -55,6 +56,7 @@ from coca_scale.recipe.stages import Stage, faults_of, stage_at, stages_of
 from coca_scale.recipe.whole_files import write_whole
 from coca_scale.training.identity import Identity, compare, identify
 from coca_scale.training.initial import Initial, find_start, initial_model, trained_sizes
+from coca_scale.training.mirror import Mirror, NoMirror
 from coca_scale.training.positions import Positions, Skip
 from coca_scale.training.preflight import preflight, room_for_checkpoints, room_in_host
 from coca_scale.training.teaching import Teaching, find_teaching
@@ -255,13 +257,16 @@ class Setup:
     notes: list[str]
 
 
-def set_up(recipe: Recipe, world: World, skip: Skip | None = None) -> Setup:
+def set_up(
+    recipe: Recipe, world: World, skip: Skip | None = None, mirror: Mirror | NoMirror | None = None
+) -> Setup:
     """Prepare everything for the stage that comes next. A collective.
 
     Args:
         recipe: of the run.
         world: the ranks.
         skip: where this rank's data goes on, and not where the checkpoint says.
+        mirror: of the run; None for a run that has none.
 
     Raises:
         AgreedError: the recipe does not fit the model, the data or the number of ranks, the
@@ -269,12 +274,12 @@ def set_up(recipe: Recipe, world: World, skip: Skip | None = None) -> Setup:
     """
     teaching = world.agree(lambda: find_teaching(recipe.loss.distill), first_alone=True)
     preparation = world.agree(lambda: Preparation(recipe, world, teaching))
-    folder, notes = recipe.run.folder, list[str]()
-    reached = world.on_first(lambda: _reached(recipe))
+    folder, notes, mirror = recipe.run.folder, list[str](), mirror or NoMirror()
+    reached = world.on_first(lambda: _reached(recipe, mirror))
     coming = world.agree(lambda: preparation.after(reached))
     sources = list(dict.fromkeys(source for stage in coming for source in stage.sources))
     preflight(world, folder, sources, max(stage.shared_bytes for stage in coming))
-    resumed = _agreed_checkpoint(recipe, world, notes)
+    resumed = _agreed_checkpoint(recipe, world, mirror, notes)
     progress = dict[str, Any]()
     if resumed is not None:
         progress = world.agree(lambda: read_progress(resumed))
@@ -395,12 +400,15 @@ def _compare(preparation: Preparation, checkpoint: Path, progress: dict[str, Any
     return compare(checkpoint, progress, identity, *about)
 
 
-def _reached(recipe: Recipe) -> int:
+def _reached(recipe: Recipe, mirror: Mirror | NoMirror) -> int:
     """Steps that the checkpoint seems to have that the run will go on from; nothing is verified."""
     resume = recipe.checkpoint.resume
     found: Path | None = None
     if resume == "auto":
         found = find_checkpoint(recipe.run.folder / CHECKPOINTS)
+        newest = max(mirror.names, default="")
+        if found is None or found.name < newest:
+            return step_of(newest) if newest else 0
     elif resume != "never":
         found = Path(resume)
     try:
@@ -420,7 +428,9 @@ def _validation(
     return Validation(source, tokenizer, settings, labelled, captions)
 
 
-def _agreed_checkpoint(recipe: Recipe, world: World, notes: list[str]) -> Path | None:
+def _agreed_checkpoint(
+    recipe: Recipe, world: World, mirror: Mirror | NoMirror, notes: list[str]
+) -> Path | None:
     """The checkpoint the recipe asks for, whole; all ranks the same one, or none.
 
     Raises:
@@ -429,11 +439,14 @@ def _agreed_checkpoint(recipe: Recipe, world: World, notes: list[str]) -> Path |
     resume, parent = recipe.checkpoint.resume, recipe.run.folder / CHECKPOINTS
     world.on_first(lambda: sweep(parent))
     if resume == "auto":
-        return newest_intact(parent, world, notes)
+        found = newest_intact(parent, world, notes)
+        return mirror.fetch(parent, found, notes) or found
     if resume == "never":
-        if world.on_first(lambda: find_checkpoint(parent)) is not None:
+        if world.on_first(lambda: find_checkpoint(parent)) is not None or mirror.names:
+            key = "checkpoint.mirror" if mirror.names else "run.dir"
+            place = recipe.checkpoint.mirror if mirror.names else recipe.run.folder
             raise AgreedError(
-                f"{recipe.run.folder} holds checkpoints already; choose another run.dir, "
+                f"{place} holds checkpoints already; choose another {key}, "
                 "or checkpoint.resume=auto to go on from there"
             )
         return None

@@ -30,6 +30,7 @@ from coca_scale.training.events import Event, append_event, job_of_slurm, last_l
 from coca_scale.training.garbage_collection import GarbageCollection
 from coca_scale.training.log import RunLog, peak_memory_bytes
 from coca_scale.training.meter import Meter
+from coca_scale.training.mirror import Mirror, NoMirror
 from coca_scale.training.positions import Skip
 from coca_scale.training.profiling import StepProfiler
 from coca_scale.training.requests import Asked, Requests, Signals
@@ -66,6 +67,7 @@ class Trainer:
         skip: Skip | None = None,
         owner: Owner | None = None,
         signals: Signals | None = None,
+        mirror: Mirror | NoMirror | None = None,
     ) -> None:
         """Prepare everything, resuming if the recipe says so.
 
@@ -77,6 +79,7 @@ class Trainer:
             skip: where this rank's data goes on, and not where the checkpoint says.
             owner: of the run folder; None where nothing else trains into it.
             signals: to this process; None heeds none.
+            mirror: of the run; None for a run that has none.
 
         Raises:
             AgreedError: the recipe does not fit the model, the data or the number of ranks, or
@@ -85,6 +88,7 @@ class Trainer:
         self.world = world
         self.watchdog = watchdog or NoWatchdog()
         self.signals = signals
+        self.mirror = mirror or NoMirror()
         self.folder = recipe.run.folder
         self.step = 0
         self._going_back = skip is not None
@@ -95,7 +99,7 @@ class Trainer:
         self._step_seconds = recipe.engine.step_timeout_minutes * 60
         self._slow_seconds = recipe.engine.save_timeout_minutes * 60
         with self.watchdog.phase("starting", recipe.engine.start_timeout_minutes * 60):
-            self.setup = set_up(recipe, world, skip)
+            self.setup = set_up(recipe, world, skip, self.mirror)
             world.set_timeout(max(self._step_seconds, self._slow_seconds) + 120)
         self.prepared, self.engine = self.setup.prepared, self.setup.engine
         self.recipe, self.stage = self.prepared.recipe, self.prepared.stage
@@ -131,6 +135,7 @@ class Trainer:
         minutes = self.recipe.checkpoint.every_minutes
         requests = Requests(self.folder, minutes, self.world.rank, self.signals)
         with log:
+            self.mirror.say = log.say
             for note in self.setup.notes:
                 log.say(note)
             self._tell_event("start", **job_of_slurm(), **self._beginning())
@@ -138,14 +143,14 @@ class Trainer:
             if self.step < self.stage.last or self.setup.resumed is None:
                 try:
                     asked = self._train(log, saver, requests)
-                except (AgreedError, Rollback):
+                except (AgreedError, Rollback) as reason:
                     saver.finish()  # all ranks are here, and what was begun is worth having
+                    if isinstance(reason, AgreedError):
+                        self.mirror.wait()
                     raise
                 saver.last(self.step)
                 if asked.leave or asked.stop:
-                    back = ", to be started again" if asked.leave else " as asked"
-                    self._tell_event("end", how="left" if asked.leave else "stopped")
-                    log.say(f"left after step {self.step} of {self.last_step}{back}")
+                    self._leave(log, asked)
                     return REQUEUE if asked.leave else 0
             if self.stage.number < self.stage.of:
                 log.say(f"{self.stage.name} ends after step {self.step} of {self.last_step}")
@@ -270,10 +275,11 @@ class Trainer:
                 error = str(fault)
         here = self.skips.add(batch.share.skipped) if batch is not None else (0, 0)
         mine = requests.poll()
-        flags = (error is not None, mine.leave, mine.stop, mine.save, saver.written_here)
+        asks = (error is not None, mine.leave, mine.stop, mine.save)
+        flags = (*asks, saver.written_here, self.mirror.poll())
         with meter.waiting_for_others():
             sums = self.world.sum(*here, *(float(flag) for flag in flags))
-        bad, filtered, failures, leave, stop, save, written = sums
+        bad, filtered, failures, leave, stop, save, written, copied = sums
         if failures:
             self.world.fail_together(error)
         asked = Asked(leave=leave > 0, stop=stop > 0, save=save > 0)
@@ -283,6 +289,8 @@ class Trainer:
         assert batch is not None
         good = self.stage.samples_seen(self.step + 1)
         self.skips.total(int(bad), int(filtered), good, self.step + 1)
+        if copied == self.world.size:
+            self.mirror.finish()
         if written == self.world.size:
             saver.finish()
         return batch, asked
@@ -305,6 +313,28 @@ class Trainer:
             with self.watchdog.phase("validating", self._slow_seconds):
                 log.validation(self.step, self.prepared.validation.run(self.engine))
 
+    def _leave(self, log: RunLog, asked: Asked) -> None:
+        """End before the last step, with the last checkpoint in the mirror as well.
+
+        Raises:
+            AgreedError: it cannot be had there, and the run was to end for good.
+        """
+        if asked.leave:
+            self.mirror.wait()  # what fails has been said
+        else:
+            self._mirror_last()
+        back = ", to be started again" if asked.leave else " as asked"
+        self._tell_event("end", how="left" if asked.leave else "stopped")
+        log.say(f"left after step {self.step} of {self.last_step}{back}")
+        try:
+            self.mirror.put_logs()
+        except AgreedError as error:
+            log.say(f"warning: {error}")
+
+    def _mirror_last(self) -> None:
+        parent = self.folder / CHECKPOINTS
+        self.mirror.last(self.world.on_first(lambda: find_checkpoint(parent)))
+
     def _finish(self, log: RunLog) -> None:
         with self.watchdog.phase("exporting", self._slow_seconds):
             obstacle = self.world.on_first(self._export)
@@ -314,7 +344,10 @@ class Trainer:
             log.say(f"{self.folder / EXPORT}: {newer}")
         if self.skips.causes:
             log.say(f"skipped samples: {self.skips.summary()}")
+        self._mirror_last()
+        self.mirror.put_export()
         self._tell_event("end", how="finished")
+        self.mirror.put_logs()
         log.say(f"finished {self.step} steps; run folder {self.folder}")
 
     def _export(self) -> str | None:
@@ -353,7 +386,9 @@ class Trainer:
     def _make_saver(self, log: RunLog) -> Saver:
         section, parent = self.recipe.checkpoint, self.folder / CHECKPOINTS
         limits = (self.watchdog, self._slow_seconds)
-        return Saver(self.engine, parent, section, self._progress, log, self.owner, *limits)
+        return Saver(
+            self.engine, parent, section, self._progress, log, self.owner, *limits, self.mirror
+        )
 
     def _progress(self) -> dict[str, Any]:
         """What a checkpoint keeps of the loop. A collective."""

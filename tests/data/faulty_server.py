@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import itertools
+import os
 import socket
 import struct
 import threading
@@ -12,33 +13,53 @@ import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from tests.ports import free_port
+
 FAULTS = ("reset", None, "truncate", "503", None, "slow", "stall")
+OF_UPLOADS = (*FAULTS, None, "lost")
 
 
 class FaultyProxy:
-    """Forwards to `port`; answers about shards break in turn, as long as `active`."""
+    """Forwards to `port`; answers about paths with `about` break in turn, as long as `active`.
 
-    def __init__(self, port):
+    Uploads may be lost before they come to the server. Until it is `opened` nothing is answered,
+    and while it is `down` nothing comes to the server.
+    """
+
+    def __init__(self, port, about=".tar", faults=FAULTS):
         self.active = True
+        self.down = False
+        self.opened = threading.Event()
+        self.opened.set()
         self.done = Counter()
-        turns = itertools.cycle(FAULTS)
+        turns = itertools.cycle(faults)
         proxy = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self):
-                upstream = http.client.HTTPConnection("127.0.0.1", port)
+                proxy.opened.wait()
+                fault = next(turns) if proxy.active and about in self.path else None
+                if fault is not None:
+                    proxy.done[fault] += 1
+                if "Expect" in self.headers:
+                    self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
                 size = int(self.headers.get("Content-Length", 0))
-                body = self.rfile.read(size)
+                with contextlib.suppress(OSError):  # of a client that was killed
+                    body = self.rfile.read(size // 2 if fault == "lost" else size)
+                    if len(body) == size and fault != "lost":
+                        self.forward(body, fault)
+
+            do_HEAD = do_PUT = do_POST = do_DELETE = do_GET
+
+            def forward(self, body, fault):
+                if proxy.down:
+                    self.send_error(503)
+                    return
+                upstream = http.client.HTTPConnection("127.0.0.1", port)
                 upstream.request(self.command, self.path, body, dict(self.headers))
                 answer = upstream.getresponse()
                 content = answer.read()
-                fault = next(turns) if proxy.active and ".tar" in self.path else None
-                if fault is not None:
-                    proxy.done[fault] += 1
-                with contextlib.suppress(OSError):  # the client may have given up
-                    self.reply(answer, content, fault)
-
-            do_HEAD = do_PUT = do_POST = do_GET
+                self.reply(answer, content, fault)
 
             def reply(self, answer, content, fault):
                 if fault == "503":
@@ -73,5 +94,37 @@ class FaultyProxy:
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
     def close(self):
+        self.opened.set()
         self._server.shutdown()
         self._server.server_close()
+
+
+@contextlib.contextmanager
+def loopback_s3(about=".tar", faults=FAULTS):
+    """An S3 server (moto) with s3://bucket behind a faulty proxy, credentials in the environment.
+
+    Gives a client that reaches it without faults, and the proxy.
+    """
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", free_port(), verbose=False)
+    server.start()
+    proxy = FaultyProxy(server._port, about, faults)
+    names = {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.port}",
+        "AWS_ACCESS_KEY_ID": "someone",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    before = dict(os.environ)
+    os.environ.update(names)
+    client = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{server._port}")
+    client.create_bucket(Bucket="bucket")
+    try:
+        yield client, proxy
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+        proxy.close()
+        server.stop()

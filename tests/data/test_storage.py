@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import threading
@@ -22,7 +21,7 @@ from coca_scale.data.shards import read_shard
 from coca_scale.data.sources import open_source
 from coca_scale.data.storage import StorageOptions, open_shard, read_whole
 from tests.conftest import tiny_recipe
-from tests.data.faulty_server import FAULTS, FaultyProxy
+from tests.data.faulty_server import FAULTS, FaultyProxy, loopback_s3
 from tests.data.loading import steps
 from tests.data.shards import write_shards
 from tests.disks import no_file_over
@@ -48,30 +47,10 @@ def quick(monkeypatch):
 
 @pytest.fixture(scope="module")
 def s3(folder):
-    """An S3 server (moto) behind a faulty proxy, with credentials in the environment."""
-    import boto3
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer("127.0.0.1", free_port(), verbose=False)
-    server.start()
-    proxy = FaultyProxy(server._port)
-    names = {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.port}",
-        "AWS_ACCESS_KEY_ID": "someone",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    before = dict(os.environ)
-    os.environ.update(names)
-    client = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{server._port}")
-    client.create_bucket(Bucket="bucket")
-    for path in folder.iterdir():
-        client.upload_file(str(path), "bucket", f"data/{path.name}")
-    yield "s3://bucket/data", proxy
-    os.environ.clear()
-    os.environ.update(before)
-    proxy.close()
-    server.stop()
+    with loopback_s3() as (client, proxy):
+        for path in folder.iterdir():
+            client.upload_file(str(path), "bucket", f"data/{path.name}")
+        yield "s3://bucket/data", proxy
 
 
 class Ranges(SimpleHTTPRequestHandler):
