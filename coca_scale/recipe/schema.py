@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from coca_scale.recipe.checkpoint_section import CheckpointSection
 from coca_scale.recipe.data import DataSection
 from coca_scale.recipe.distill import DistillSection
 from coca_scale.recipe.lanes import usual_lanes
@@ -293,33 +294,6 @@ class EngineSection(Section):
         if self.secondary_shard and self.zero_stage < 3:
             raise ValueError("secondary_shard needs zero_stage 3")
         return self
-
-
-class CheckpointSection(Section):
-    """When to save, what to keep, and where to start from."""
-
-    every_steps: PositiveInt | None = Field(
-        1000, description="Steps between checkpoints; null saves at the end only."
-    )
-    every_minutes: Minutes | None = Field(
-        None, description="Also save when so many minutes have passed since the last save."
-    )
-    keep: PositiveInt | None = Field(
-        3, description="Newest checkpoints that are kept; null keeps all."
-    )
-    keep_every_steps: PositiveInt | None = Field(
-        None, description="Checkpoints of these steps are kept for good."
-    )
-    background: bool = Field(
-        True,
-        description="Write while training goes on, from a copy in the host's memory; false, or no "
-        "room for a copy, waits for the disk.",
-    )
-    resume: PathText = Field(
-        "auto",
-        description="auto: newest complete checkpoint of the run folder if there is one; "
-        "never: start anew in an empty run folder; or a checkpoint folder.",
-    )
 
 
 class HealthSection(Section):

@@ -18,7 +18,7 @@ from coca_scale.engine.train_engine import TrainEngine
 from coca_scale.engine.watchdog import NoWatchdog, Watchdog
 from coca_scale.engine.writing import Entries
 from coca_scale.errors import AgreedError, UserError, refusal
-from coca_scale.recipe.schema import CheckpointSection
+from coca_scale.recipe.checkpoint_section import CheckpointSection
 from coca_scale.training.log import RunLog
 
 
