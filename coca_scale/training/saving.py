@@ -19,6 +19,7 @@ from coca_scale.engine.watchdog import NoWatchdog, Watchdog
 from coca_scale.engine.writing import Entries
 from coca_scale.errors import AgreedError, UserError, refusal
 from coca_scale.recipe.checkpoint_section import CheckpointSection
+from coca_scale.training.events import append_event
 from coca_scale.training.log import RunLog
 
 
@@ -101,6 +102,7 @@ class Saver:
         self._newest = progress["step"] if failure is None else None
         if failure is not None:
             self._log.say(f"warning: step_{progress['step']:08d} could not be saved: {failure}")
+            self._tell_event(progress["step"], failure=failure)
         elif not self._section.background:
             failure = self.finish()
         return failure
@@ -114,20 +116,28 @@ class Saver:
         if self._pending is None:
             return None
         pending, self._pending = self._pending, None
+        step = int(pending.final.name.removeprefix("step_"))
         with self._watchdog.phase("saving", self._timeout):
             started = time.perf_counter()
             size, failure = self._complete(pending)
-        blocked = pending.blocked_seconds + time.perf_counter() - started
+        now = time.perf_counter()
+        seconds, blocked = now - pending.started, pending.blocked_seconds + now - started
+        cost = {"seconds": round(seconds, 3), "blocked_seconds": round(blocked, 3)}
         if failure is not None:
             self._newest = None
             self._log.say(f"warning: {pending.final.name} could not be saved: {failure}")
+            self._tell_event(step, failure=failure, **cost)
         else:
             self._log.say(
-                f"saved {pending.final.name}: {size / 1e6:.1f} MB in "
-                f"{time.perf_counter() - pending.started:.1f} s, of which training waited "
-                f"{blocked:.1f} s"
+                f"saved {pending.final.name}: {size / 1e6:.1f} MB in {seconds:.1f} s, of which "
+                f"training waited {blocked:.1f} s"
             )
+            self._tell_event(step, bytes=size, **cost)
         return failure
+
+    def _tell_event(self, step: int, **values: Any) -> None:
+        if self._owner.holds():
+            append_event(self._parent.parent, "save", kind="shared", step=step, **values)
 
     def last(self, step: int) -> None:
         """Leave a checkpoint of `step`, unless there is one already.
