@@ -42,7 +42,7 @@ MANIFEST = "manifest.json"
 PROGRESS = "progress.json"
 LATEST = "latest"
 _Count = Annotated[int, Field(ge=0, lt=2**63)]
-_NAME = re.compile(r"step_(\d{8})")
+STEP_NAME = re.compile(r"step_(\d{8})")
 _TEMPORARY = ".incomplete"  # swept away
 _REPLACED = ".replaced"  # put back, or swept away once its successor is in place
 _DAMAGED = ".damaged"  # kept for a person to look at
@@ -53,7 +53,7 @@ class _Entry(BaseModel):
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
-class _Manifest(BaseModel):
+class Manifest(BaseModel):
     """What was saved."""
 
     files: dict[str, _Entry]
@@ -136,7 +136,7 @@ def complete_folder(temporary: Path, final: Path, files: Entries) -> None:
 
 def drop_old(parent: Path, keep: int | None, keep_every: int | None) -> None:
     """Remove all but the newest `keep` checkpoints and those of every `keep_every` steps."""
-    complete = sorted(p for p in parent.iterdir() if _NAME.fullmatch(p.name))
+    complete = sorted(p for p in parent.iterdir() if STEP_NAME.fullmatch(p.name))
     for folder in complete[:-keep] if keep is not None else []:
         if keep_every and int(folder.name[-8:]) % keep_every == 0:
             continue
@@ -168,7 +168,9 @@ def complete_checkpoints(parent: Path) -> list[Path]:
     """Folders with a manifest, the newest first; whether their files are whole is not looked at."""
     if not parent.is_dir():
         return []
-    named = [p for p in parent.iterdir() if _NAME.fullmatch(p.name) and (p / MANIFEST).is_file()]
+    named = [
+        p for p in parent.iterdir() if STEP_NAME.fullmatch(p.name) and (p / MANIFEST).is_file()
+    ]
     return sorted(named, key=lambda p: p.name, reverse=True)
 
 
@@ -229,9 +231,9 @@ def verify_checkpoint(folder: Path, share: int = 0, shares: int = 1) -> None:
     read_progress(folder)
 
 
-def _manifest(folder: Path) -> _Manifest:
+def _manifest(folder: Path) -> Manifest:
     try:
-        return read_json_as(folder / MANIFEST, _Manifest)
+        return read_json_as(folder / MANIFEST, Manifest)
     except OSError as error:
         raise UserError(f"{folder}: not a complete checkpoint (no {MANIFEST})") from error
 
