@@ -30,7 +30,13 @@ PLACES = (
     *("run.name", "run.dir", "model.name", "model.pretrained", "data.train", "data.val"),
     *("data.cache_dir", "data.image_column", "data.caption_column", "data.captions"),
     *("data.contrastive_captions", "data.caption_captions"),
-    *("data.filters.fields", "engine.deepspeed", "checkpoint.resume", "eval.zeroshot"),
+    *(
+        "data.filters.fields",
+        "engine.deepspeed",
+        "checkpoint.resume",
+        "checkpoint.local_dir",
+        "eval.zeroshot",
+    ),
     *("eval.classnames", "eval.templates", "log.wandb", "schedule.stages"),
     *("loss.distill.teacher", "loss.distill.config"),
 )

@@ -34,7 +34,7 @@ MANIFEST = "manifest.json"
 PROGRESS = "progress.json"
 LATEST = "latest"
 _Count = Annotated[int, Field(ge=0, lt=2**63)]
-_NAME = re.compile(r"step_(\d{8})")
+STEP_NAME = re.compile(r"step_(\d{8})")
 _TEMPORARY = ".incomplete"  # swept away
 _REPLACED = ".replaced"  # put back, or swept away once its successor is in place
 _DAMAGED = ".damaged"  # kept for a person to look at
@@ -45,7 +45,7 @@ class _Entry(BaseModel):
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
-class _Manifest(BaseModel):
+class Manifest(BaseModel):
     """What was saved."""
 
     files: dict[str, _Entry]
@@ -153,7 +153,7 @@ def surplus(names: Collection[str], keep: int | None, keep_every: int | None) ->
 
 def newest_first(names: Iterable[str]) -> list[str]:
     """Those of `names` that are of checkpoints, in order."""
-    return sorted(filter(_NAME.fullmatch, names), reverse=True)
+    return sorted(filter(STEP_NAME.fullmatch, names), reverse=True)
 
 
 def step_of(name: str) -> int:
@@ -252,12 +252,12 @@ def listed_files(manifest: bytes, origin: str) -> Entries:
     Raises:
         UserError: it is no manifest.
     """
-    return validated(parse_json(manifest, origin), _Manifest, origin).model_dump()["files"]
+    return validated(parse_json(manifest, origin), Manifest, origin).model_dump()["files"]
 
 
-def _manifest(folder: Path) -> _Manifest:
+def _manifest(folder: Path) -> Manifest:
     try:
-        return read_json_as(folder / MANIFEST, _Manifest)
+        return read_json_as(folder / MANIFEST, Manifest)
     except OSError as error:
         raise UserError(f"{folder}: not a complete checkpoint (no {MANIFEST})") from error
 

@@ -32,7 +32,7 @@ class FileWriter:
         self._room_bytes = room_bytes
         self._uncopied = False
         self._waiting: list[tuple[Path, Callable[[Any], Any]]] = []
-        self._pool = ThreadPoolExecutor(1, "checkpoint")
+        self._pool = ThreadPoolExecutor(2, "checkpoint")  # a slow disk holds up no other save
 
     def save(self, state: Any, path: Path) -> None:
         """Copy `state` now; `start` writes it. It must not change in between."""
@@ -86,13 +86,22 @@ def _write_all(
     written: Entries = {}
     while waiting:
         path, write = waiting.pop(0)  # memory goes back file by file
-        if not folder.is_dir():  # swept away by a job that took over: it is not to come back
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
+        require_folder(folder)
         entry = written[str(path.relative_to(folder))] = write_hashed(path, write)
         if second is not None and path.name.endswith(MODEL_STATES):
             other = second / path.name
             written[str(other.relative_to(folder))] = _link(path, other, entry)
     return written
+
+
+def require_folder(folder: Path) -> None:
+    """See that a folder is still there: one swept away by a job that took over is not to come back.
+
+    Raises:
+        FileNotFoundError: it is gone.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
 
 
 def write_hashed(path: Path, write: Callable[[Any], Any]) -> dict[str, Any]:
@@ -141,11 +150,16 @@ def _link(source: Path, path: Path, entry: dict[str, Any]) -> dict[str, Any]:
     try:
         os.link(source, path)
     except OSError:  # a file system without hard links
-        return write_hashed(path, lambda file: _copy(source, file))
+        return write_hashed(path, lambda file: copy_into(file, source))
     return entry
 
 
-def _copy(source: Path, file: IO[bytes]) -> None:
+def copy_into(file: IO[bytes], source: Path) -> None:
+    """Write what is in another file.
+
+    Raises:
+        OSError: that cannot be read.
+    """
     with source.open("rb") as content:
         while piece := content.read(2**24):
             file.write(piece)

@@ -66,8 +66,8 @@ def check(recipe: Recipe, ranks: int, device_bytes: int | None = None) -> Report
         device_bytes: memory per process; found out where None.
     """
     report = Report()
-    if (fault := tracking_fault(recipe)) is not None:
-        report.faults.append(fault)
+    early = (tracking_fault(recipe), local_fault(recipe))
+    report.faults += [fault for fault in early if fault is not None]
     stages = recipes_of(recipe)
     for (_, before), (name, stage) in itertools.pairwise(stages.items()):
         _sizes(before, stage, name, report)
@@ -107,6 +107,14 @@ def tracking_fault(recipe: Recipe) -> str | None:
     """Why `log.wandb` of a recipe cannot be followed here; None if it can."""
     if recipe.log.wandb is not None and find_spec("wandb") is None:
         return "log.wandb needs the package: pip install 'coca-scale[wandb]'"
+    return None
+
+
+def local_fault(recipe: Recipe) -> str | None:
+    """Why `checkpoint.local_dir` of a recipe can be no folder of every node; None if it can."""
+    place = recipe.checkpoint.local_dir
+    if place is not None and not Path(place).is_absolute():
+        return f"checkpoint.local_dir {place} is to be a folder of every node: begin with /"
     return None
 
 

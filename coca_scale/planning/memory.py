@@ -101,7 +101,8 @@ class HostBytes:
         building: the model in fp32 before it is sharded.
         training: what is kept there: all that training takes where it is the device, activations
             and what an optimizer step takes both, as the C library keeps most of what was freed.
-        saving: what a save copies, where there is room; training waits for the disk otherwise.
+        saving: what saves copy, where there is room; training waits for the disk otherwise. A
+            local one and one of the run folder may be under way together.
     """
 
     process: int
@@ -138,4 +139,5 @@ def host_bytes(
     pixels = BATCHES_AHEAD * batch.samples_per_rank * 3 * image_size**2
     window = batch.lanes_per_rank * recipe.data.shuffle_window * SAMPLE_BYTES
     loaders = workers * LOADER_BYTES + pixels + min(window, WINDOW_BYTES / batch.ranks)
+    saving *= 1 if recipe.checkpoint.local_every_steps is None else 2
     return HostBytes(round(PROCESS_BYTES), round(loaders), 4 * parameters, training, saving)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from coca_scale.recipe.section import Minutes, PathText, PositiveInt, Section
 
@@ -29,6 +29,16 @@ class CheckpointSection(Section):
         description="Write while training goes on, from a copy in the host's memory; false, or no "
         "room for a copy, waits for the disk.",
     )
+    local_every_steps: PositiveInt | None = Field(
+        None,
+        description="Steps between saves on the nodes themselves, each of which also has the files "
+        "of another one; a start goes on from the newest. null makes none.",
+    )
+    local_dir: PathText | None = Field(
+        None,
+        description="Folder of every node for those, such as /dev/shm, which is memory; it must "
+        "outlive the processes. null: TMPDIR of the node, or /tmp.",
+    )
     resume: PathText = Field(
         "auto",
         description="auto: newest complete checkpoint of the run folder if there is one; "
@@ -51,3 +61,13 @@ class CheckpointSection(Section):
         if re.match(r"[a-z0-9+.-]+://[^/]*:[^/]*@", url, re.IGNORECASE):
             raise ValueError("no passwords in a recipe; clients take them from the environment")
         return url
+
+    @model_validator(mode="after")
+    def _local_saves_are_in_between(self) -> CheckpointSection:
+        local, shared = self.local_every_steps, self.every_steps
+        if local is not None and shared is not None and local >= shared:
+            raise ValueError(
+                f"local_every_steps {local} is for saves between those of every_steps {shared}; "
+                "it must be below that"
+            )
+        return self

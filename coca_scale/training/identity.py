@@ -81,6 +81,7 @@ KEYS: dict[str, Key] = {
     **_keys("engine", Key.FREE, "silence_timeout_minutes attention_kernel fp8 kept_graphs"),
     **_keys("checkpoint", Key.FREE, "every_steps every_minutes keep keep_every_steps background"),
     **_keys("checkpoint", Key.FREE, "mirror"),
+    **_keys("checkpoint", Key.FREE, "local_every_steps local_dir"),
     **_keys("checkpoint", Key.START, "resume"),
     **_keys("health", Key.FREE, "max_bad_steps rollbacks spike_deviations straggler_factor"),
     **_keys("eval", Key.FREE, "every_steps samples captions scored_captions"),

@@ -12,7 +12,7 @@ from coca_scale.engine.host import memory_bytes
 from coca_scale.engine.world import World
 from coca_scale.errors import UserError, refusal
 from coca_scale.model import CoCa
-from coca_scale.planning.memory import host_bytes, state_bytes
+from coca_scale.planning.memory import StateBytes, host_bytes, state_bytes
 from coca_scale.recipe import BatchSplit, Recipe
 from coca_scale.recipe.run_folder import CHECKPOINTS
 
@@ -72,9 +72,7 @@ def room_for_checkpoints(folder: Path, parameters: int) -> str | None:
 
 def room_in_host(recipe: Recipe, batch: BatchSplit, model: CoCa, world: World) -> str | None:
     """A warning if the ranks of this node will need more memory than it has."""
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    parameters, trained = (sum(n for n, t in sizes if t or not only) for only in (False, True))
-    state = state_bytes(recipe, batch, parameters, trained, world.ranks_per_node)
+    state, parameters = _state_of(recipe, batch, model, world)
     kept = state.offloaded
     kept += state.total + state.updating if world.device.type == "cpu" else 0
     image_size = model.config.vision_cfg.image_size
@@ -86,6 +84,20 @@ def room_in_host(recipe: Recipe, batch: BatchSplit, model: CoCa, world: World) -
         f"warning: the {world.ranks_per_node} ranks of this node need {total / 1e9:.1f} GB of its "
         f"{there / 1e9:.1f} GB of memory, activations not counted; coca-scale plan shows the parts"
     )
+
+
+def bytes_of_a_save(recipe: Recipe, batch: BatchSplit, model: CoCa, world: World) -> int:
+    """About what the ranks of this node write for a checkpoint."""
+    return _state_of(recipe, batch, model, world)[0].saved * world.ranks_per_node
+
+
+def _state_of(
+    recipe: Recipe, batch: BatchSplit, model: CoCa, world: World
+) -> tuple[StateBytes, int]:
+    """What a rank has of a model, and the parameters of that."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    parameters, trained = (sum(n for n, t in sizes if t or not only) for only in (False, True))
+    return state_bytes(recipe, batch, parameters, trained, world.ranks_per_node), parameters
 
 
 def _look_at_shared_memory(needed: int) -> None:

@@ -6,8 +6,6 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,22 +15,13 @@ from coca_scale.engine.ownership import Owner
 from coca_scale.engine.train_engine import TrainEngine
 from coca_scale.engine.watchdog import NoWatchdog, Watchdog
 from coca_scale.engine.writing import Entries
-from coca_scale.errors import AgreedError, UserError, refusal
+from coca_scale.errors import AgreedError
 from coca_scale.recipe.checkpoint_section import CheckpointSection
 from coca_scale.training.events import append_event
+from coca_scale.training.local_saves import LocalSaves
 from coca_scale.training.log import RunLog
 from coca_scale.training.mirror import Mirror, NoMirror
-
-
-@dataclass
-class _Pending:
-    """A save under way: where it will be, where it is, when it is written, what it has cost."""
-
-    final: Path
-    temporary: Path
-    files: Future[Entries]
-    started: float
-    blocked_seconds: float
+from coca_scale.training.pending import Pending
 
 
 class Saver:
@@ -40,6 +29,9 @@ class Saver:
 
     A save that fails, as on a full disk, is a warning: the run goes on and older checkpoints stay.
     Only the one a run ends with must succeed.
+
+    Attributes:
+        local: saves on the nodes, in between; a checkpoint here supersedes those up to it.
     """
 
     def __init__(
@@ -53,6 +45,7 @@ class Saver:
         watchdog: Watchdog | NoWatchdog,
         timeout_seconds: float,
         mirror: Mirror | NoMirror,
+        local: LocalSaves,
     ) -> None:
         """Save into `parent`.
 
@@ -66,6 +59,7 @@ class Saver:
             watchdog: limits the time of every save.
             timeout_seconds: the limit.
             mirror: is offered every checkpoint.
+            local: as above.
         """
         self._engine = engine
         self._parent = parent
@@ -76,7 +70,8 @@ class Saver:
         self._watchdog = watchdog
         self._timeout = timeout_seconds
         self._mirror = mirror
-        self._pending: _Pending | None = None
+        self.local = local
+        self._pending: Pending | None = None
         self._newest: int | None = None
 
     @property
@@ -120,7 +115,6 @@ class Saver:
         if self._pending is None:
             return None
         pending, self._pending = self._pending, None
-        step = int(pending.final.name.removeprefix("step_"))
         with self._watchdog.phase("saving", self._timeout):
             started = time.perf_counter()
             size, failure = self._complete(pending)
@@ -130,13 +124,14 @@ class Saver:
         if failure is not None:
             self._newest = None
             self._log.say(f"warning: {pending.final.name} could not be saved: {failure}")
-            self._tell_event(step, failure=failure, **cost)
+            self._tell_event(pending.step, failure=failure, **cost)
         else:
             self._log.say(
                 f"saved {pending.final.name}: {size / 1e6:.1f} MB in {seconds:.1f} s, of which "
                 f"training waited {blocked:.1f} s"
             )
-            self._tell_event(step, bytes=size, **cost)
+            self._tell_event(pending.step, bytes=size, **cost)
+            self.local.superseded(pending.step)
         return failure
 
     def _tell_event(self, step: int, **values: Any) -> None:
@@ -171,16 +166,15 @@ class Saver:
             self._engine.add_file(temporary / PROGRESS, json.dumps(progress).encode())
         files = self._engine.save_state(temporary)
         blocked = time.perf_counter() - started
-        self._pending = _Pending(final, temporary, files, started, blocked)
+        self._pending = Pending(final, temporary, files, started, blocked)
         return None
 
-    def _complete(self, pending: _Pending) -> tuple[int, str | None]:
+    def _complete(self, pending: Pending) -> tuple[int, str | None]:
         """Make the pending save a checkpoint if all of it is on the disk: its bytes, or why not."""
         world = self._engine.world
         world.on_first(self._owner.require)
         try:
-            mine = world.agree(lambda: _written(pending, world.rank))
-            files = {name: entry for part in world.gather(mine) for name, entry in part.items()}
+            mine, files = pending.files_of(world)
             world.on_first(lambda: self._into_place(pending, files))
         except AgreedError as error:
             world.on_first(self._owner.require)  # a run that was taken over ends: no failed save
@@ -190,16 +184,8 @@ class Saver:
         self._mirror.offer(pending.final, mine)
         return sum(entry["bytes"] for entry in files.values()), None
 
-    def _into_place(self, pending: _Pending, files: Entries) -> None:
+    def _into_place(self, pending: Pending, files: Entries) -> None:
         self._owner.require()  # writing may have taken long
         complete_folder(pending.temporary, pending.final, files)
         keep, keep_every = self._section.keep, self._section.keep_every_steps
         drop_old(self._parent, keep, keep_every, self._mirror.spared)
-
-
-def _written(pending: _Pending, rank: int) -> Entries:
-    """This rank's files, once they are on the disk."""
-    try:
-        return pending.files.result()
-    except OSError as error:
-        raise UserError(f"rank {rank}: {refusal(error)}") from error

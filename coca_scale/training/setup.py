@@ -43,7 +43,7 @@ from coca_scale.errors import AgreedError, UserError
 from coca_scale.evaluation.zeroshot import open_labelled
 from coca_scale.model import ModelConfig
 from coca_scale.model.weights import require_resizable
-from coca_scale.planning.check import caption_fault, tracking_fault
+from coca_scale.planning.check import caption_fault, local_fault, tracking_fault
 from coca_scale.planning.costs import blocks_to_recompute, model_flops
 from coca_scale.planning.fit import fitted, teacher_is_cut
 from coca_scale.planning.gpus import GPUS, Gpu, peak_flops
@@ -56,9 +56,15 @@ from coca_scale.recipe.stages import Stage, faults_of, stage_at, stages_of
 from coca_scale.recipe.whole_files import write_whole
 from coca_scale.training.identity import Identity, compare, identify
 from coca_scale.training.initial import Initial, find_start, initial_model, trained_sizes
+from coca_scale.training.local_saves import rescue_local
 from coca_scale.training.mirror import Mirror, NoMirror
 from coca_scale.training.positions import Positions, Skip
-from coca_scale.training.preflight import preflight, room_for_checkpoints, room_in_host
+from coca_scale.training.preflight import (
+    bytes_of_a_save,
+    preflight,
+    room_for_checkpoints,
+    room_in_host,
+)
 from coca_scale.training.teaching import Teaching, find_teaching
 from coca_scale.training.validation import Validation
 from coca_scale.version import __version__
@@ -133,8 +139,9 @@ class Preparation:
         """Raises UserError for whatever of the stages can be seen to be wrong without data."""
         if recipe.engine.precision == "fp16" and world.device.type == "cpu":
             raise UserError("engine.precision=fp16 needs a GPU; use fp32 or bf16 here")
-        if (fault := tracking_fault(recipe)) is not None:
-            raise UserError(fault)
+        for fault in (tracking_fault(recipe), local_fault(recipe)):
+            if fault is not None:
+                raise UserError(fault)
         self.run = recipe
         self._world, self._teaching = world, teaching
         self._opened: dict[str, Source] = {}
@@ -239,6 +246,8 @@ class Setup:
         identity: what the run is, for its checkpoints.
         samples_at_peak: samples per second if this device computed all the time; None for one not
             known, and on ranks other than 0.
+        local_folder: of this node, for local saves of the run; None without.
+        node_bytes: about what the ranks of this node write for a checkpoint.
         notes: what a user should know.
     """
 
@@ -254,6 +263,8 @@ class Setup:
     engine: TrainEngine
     identity: Identity
     samples_at_peak: float | None
+    local_folder: Path | None
+    node_bytes: int
     notes: list[str]
 
 
@@ -275,6 +286,7 @@ def set_up(
     teaching = world.agree(lambda: find_teaching(recipe.loss.distill), first_alone=True)
     preparation = world.agree(lambda: Preparation(recipe, world, teaching))
     folder, notes, mirror = recipe.run.folder, list[str](), mirror or NoMirror()
+    local_folder = rescue_local(recipe, world, notes)
     reached = world.on_first(lambda: _reached(recipe, mirror))
     coming = world.agree(lambda: preparation.after(reached))
     sources = list(dict.fromkeys(source for stage in coming for source in stage.sources))
@@ -309,6 +321,7 @@ def set_up(
     crowded = room_in_host(prepared.recipe, split, initial.coca, world)
     notes += [note for note in (room, crowded) if note is not None]
     samples_at_peak = _samples_at_peak(prepared, world)
+    node_bytes = bytes_of_a_save(prepared.recipe, split, initial.coca, world)
     engine = _engine(prepared, initial, world, notes)
     return Setup(
         preparation,
@@ -323,6 +336,8 @@ def set_up(
         engine,
         identity,
         samples_at_peak,
+        local_folder,
+        node_bytes,
         notes,
     )
 

@@ -28,6 +28,7 @@ from coca_scale.recipe.run_folder import CHECKPOINTS, EXPORT, PROFILE
 from coca_scale.training.bad_steps import BadSteps, Rollback
 from coca_scale.training.events import Event, append_event, job_of_slurm, last_logged, now
 from coca_scale.training.garbage_collection import GarbageCollection
+from coca_scale.training.local_saves import LocalSaves
 from coca_scale.training.log import RunLog, peak_memory_bytes
 from coca_scale.training.meter import Meter
 from coca_scale.training.mirror import Mirror, NoMirror
@@ -139,16 +140,19 @@ class Trainer:
             for note in self.setup.notes:
                 log.say(note)
             self._tell_event("start", **job_of_slurm(), **self._beginning())
-            saver = self._make_saver(log)
             if self.step < self.stage.last or self.setup.resumed is None:
+                saver = self._make_saver(log)
                 try:
                     asked = self._train(log, saver, requests)
                 except (AgreedError, Rollback) as reason:
                     saver.finish()  # all ranks are here, and what was begun is worth having
+                    # a run that goes back does so behind its local saves
+                    saver.local.end(remove=isinstance(reason, Rollback))
                     if isinstance(reason, AgreedError):
                         self.mirror.wait()
                     raise
                 saver.last(self.step)
+                saver.local.end(remove=True)
                 if asked.leave or asked.stop:
                     self._leave(log, asked)
                     return REQUEUE if asked.leave else 0
@@ -198,6 +202,9 @@ class Trainer:
                 garbage.after_step(self.step)
                 if saver.due(self.step) and self.step < steps:
                     self._save(meter, log, saver, requests)
+                elif saver.local.due(self.step) and self.step < steps:
+                    self._look(meter, log)
+                    saver.local.save()
                 every = recipe.eval.every_steps
                 if (every is not None and self.step % every == 0) or self.step == steps:
                     self._look(meter, log)
@@ -276,10 +283,10 @@ class Trainer:
         here = self.skips.add(batch.share.skipped) if batch is not None else (0, 0)
         mine = requests.poll()
         asks = (error is not None, mine.leave, mine.stop, mine.save)
-        flags = (*asks, saver.written_here, self.mirror.poll())
+        done = (saver.written_here, saver.local.written_here, self.mirror.poll())
         with meter.waiting_for_others():
-            sums = self.world.sum(*here, *(float(flag) for flag in flags))
-        bad, filtered, failures, leave, stop, save, written, copied = sums
+            sums = self.world.sum(*here, *(float(flag) for flag in (*asks, *done)))
+        bad, filtered, failures, leave, stop, save, written, written_locally, copied = sums
         if failures:
             self.world.fail_together(error)
         asked = Asked(leave=leave > 0, stop=stop > 0, save=save > 0)
@@ -293,6 +300,8 @@ class Trainer:
             self.mirror.finish()
         if written == self.world.size:
             saver.finish()
+        if written_locally == self.world.size:
+            saver.local.finish()
         return batch, asked
 
     def _tell_event(self, event: Event, **values: Any) -> None:
@@ -384,11 +393,13 @@ class Trainer:
         return {k: v if _writable(v) else None for k, v in values.items()}
 
     def _make_saver(self, log: RunLog) -> Saver:
-        section, parent = self.recipe.checkpoint, self.folder / CHECKPOINTS
-        limits = (self.watchdog, self._slow_seconds)
-        return Saver(
-            self.engine, parent, section, self._progress, log, self.owner, *limits, self.mirror
-        )
+        """A collective."""
+        section = self.recipe.checkpoint
+        about = (self._progress, log, self.owner, self.watchdog, self._slow_seconds)
+        local = LocalSaves(self.engine, self.setup.local_folder, self.recipe, *about)
+        local.begin(self.setup.node_bytes)
+        parent = self.folder / CHECKPOINTS
+        return Saver(self.engine, parent, section, *about, self.mirror, local)
 
     def _progress(self) -> dict[str, Any]:
         """What a checkpoint keeps of the loop. A collective."""

@@ -6,6 +6,7 @@ import random
 import shutil
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,39 @@ def test_a_full_disk_ends_a_run_where_it_begins_and_ends(free, named, small_disk
     filler.unlink()
     again = start(small_disk / "run", tmp_path / "log2", "train.steps=1")
     assert again.wait() == 0, again.output[-3000:]
+
+
+def wait_for(told, job):
+    deadline = time.monotonic() + 300
+    while told not in job.output:
+        assert time.monotonic() < deadline and job.alive, job.output[-3000:]
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+def test_a_full_disk_of_a_node_costs_a_run_its_local_saves_alone(small_disk, tmp_path):
+    filler = small_disk / "other files"
+    filler.write_bytes(bytes(40_000_000))
+    keys = ("train.steps=100000", "checkpoint.every_steps=null", "checkpoint.local_every_steps=1")
+    keys += (f"checkpoint.local_dir={small_disk}",)
+    refused = start(tmp_path / "run", tmp_path / "log", *keys)
+    assert refused.wait() == 1
+    (line,) = ours(refused.output)
+    assert "has 0.04 GB free, and two local saves take 0.06 GB there; make room" in line
+    filler.unlink()
+    job = start(tmp_path / "run", tmp_path / "log2", *keys)
+    wait_for(" on the nodes: 28.6 MB in ", job)
+    with suppress(OSError), filler.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(2**20))
+    wait_for("could not be saved on the nodes: ", job)
+    (tmp_path / "run" / "STOP").touch()
+    assert job.wait() == 0, job.output[-3000:]
+    (line,) = [line for line in job.output.splitlines() if "could not be saved on" in line]
+    assert "No space left on device" in line
+    assert "they outlive a rank, not the node" in job.output
+    assert len(complete_checkpoints(tmp_path / "run" / "checkpoints")) == 1
+    assert list(small_disk.iterdir()) == [filler]
 
 
 def ours(output):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
@@ -74,6 +76,21 @@ def test_what_there_is_no_room_to_copy_is_written_before_training_goes_on(room, 
     assert writing.result()["state.pt"]["bytes"] < 3 * large.nbytes
     saved = torch.load(tmp_path / "state.pt")
     assert all(saved[name].eq(0).all() for name in ("large", "small", "view"))
+
+
+def test_a_save_that_waits_for_its_disk_holds_up_no_other(tmp_path):
+    slow, fast = tmp_path / "shared", tmp_path / "node"
+    arrived = threading.Event()
+    writer = FileWriter(lambda: 0)
+    for folder in (slow, fast):
+        folder.mkdir()
+    writer.add(slow / "file", lambda file: arrived.wait(60) and file.write(b"slow"))
+    waiting = writer.start(slow)
+    writer.add(fast / "file", lambda file: file.write(b"fast"))
+    assert writer.start(fast).result(60)["file"]["bytes"] == 4
+    assert not waiting.done()
+    arrived.set()
+    assert waiting.result(60)["file"]["bytes"] == 4
 
 
 def test_memory_of_a_job_is_what_its_control_groups_leave(tmp_path):

@@ -121,6 +121,13 @@ def test_stage_0_needs_fp32():
         tiny_recipe(engine__zero_stage=0, engine__precision="bf16")
 
 
+def test_local_saves_are_between_the_others():
+    assert tiny_recipe(checkpoint__local_every_steps=999).checkpoint.local_dir is None
+    assert tiny_recipe(checkpoint__local_every_steps=5000, checkpoint__every_steps=None)
+    with pytest.raises(RecipeError, match="local_every_steps 1000 is for saves between"):
+        tiny_recipe(checkpoint__local_every_steps=1000)
+
+
 @pytest.mark.parametrize("name", ["wandb", "tensorboard", "csv_monitor", "comet"])
 def test_deepspeed_tells_nobody_of_a_run(name):
     with pytest.raises(RecipeError, match=f"deepspeed.{name} .* log.wandb do that"):
