@@ -336,8 +336,11 @@ def _listed(ranks: list[int]) -> str:
 
 
 def expected_hosts(size: int) -> list[str] | None:
-    """Where SLURM starts each rank; None elsewhere."""
-    nodes, tasks = os.environ.get("SLURM_JOB_NODELIST"), os.environ.get("SLURM_TASKS_PER_NODE")
+    """Where SLURM starts each rank; None elsewhere.
+
+    The step says so: its job may have more nodes, as spares.
+    """
+    nodes, tasks = (os.environ.get(f"SLURM_STEP_{n}") for n in ("NODELIST", "TASKS_PER_NODE"))
     if nodes is None or tasks is None:
         return None
     try:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
+from coca_scale.recipe.lock import start_of_job
 from coca_scale.recipe.run_folder import EVENTS
 from coca_scale.training.appending import append
 
@@ -33,9 +35,40 @@ def append_event(folder: Path, event: Event, **values: Any) -> None:
     append(folder / EVENTS, json.dumps(line) + "\n")
 
 
-def job_of_slurm() -> dict[str, Any]:
-    """Which start of which job this is; nothing outside SLURM."""
+def start_of_slurm() -> dict[str, Any]:
+    """Which start of which job this is; nothing outside SLURM.
+
+    A start is counted by SLURM's requeues, and by those in the same allocation since the last.
+    """
     job = os.environ.get("SLURM_JOB_ID")
     if job is None:
         return {}
-    return {"job": job, "restart": int(os.environ.get("SLURM_RESTART_COUNT", "0"))}
+    restart, launch = start_of_job()
+    return {"job": job, "restart": restart, "launch": launch}
+
+
+def job_of_slurm() -> dict[str, Any]:
+    """Which start of which job this is, and why `slurm/launch.sh` made it if it came after one."""
+    why = os.environ.get("COCA_SCALE_WHY")
+    return start_of_slurm() | ({"why": why} if why else {})
+
+
+def append_failure(folder: Path, hosts: Sequence[str], at_fault: Sequence[int], told: str) -> None:
+    """Add what the watchdog told; a node is named if it alone is at fault.
+
+    Args:
+        folder: of the run.
+        hosts: of all ranks.
+        at_fault: ranks, as far as they are known.
+        told: the message, perhaps with a traceback.
+    """
+    nodes = {hosts[rank] for rank in at_fault}
+    first, *rest = told.splitlines()
+    append_event(
+        folder,
+        "failure",
+        **start_of_slurm(),
+        rank=at_fault[0] if len(at_fault) == 1 else None,
+        host=nodes.pop() if len(nodes) == 1 else None,
+        what=f"{first} {rest[-1]}" if rest and first.endswith(":") else first,
+    )

@@ -33,6 +33,7 @@ from coca_scale.recipe.lock import run_claim
 from coca_scale.recipe.stages import faults_of, recipes_of
 from coca_scale.recipe.text import tell
 from coca_scale.training.bad_steps import Rollback
+from coca_scale.training.events import append_failure
 from coca_scale.training.positions import Skip
 from coca_scale.training.requests import Signals
 from coca_scale.training.trainer import Trainer
@@ -58,7 +59,13 @@ def train(recipe: Recipe, signals: Signals) -> int:
         if planned_rank() == 0 or str(error).startswith("rank "):
             tell(f"coca-scale: {error}")
         return CRASHED
-    watchdog = Watchdog(world, recipe.run.folder, recipe.engine.silence_timeout_minutes * 60)
+    folder = recipe.run.folder
+    watchdog = Watchdog(
+        world,
+        folder,
+        recipe.engine.silence_timeout_minutes * 60,
+        lambda at_fault, told: append_failure(folder, world.hosts, at_fault, told),
+    )
     try:
         code = _train_stages(recipe, world, watchdog, signals)
     except AgreedError as error:
