@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
@@ -53,22 +53,21 @@ def job_of_slurm() -> dict[str, Any]:
     return start_of_slurm() | ({"why": why} if why else {})
 
 
-def append_failure(folder: Path, hosts: Sequence[str], at_fault: Sequence[int], told: str) -> None:
-    """Add what the watchdog told; a node is named if it alone is at fault.
+def append_failure(folder: Path, at_fault: Mapping[int, str | None], told: str) -> None:
+    """Add what has ended the ranks; a node is named if it alone is at fault.
 
     Args:
         folder: of the run.
-        hosts: of all ranks.
-        at_fault: ranks, as far as they are known.
+        at_fault: nodes of the ranks at fault, as far as they are known.
         told: the message, perhaps with a traceback.
     """
-    nodes = {hosts[rank] for rank in at_fault}
+    ranks, nodes = [*at_fault], {*at_fault.values()}
     first, *rest = told.splitlines()
     append_event(
         folder,
         "failure",
         **start_of_slurm(),
-        rank=at_fault[0] if len(at_fault) == 1 else None,
+        rank=ranks[0] if len(ranks) == 1 else None,
         host=nodes.pop() if len(nodes) == 1 else None,
         what=f"{first} {rest[-1]}" if rest and first.endswith(":") else first,
     )

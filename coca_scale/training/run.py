@@ -53,18 +53,20 @@ def train(recipe: Recipe, signals: Signals) -> int:
         together; REQUEUE if the job should be started again. An error that is neither the recipe's
         nor the data's ends this process here, with its traceback if it was the first on any rank.
     """
+    folder = recipe.run.folder
     try:
         world = start_world(recipe.engine.start_timeout_minutes * 60)
     except LaunchError as error:
         if planned_rank() == 0 or str(error).startswith("rank "):
             tell(f"coca-scale: {error}")
+        if planned_rank() == 0:
+            append_failure(folder, error.at_fault, str(error))
         return CRASHED
-    folder = recipe.run.folder
     watchdog = Watchdog(
         world,
         folder,
         recipe.engine.silence_timeout_minutes * 60,
-        lambda at_fault, told: append_failure(folder, world.hosts, at_fault, told),
+        lambda ranks, told: append_failure(folder, {r: world.hosts[r] for r in ranks}, told),
     )
     try:
         code = _train_stages(recipe, world, watchdog, signals)

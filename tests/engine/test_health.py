@@ -151,7 +151,7 @@ from coca_scale.engine.watchdog import Watchdog
 from coca_scale.training.events import append_failure
 world = start_world(60)
 folder = Path(sys.argv[1])
-tell = lambda at_fault, told: append_failure(folder, world.hosts, at_fault, told)
+tell = lambda ranks, told: append_failure(folder, {r: world.hosts[r] for r in ranks}, told)
 watchdog = Watchdog(world, folder, float(sys.argv[4]), tell)
 print("ready", flush=True)
 try:
@@ -288,12 +288,11 @@ def test_who_is_at_fault_for_a_hang(whereabouts, odd):
 def test_a_failure_names_a_node_if_it_is_one(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("COCA_SCALE_LAUNCH", "2")
-    hosts = ["n1", "n1", "n2", "n2"]
-    for at_fault in ([2], [2, 3], [1, 2], []):
-        append_failure(tmp_path, hosts, at_fault, "gone")
+    for at_fault in ({2: "n2"}, {2: "n2", 3: "n2"}, {1: "n1", 2: "n2"}, {}, {7: None}):
+        append_failure(tmp_path, at_fault, "gone")
     found = lines_of(tmp_path / "events.jsonl")
     named = [(event["rank"], event["host"]) for event in found]
-    assert named == [(2, "n2"), (None, "n2"), (None, None), (None, None)]
+    assert named == [(2, "n2"), (None, "n2"), (None, None), (None, None), (7, None)]
     assert {(event["job"], event["restart"], event["launch"]) for event in found} == {("7", 0, 2)}
 
 
@@ -311,6 +310,7 @@ def missing_rank(rank, ranks):
         roll_call(store, rank, 3, torch.device("cpu"), 4.0)
     except LaunchError as error:
         text = str(error)
+        assert error.at_fault == {2: None}
     if rank == 0:  # it holds the store, so it leaves last
         store.wait(["told/1"])
     else:
