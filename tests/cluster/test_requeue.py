@@ -13,7 +13,7 @@ from tests.cluster.runs import SCRIPT, settings
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 
 STANDIN = """#!/usr/bin/env bash
-if [ "$1" = -c ]; then exec {python} "$@"; fi
+if [ "$1" = -m ]; then exec {python} "$@"; fi
 trap 'echo got USR1; exit 75' USR1
 trap 'echo got TERM; exit 75' TERM
 echo begun
