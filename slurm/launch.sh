@@ -11,7 +11,7 @@
 #   MAX_RESTARTS       restarts in a row that saved nothing new before the job gives up; default: 5
 #   SPARE_NODES        nodes of the job that take the place of others; default: 0
 #   ELASTIC            1: goes on with fewer nodes, where the recipe's batch divides over them
-#   NODE_CHECK_SECONDS for the check of a node before a start; default: 120
+#   NODE_CHECK_SECONDS for the check of a node before a start; default: 180
 
 set -uo pipefail  # no -e: exit codes are what this file is about
 

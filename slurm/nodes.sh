@@ -36,7 +36,7 @@ states() {
 
 # check FOLDER RANKS NODE...: ask all nodes at once whether they can take so many ranks
 check() {
-  local folder=$1 ranks=$2 limit=${NODE_CHECK_SECONDS:-120} node
+  local folder=$1 ranks=$2 limit=${NODE_CHECK_SECONDS:-180} node
   local -A pids=()
   shift 2
   ANSWERS=()
@@ -51,7 +51,7 @@ check() {
     ! wait "${pids[$node]}" || PASSED+=("$node")
     ANSWERS[$node]=$(sed -n 's/^\([0-9]*: \)\?node: //p' "$LOGS/check.$node" | tail -n 1)
     : "${ANSWERS[$node]:=$(tail -n 1 "$LOGS/check.$node")}"
-    : "${ANSWERS[$node]:=no answer within $limit s}"
+    : "${ANSWERS[$node]:=no answer within $limit s (NODE_CHECK_SECONDS)}"
   done
 }
 

@@ -30,4 +30,4 @@ export SBATCH_PARTITION=${SBATCH_PARTITION:-gpu}
 # export LOG_DIR=/projects/coca/logs
 # export MAX_RESTARTS=5
 # export ELASTIC=1
-# export NODE_CHECK_SECONDS=120
+# export NODE_CHECK_SECONDS=180

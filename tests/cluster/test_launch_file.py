@@ -47,6 +47,7 @@ esac
 case "$1 $2" in
   "-m coca_scale.planning.nodes") exec "$REAL_PYTHON" "$@" ;;
   "-m coca_scale.doctor.node")
+    [ ! -e $STATE/hung.$SLURMD_NODENAME ] || /bin/sleep 100
     [ ! -e $STATE/sick.$SLURMD_NODENAME ] || { echo "node: GPU 3 is broken"; exit 1; }
     echo "node: $(cat $STATE/device.$SLURMD_NODENAME 2>/dev/null || echo CPU)"; exit ;;
 esac
@@ -205,6 +206,7 @@ def with_spare(job, count=3, **env):
     ("state", "reason"),
     [
         ({"sick__n2": ""}, "GPU 3 is broken"),
+        ({"hung__n2": ""}, "no answer within 4 s"),
         ({"state__n2": "MIXED+DRAIN"}, "SLURM drains it"),
         ({"state__n2": "DOWN+NOT_RESPONDING"}, "SLURM has it as DOWN+NOT_RESPONDING"),
         ({"device__n2": "8 × H100"}, "8 × H100, and other nodes CPU"),
@@ -212,7 +214,7 @@ def with_spare(job, count=3, **env):
 )
 def test_a_spare_node_takes_the_place_of_one_that_is_not_well(job, state, reason):
     job.set(code="137\n0", **state)
-    done = job.run(**with_spare(job, SPARE_NODES="1"))
+    done = job.run(**with_spare(job, SPARE_NODES="1", NODE_CHECK_SECONDS="4"))
     assert done.returncode == 0, done.stderr
     assert job.steps == ["n1,n3"] * 2
     assert f"node n2 is left out: {reason}" in done.stderr

@@ -33,7 +33,8 @@ def start(cluster, tmp_path):
         log = tmp_path / f"{name}.out"
         sizes = ["--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=1", "--mem=100", "--time=30"]
         env = {**settings(tmp_path), "PYTHON": str(python)}
-        job = cluster.submit(*sizes, f"--output={log}", *options, SCRIPT, **env)
+        batch = "train.micro_batch=16"  # divides over four ranks
+        job = cluster.submit(*sizes, f"--output={log}", *options, SCRIPT, batch, **env)
         cluster.wait(lambda: log.exists() and log.read_text().count("begun") == 4, 30, name, log)
         return job
 
