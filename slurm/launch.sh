@@ -9,6 +9,9 @@
 #   SRUN_ARGS          further options of srun, for example --mpi=none
 #   LOG_DIR            folder of the logs per node; default: logs
 #   MAX_RESTARTS       restarts in a row that saved nothing new before the job gives up; default: 5
+#   SPARE_NODES        nodes of the job that take the place of others; default: 0
+#   ELASTIC            1: goes on with fewer nodes, where the recipe's batch divides over them
+#   NODE_CHECK_SECONDS for the check of a node before a start; default: 180
 
 set -uo pipefail  # no -e: exit codes are what this file is about
 
@@ -29,12 +32,15 @@ elif [ -n "${SITE:-}" ]; then
   exit 2
 fi
 
+# shellcheck source=slurm/nodes.sh
+. slurm/nodes.sh || exit 2
+
 LOGS=${LOG_DIR:-logs}/$SLURM_JOB_NAME-$SLURM_JOB_ID
-EXIT_FILE=$LOGS/exit.${SLURM_RESTART_COUNT:-0}  # code of the first rank that failed
 mkdir -p "$LOGS" || exit 2
 
 read -ra srun_args <<<"${SRUN_ARGS:-}"
-SRUN=(srun --wait=60 --kill-on-bad-exit=1 ${srun_args[@]+"${srun_args[@]}"})
+BARE_SRUN=(srun ${srun_args[@]+"${srun_args[@]}"})
+SRUN=("${BARE_SRUN[@]}" --wait=60 --kill-on-bad-exit=1)
 INSIDE=()
 if [ -z "${CONTAINER:-}" ]; then
   PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
@@ -53,11 +59,6 @@ else
   esac
 fi
 
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-# another port after a restart: a rank of the last one may still hold it; all are below the
-# ephemeral ports
-MASTER_PORT=$((20000 + (SLURM_JOB_ID + 7919 * ${SLURM_RESTART_COUNT:-0}) % 12000))
-export MASTER_ADDR MASTER_PORT
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PYTHONUNBUFFERED=1
 # since SLURM 22.05 srun does not inherit this, and would give every task one core
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
@@ -73,18 +74,33 @@ as_rank() {
     | (trap '' USR1 TERM && exec tee -a "$logs/$SLURMD_NODENAME.log")
   code=${PIPESTATUS[0]}
   # the first one: srun kills the others as soon as one is gone, and returns the highest code
-  [ "$code" = 0 ] || (set -o noclobber && echo "$code" >"$exit_file") 2>/dev/null
+  [ "$code" = 0 ] || (set -o noclobber && echo "$code $SLURMD_NODENAME" >"$exit_file") 2>/dev/null
   exit "$code"
 }
 
-# on_all_ranks COMMAND...: one task per GPU; the code of the first rank that failed
+# on_all_ranks RANKS START WHY COMMAND...: so many tasks on each of NODES, one per GPU. START is
+# RESTART.LAUNCH: of SLURM, and since then in place. CODE becomes that of the first rank that
+# failed, and FIRST_NODE its node.
 on_all_ranks() {
-  local code
-  "${SRUN[@]}" bash -c "$(declare -f as_rank); as_rank \"\$@\"" rank "$LOGS" "$EXIT_FILE" \
+  local ranks=$1 start=$2 why=$3 saver=''
+  local exit_file=$LOGS/exit.$start
+  shift 3
+  export MASTER_ADDR=${NODES[0]}
+  # another port at every start: a rank of the last one may still hold it; all are below the
+  # ephemeral ports
+  export MASTER_PORT=$((20000 + (SLURM_JOB_ID + 7919 * ${start%.*} + 104729 * ${start#*.}) % 12000))
+  if [ ${#SPARES[@]} -gt 0 ]; then
+    leave_drained &
+    saver=$!
+  fi
+  COCA_SCALE_LAUNCH=${start#*.} COCA_SCALE_WHY=$why "${SRUN[@]}" --overlap \
+    --nodes="${#NODES[@]}" --ntasks="$((ranks * ${#NODES[@]}))" --ntasks-per-node="$ranks" \
+    --nodelist="$(joined "${NODES[@]}")" \
+    bash -c "$(declare -f as_rank); as_rank \"\$@\"" rank "$LOGS" "$exit_file" \
     ${INSIDE[@]+"${INSIDE[@]}"} "$@"
-  code=$?
-  [ ! -s "$EXIT_FILE" ] || code=$(cat "$EXIT_FILE")
-  return "$code"
+  CODE=$? FIRST_NODE=''
+  [ -z "$saver" ] || kill "$saver" 2>/dev/null
+  [ ! -s "$exit_file" ] || read -r CODE FIRST_NODE <"$exit_file"
 }
 
 # alone COMMAND...: a single task on the first node
@@ -95,23 +111,26 @@ alone() {
 # latest FOLDER: name of the newest complete checkpoint of a run folder, if any
 latest() { cat -- "$1/checkpoints/latest" 2>/dev/null; }
 
-# come_back REASON CODE: put the job into the queue again, which ends this script
+# lasts: whether this allocation is good for another start
+lasts() {
+  local line end
+  line=$(job_line)
+  end=$(date -d "$(field EndTime <<<"$line")" +%s 2>/dev/null) || end=$((2 ** 40))  # has no limit
+  [ -z "$ENDING" ] && [[ $line = *\ JobState=RUNNING\ * ]] && [ "$end" -gt $(($(date +%s) + 600)) ]
+}
+
+# come_back: put the job into the queue again, which ends this script
 come_back() {
-  local job='' state
-  for _ in {1..12}; do  # a controller may be busy, and a signal to the job ends scontrol as well
-    job=$(scontrol show job --oneliner "$SLURM_JOB_ID")
-    [ -z "$job" ] || break
-    sleep 5
-  done
-  state=$(grep -o 'JobState=[A-Z_]* Reason=[A-Za-z]*' <<<"$job")
+  local state
+  state=$(job_line | grep -o 'JobState=[A-Z_]* Reason=[A-Za-z]*')
   case $state in
     *=RUNNING\ * | *\ Reason=TimeLimit) ;;
     *)  # cancelled by someone, or SLURM requeues it itself
-      say "$1; SLURM has the job as ${state:-unknown}, and it is left at that"
-      exit "$2"
+      say "$REASON; SLURM has the job as ${state:-unknown}, and it is left at that"
+      exit "$CODE"
       ;;
   esac
-  say "$1; job $SLURM_JOB_ID goes back into the queue and on from the newest checkpoint"
+  say "$REASON; job $SLURM_JOB_ID goes back into the queue and on from the newest checkpoint"
   trap - TERM
   if scontrol requeue "$SLURM_JOB_ID"; then
     sleep 300  # SLURM ends this script
@@ -119,44 +138,86 @@ come_back() {
     say "SLURM did not requeue the job; submitted again by hand it goes on as well: sbatch" \
       "$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=//p')"
   fi
-  exit "$2"
+  exit "$CODE"
+}
+
+# train_once FOLDER RANKS START COMMAND...: on the nodes that are chosen. CODE becomes that of the
+# ranks, REASON why they ended, IN_PLACE empty if they should not start again in this allocation.
+train_once() {
+  local folder=$1 ranks=$2 start=$3 node
+  shift 3
+  post_guard
+  rm -f "$LOGS/moved"
+  say "start $start of job $SLURM_JOB_ID on $(joined "${NODES[@]}")," \
+    "$((ranks * ${#NODES[@]})) ranks; logs per node in $LOGS"
+  on_all_ranks "$ranks" "$start" "$(cat "$LOGS/why" 2>/dev/null)" "$@"
+  case $CODE in
+    0) exit 0 ;;
+    1 | 2)
+      say "ended with code $CODE, a fault that a restart does not mend; its reason is above"
+      exit "$CODE"
+      ;;
+    75)
+      REASON="was told to stop, and saved"
+      IN_PLACE=$(cat "$LOGS/moved" 2>/dev/null)
+      [ -z "$IN_PLACE" ] || REASON="left $IN_PLACE, which SLURM drains"
+      ;;
+    *)
+      node=$(lost_node)
+      if [ -n "$node" ]; then
+        REASON="node $node was lost"
+      else
+        node=$(culprit "$folder" "$start" "$CODE" "$FIRST_NODE")
+        [ -z "$node" ] || BLAMES[$node]=$((${BLAMES[$node]:-0} + 1))
+        REASON="a rank died (exit code $CODE)${node:+ on $node}"
+      fi
+      ;;
+  esac
 }
 
 # launch_training RECIPE [key.path=value ...]: train on all ranks and decide what comes after.
 launch_training() {
-  local recipe=$1 folder before code reason restarts=0
+  local recipe=$1 ranks counts plan folder before launch=0 restarts
   shift
-  folder=$(alone "$PYTHON" -c '
-import sys
-from coca_scale.recipe import RecipeError, load_recipe
-try:
-    print(load_recipe(sys.argv[1], [a for a in sys.argv[2:] if "=" in a]).run.folder)
-except RecipeError as error:
-    print(error, file=sys.stderr)
-    sys.exit(2)' "$recipe" "$@") || exit 2
-  before=$(latest "$folder")
-  say "start ${SLURM_RESTART_COUNT:-0} of job $SLURM_JOB_ID on $SLURM_JOB_NODELIST," \
-    "$SLURM_NTASKS ranks; logs per node in $LOGS"
+  ranks=${SLURM_NTASKS_PER_NODE:-$((SLURM_NTASKS / SLURM_JOB_NUM_NODES))}
+  counts=("$((SLURM_JOB_NUM_NODES - ${SPARE_NODES:-0}))")
+  if [ "${counts[0]}" -lt 1 ]; then
+    say "SPARE_NODES=$SPARE_NODES of $SLURM_JOB_NUM_NODES nodes leave none for the ranks"
+    exit 2
+  fi
+  plan=$(alone "$PYTHON" -m coca_scale.planning.nodes "$recipe" "${counts[0]}" "$ranks" "$@") \
+    || exit 2
+  folder=$(sed -n 1p <<<"$plan")
+  [ "${ELASTIC:-0}" = 0 ] || read -ra counts <<<"$(sed -n 2p <<<"$plan")"
   # SIGTERM to this script means that the job is ending; the ranks may still be saving
-  trap : TERM
-  on_all_ranks "$PYTHON" coca_scale/train.py --recipe="$recipe" "$@"
-  code=$?
-  case $code in
-    0) exit 0 ;;
-    1 | 2)
-      say "ended with code $code, a fault that a restart does not mend; its reason is above"
-      exit "$code"
-      ;;
-    75) reason="was told to stop, and saved" ;;
-    *) reason="a rank died (exit code $code)" ;;
-  esac
-  if [ "$(latest "$folder")" = "$before" ]; then
-    restarts=$(($(cat "$LOGS/restarts" 2>/dev/null || echo 0) + 1))
-  fi
-  echo "$restarts" >"$LOGS/restarts"
-  if [ "$restarts" -gt "${MAX_RESTARTS:-5}" ]; then
-    say "$reason; $restarts starts in a row saved nothing new, so the job is not restarted"
-    exit "$code"
-  fi
-  come_back "$reason" "$code"
+  ENDING=''
+  trap 'ENDING=1' TERM
+  while :; do
+    before=$(latest "$folder")
+    CODE=70 IN_PLACE=1 REASON="too few of its nodes can take ranks"
+    # what is wrong may pass, and the queue is long
+    if choose_nodes "$folder" "$ranks" "${counts[@]}" \
+      || { sleep 30 && choose_nodes "$folder" "$ranks" "${counts[@]}"; }; then
+      train_once "$folder" "$ranks" "${SLURM_RESTART_COUNT:-0}.$launch" \
+        "$PYTHON" coca_scale/train.py --recipe="$recipe" "$@"
+    else
+      IN_PLACE=''
+    fi
+    restarts=0
+    if [ "$(latest "$folder")" = "$before" ]; then
+      restarts=$(($(cat "$LOGS/restarts" 2>/dev/null || echo 0) + 1))
+    fi
+    echo "$restarts" >"$LOGS/restarts"
+    echo "$REASON" >"$LOGS/why"
+    if [ "$restarts" -gt "${MAX_RESTARTS:-5}" ]; then
+      say "$REASON; $restarts starts in a row saved nothing new, so the job is not restarted"
+      exit "$CODE"
+    fi
+    if [ -z "$IN_PLACE" ] || ! lasts; then
+      come_back
+    fi
+    launch=$((launch + 1))
+    say "$REASON; the ranks start again in place, from the newest checkpoint"
+    [ "$restarts" -lt 2 ] || sleep $((30 * (restarts - 1)))  # again: what is wrong may pass
+  done
 }

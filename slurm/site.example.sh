@@ -24,7 +24,10 @@ export SBATCH_PARTITION=${SBATCH_PARTITION:-gpu}
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
 # export NCCL_DEBUG=WARN
 
-# Where srun must not look for an MPI, where logs go, how often a job without progress comes back.
+# Where srun must not look for an MPI, where logs go, how often a job without progress comes back,
+# whether it goes on with fewer nodes, how long a check of a node before a start may take.
 # export SRUN_ARGS="--mpi=none"
 # export LOG_DIR=/projects/coca/logs
 # export MAX_RESTARTS=5
+# export ELASTIC=1
+# export NODE_CHECK_SECONDS=180

@@ -108,6 +108,9 @@ def slurm_command(
     gpus: Annotated[int, typer.Option(min=1, help="GPUs of the job, one rank each.")],
     overrides: Overrides = None,
     gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of a node.")] = 8,
+    spares: Annotated[
+        int, typer.Option(min=0, help="Nodes more, to take the place of those that fail.")
+    ] = 0,
     time: Annotated[
         str, typer.Option(help="Time limit; the job saves and queues itself again before it.")
     ] = "24:00:00",
@@ -121,7 +124,12 @@ def slurm_command(
     from coca_scale.planning import slurm
 
     script = slurm.render(
-        recipe, overrides or (), gpus=gpus, gpus_per_node=gpus_per_node, time=time
+        recipe,
+        overrides or (),
+        gpus=gpus,
+        gpus_per_node=gpus_per_node,
+        spares=spares,
+        time=time,
     )
     if out is not None:
         slurm.write(script, out)

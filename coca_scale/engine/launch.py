@@ -8,7 +8,7 @@ import re
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from importlib import import_module
@@ -35,7 +35,16 @@ _MPI_MARKERS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 class LaunchError(UserError):
-    """The ranks do not come together; rank 0's says who is missing or does not fit."""
+    """The ranks do not come together; rank 0's says who is missing or does not fit.
+
+    Attributes:
+        at_fault: nodes of those ranks, as far as they are known.
+    """
+
+    def __init__(self, message: str, at_fault: Mapping[int, str | None] | None = None) -> None:
+        """With the ranks that are named."""
+        super().__init__(message)
+        self.at_fault = dict(at_fault or {})
 
 
 def start_world(timeout_seconds: float = 900.0) -> World:
@@ -258,16 +267,17 @@ def roll_call(
     store.set(f"here/{rank}", json.dumps(_about_this_rank(device)))
     if rank == 0:
         facts = _collect(store, size, timeout_seconds)
-        problem = _problem(facts, size)
+        problem, at_fault = _problem(facts, size) or (None, {})
         hosts = [facts[r]["host"] if r in facts else "?" for r in range(size)]
-        store.set("verdict", json.dumps({"problem": problem, "hosts": hosts}))
+        verdict = {"problem": problem, "at_fault": [*at_fault.items()], "hosts": hosts}
+        store.set("verdict", json.dumps(verdict))
     try:
         store.wait(["verdict"], timedelta(seconds=timeout_seconds + 30))
         verdict = json.loads(store.get("verdict"))
     except (dist.DistStoreError, dist.DistNetworkError) as error:
         raise LaunchError(f"rank {rank}: rank 0 does not answer") from error
     if verdict["problem"] is not None:
-        raise LaunchError(verdict["problem"])
+        raise LaunchError(verdict["problem"], dict(verdict["at_fault"]))
     hosts = verdict["hosts"]
     assert isinstance(hosts, list)
     return hosts
@@ -303,30 +313,37 @@ def _collect(store: dist.Store, size: int, timeout_seconds: float) -> dict[int, 
     return facts
 
 
-def _problem(facts: dict[int, dict[str, Any]], size: int) -> str | None:
+def _problem(
+    facts: dict[int, dict[str, Any]], size: int
+) -> tuple[str, dict[int, str | None]] | None:
+    """What is wrong, and the nodes of the ranks at fault; None if all is well."""
     missing = [r for r in range(size) if r not in facts]
     if missing:
         nodes = expected_hosts(size)
         where = ""
         if nodes is not None:
             where = f" ({', '.join(dict.fromkeys(nodes[r] for r in missing))})"
-        return (
+        text = (
             f"{len(missing)} of {size} ranks did not start in time: {_listed(missing)}{where}; "
             "look at their logs, and leave out the node if it is at fault"
         )
-    broken = [f"rank {r} on {f['host']}: {f['fault']}" for r, f in facts.items() if f["fault"]]
+        return text, {r: nodes[r] if nodes is not None else None for r in missing}
+    broken = [r for r in facts if facts[r]["fault"]]
     if broken:
-        return "a device does not work: " + "; ".join(broken[:8])
+        named = [f"rank {r} on {facts[r]['host']}: {facts[r]['fault']}" for r in broken[:8]]
+        text = "a device does not work: " + "; ".join(named)
+        return text, {r: facts[r]["host"] for r in broken}
     for key in ("torch", "deepspeed", "device"):
         values = [facts[r][key] for r in range(size)]
         usual = max(set(values), key=values.count)
         odd = [r for r in range(size) if values[r] != usual]
         if odd:
             r = odd[0]
-            return (
+            text = (
                 f"ranks differ in {key}: {values[r]} for {_listed(odd)} ({facts[r]['host']}), "
                 f"{usual} elsewhere"
             )
+            return text, {r: facts[r]["host"] for r in odd}
     return None
 
 
@@ -336,8 +353,11 @@ def _listed(ranks: list[int]) -> str:
 
 
 def expected_hosts(size: int) -> list[str] | None:
-    """Where SLURM starts each rank; None elsewhere."""
-    nodes, tasks = os.environ.get("SLURM_JOB_NODELIST"), os.environ.get("SLURM_TASKS_PER_NODE")
+    """Where SLURM starts each rank; None elsewhere.
+
+    The step says so: its job may have more nodes, as spares.
+    """
+    nodes, tasks = (os.environ.get(f"SLURM_STEP_{n}") for n in ("NODELIST", "TASKS_PER_NODE"))
     if nodes is None or tasks is None:
         return None
     try:

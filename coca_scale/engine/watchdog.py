@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple
 from pathlib import Path
@@ -48,6 +48,7 @@ STORE_SECONDS = 10.0
 FAILURE = "failure"
 LOST = "lost"
 ALL_OVER = "all over"
+WAITS = "waits in "
 LOST_CONTACT = ("closed by peer", "reset by peer", "nccl", "gloo", "timed out", "aborted")
 T = TypeVar("T")
 _STORE_FAULTS = (dist.DistNetworkError, dist.DistStoreError)
@@ -56,17 +57,26 @@ _STORE_FAULTS = (dist.DistNetworkError, dist.DistStoreError)
 class Watchdog:
     """Watches this rank's main thread; on rank 0 the others' signs of life, on rank 1 rank 0's."""
 
-    def __init__(self, world: World, folder: Path, silence_seconds: float) -> None:
+    def __init__(
+        self,
+        world: World,
+        folder: Path,
+        silence_seconds: float,
+        on_failure: Callable[[Sequence[int], str], None] | None = None,
+    ) -> None:
         """Start to watch.
 
         Args:
             world: the ranks.
             folder: of the run; stacks of a hang are written into `folder`/stacks.
             silence_seconds: longest time without a sign of life.
+            on_failure: called by the rank that tells the failure, or by each that cannot know
+                whether another one does; with the ranks at fault, if they are known, and the words.
         """
         self._world = world
         self._folder = folder / STACKS
         self._silence = silence_seconds
+        self._on_failure = on_failure
         self._main = threading.main_thread().ident
         self._phase: tuple[str, float, float] | None = None
         self._stopped = threading.Event()
@@ -113,7 +123,8 @@ class Watchdog:
 
     def fail(self, error: BaseException) -> NoReturn:
         """End this process after an unexpected error, which is told if it was the first."""
-        name, text = self._world.name_of(self._world.rank), told(error)
+        rank, text = self._world.rank, told(error)
+        name, at_fault = self._world.name_of(rank), [rank]
         words = f"{name} failed first:\n{text}"
         if any(word in str(error).lower() for word in LOST_CONTACT):
             # who is really at fault may still say so, or be found out: the threads go on meanwhile,
@@ -121,8 +132,9 @@ class Watchdog:
             _in_time(lambda: self._store.set(LOST, ""), None)
             time.sleep(DEAD_AFTER_SECONDS + 3 * BEAT_SECONDS)
             words = f"{name} lost contact to another rank, which said nothing:\n{text}"
+            at_fault = []
         self._be_still()
-        self._end(words if self._publish(words) else None)
+        self._end(words if self._publish(words, at_fault) else None)
 
     def _be_still(self) -> None:
         self._stopped.set()
@@ -136,11 +148,18 @@ class Watchdog:
             time.sleep(3 * BEAT_SECONDS)  # let the others read it before the store goes
         leave(CRASHED)
 
-    def _publish(self, text: str) -> bool:
+    def _publish(self, text: str, at_fault: Sequence[int]) -> bool:
         """Write the failure; whether there was none before, as far as one can know."""
         mine = f"{self._world.rank}\n{text}"
         known: bytes = _in_time(lambda: self._store.compare_set(FAILURE, "", mine), mine.encode())
-        return known.decode() == mine
+        first = known.decode() == mine
+        if first:
+            self._hand_on(text, at_fault)
+        return first
+
+    def _hand_on(self, text: str, at_fault: Sequence[int]) -> None:
+        if (hand_on := self._on_failure) is not None:
+            _in_time(lambda: hand_on(at_fault, text), None)  # it may write to a disk that hangs
 
     def _connect(self) -> dist.Store:
         return dist.PrefixStore("health", connect_store(STORE_SECONDS))
@@ -189,7 +208,7 @@ class Watchdog:
         if silent:
             named = ", ".join(self._world.name_of(r) for r in silent[:8])
             text = _no_sign_of_life(named, limit)
-            if self._publish(text):
+            if self._publish(text, silent):
                 self._end(text)
 
     def _has_begun(self, rank: int) -> bool:
@@ -204,7 +223,7 @@ class Watchdog:
                 self._wake_up(asleep)
             for r, process in self._beside.items():
                 if not process.alive:  # its witness says so
-                    self._publish(f"{self._world.name_of(r)} is dead")
+                    self._publish(f"{self._world.name_of(r)} is dead", [r])
                     self._end(None)
             if self._phase is not None and time.monotonic() > self._phase[1]:
                 self._report_hang(self._phase[0], self._phase[2])
@@ -230,6 +249,10 @@ class Watchdog:
             elsewhere = (r for r, host in enumerate(hosts) if host != hosts[0])
             tells = self._world.rank == next(elsewhere, None)
             text = f"{keeper} is gone; all ranks end"
+        if tells:
+            self._hand_on(text, [0])
+        else:
+            time.sleep(2 * BEAT_SECONDS)  # who tells must not find this rank dead first
         self._end(text if tells else None)
 
     def _report_hang(self, phase: str, seconds: float) -> NoReturn:
@@ -251,7 +274,7 @@ class Watchdog:
             named = ", ".join(self._world.name_of(r) for r in ranks[:8])
             lines.append(f"  {named}{', …' if len(ranks) > 8 else ''}: {found}")
         text = "\n".join(lines)
-        self._end(text if self._publish(text) else None)
+        self._end(text if self._publish(text, _odd_ones_out(whereabouts)) else None)
 
     def _stuck_answers(self) -> dict[int, str]:
         answers = {}
@@ -268,6 +291,25 @@ class Watchdog:
         return describe(frame) if frame is not None else "no main thread"
 
 
+def _odd_ones_out(whereabouts: Mapping[str, Sequence[int]]) -> list[int]:
+    """Ranks that wait in no collective while others do, else all but the many in one place.
+
+    Args:
+        whereabouts: ranks by where they are, as `describe` says it.
+
+    Returns:
+        None of them where no more ranks are in one place than in another.
+    """
+    ranks_of = sorted(whereabouts.items(), key=lambda item: -len(item[1]))
+    outside = [r for where, ranks in ranks_of if not where.startswith(WAITS) for r in ranks]
+    if 0 < len(outside) < sum(len(ranks) for _, ranks in ranks_of):
+        return sorted(outside)
+    (_, crowd), *others = ranks_of
+    if others and len(others[0][1]) == len(crowd):
+        return []
+    return sorted(r for _, ranks in others for r in ranks)
+
+
 def _no_sign_of_life(named: str, seconds: float) -> str:
     return f"{named}: no sign of life for {seconds:.0f} s (stopped? node down?); all ranks end"
 
@@ -279,7 +321,7 @@ def describe(frame: FrameType) -> str:
     ours = next((f for f in reversed(stack) if "coca_scale" in f.filename), stack[-1])
     at = f"{Path(ours.filename).name}:{ours.lineno} {ours.name}"
     if collective is not None:
-        return f"waits in {collective} ← {at}"
+        return f"{WAITS}{collective} ← {at}"
     return f"is at {Path(stack[-1].filename).name}:{stack[-1].lineno} {stack[-1].name} ← {at}"
 
 

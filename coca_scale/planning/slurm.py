@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from coca_scale.errors import UserError
-from coca_scale.recipe import BatchSplit, load_recipe
-from coca_scale.recipe.stages import faults_of, recipes_of
+from coca_scale.planning.nodes import split_over
+from coca_scale.recipe import load_recipe
 from coca_scale.recipe.text import shell_word
 from coca_scale.recipe.whole_files import write_whole
 
@@ -25,22 +25,22 @@ _NAME_LENGTH = 100  # of a job; it is part of file names
 
 _SCRIPT = """\
 #!/usr/bin/env bash
-# {recipe} on {gpus} GPUs: {nodes} node{s} × {tasks} tasks, one task per GPU.
+# {recipe} on {gpus} GPUs: {nodes} node{s} × {tasks} tasks, one task per GPU{spare}.
 #   sbatch [--account=... --partition=...] THIS_FILE [key.path=value ...]
 # Settings of the cluster: slurm/site.example.sh. Written by
 #   {command}
 #SBATCH --job-name={name}
-#SBATCH --nodes={nodes}
+#SBATCH --nodes={allocated}
 #SBATCH --ntasks-per-node={tasks}
 #SBATCH --cpus-per-task={cores}
 #SBATCH --gres=gpu:{tasks}
 {memory}#SBATCH --time={time}
 #SBATCH --signal=USR1@{save_seconds}
 #SBATCH --requeue
-#SBATCH --open-mode=append
+{keep}#SBATCH --open-mode=append
 #SBATCH --output=%x-%j.out
 
-# shellcheck source=/dev/null
+{spares}# shellcheck source=/dev/null
 . "${{COCA_SCALE_HOME:-${{SLURM_SUBMIT_DIR:?is not set: submit this script with sbatch}}}}/{launch}"
 
 recipe={recipe}
@@ -61,6 +61,7 @@ def render(
     *,
     gpus: int,
     gpus_per_node: int = 8,
+    spares: int = 0,
     time: str = DEFAULT_TIME,
 ) -> str:
     """The sbatch script that trains a recipe.
@@ -70,6 +71,7 @@ def render(
         overrides: `key.path=value`, written into the script.
         gpus: ranks of the job.
         gpus_per_node: of the cluster; a job of several nodes takes whole ones.
+        spares: nodes more than the ranks need, for those that fail.
         time: limit in a form of sbatch: minutes, HH:MM:SS, D-HH:MM:SS.
 
     Raises:
@@ -77,9 +79,7 @@ def render(
             fill whole nodes, or the time is not one.
     """
     loaded = load_recipe(recipe, overrides)
-    for name, stage in recipes_of(loaded).items():
-        with faults_of(name):
-            BatchSplit.from_recipe(stage, gpus)
+    split_over(loaded, gpus)
     nodes = -(-gpus // gpus_per_node)
     if nodes > 1 and gpus % gpus_per_node:
         raise UserError(
@@ -89,11 +89,16 @@ def render(
     if not _TIME.fullmatch(time):
         raise UserError(f"time {time!r}: write it as minutes, HH:MM:SS or D-HH:MM:SS")
     tasks = gpus // nodes
+    if spares and tasks < gpus_per_node:
+        raise UserError(
+            f"a job of {gpus} GPUs has a part of a node of {gpus_per_node}; spares are whole nodes"
+        )
     where = shell_word(_from_checkout(recipe))
     options = {"--gpus": gpus}
     if gpus_per_node != 8:
         options["--gpus-per-node"] = gpus_per_node
     words = [f"{name} {value}" for name, value in options.items()]
+    words += [f"--spares {spares}"] if spares else []
     words += [f"--time {time}"] if time != DEFAULT_TIME else []
     quoted = [shell_word(override) for override in overrides]
     return _SCRIPT.format(
@@ -101,6 +106,11 @@ def render(
         gpus=gpus,
         nodes=nodes,
         s="" if nodes == 1 else "s",
+        spare=f", and {spares} spare node{'s' * (spares > 1)}" if spares else "",
+        allocated=nodes + spares,
+        # or SLURM ends a job that loses a node, though it could go on without
+        keep="#SBATCH --no-kill\n" if nodes + spares > 1 else "",
+        spares=f"SPARE_NODES=${{SPARE_NODES:-{spares}}}\n" if spares else "",
         tasks=tasks,
         command=" ".join(["coca-scale slurm", where, *words, *quoted]),
         name=re.sub(r"[^\w.-]", "_", loaded.run.name)[:_NAME_LENGTH],

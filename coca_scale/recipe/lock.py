@@ -82,6 +82,7 @@ class Holder(BaseModel):
         started: of this process, in clock ticks after the machine's start.
         job: of SLURM, with its cluster; None elsewhere.
         restart: how often SLURM has started the job again.
+        launch: how often its ranks have been started again since, in the same allocation.
         since: when it took it, by its own clock; for people.
         released: it has ended in order.
     """
@@ -95,21 +96,34 @@ class Holder(BaseModel):
     started: int
     job: _Short | None
     restart: int
+    launch: int = 0
     since: _Short
     released: bool = False
 
     def __str__(self) -> str:
-        job = "" if self.job is None else f", SLURM job {self.job} start {self.restart}"
+        start = f"{self.restart}.{self.launch}" if self.launch else f"{self.restart}"
+        job = "" if self.job is None else f", SLURM job {self.job} start {start}"
         return visible(f"process {self.pid} on {self.host}{job}, since {self.since}")
 
     def why_gone(self, me: Holder) -> str | None:
         """What tells process `me` at once that this one writes no more; None if nothing does."""
-        if self.job is not None and self.job == me.job and self.restart < me.restart:
+        earlier = (self.restart, self.launch) < (me.restart, me.launch)
+        if self.job is not None and self.job == me.job and earlier:
             return "an earlier start of this job"
         here = (self.host, self.boot, self.processes) == (me.host, me.boot, me.processes)
         if here and self.boot and Process(self.pid, self.started).gone:
             return "which is dead"
         return None
+
+
+def start_of_job() -> tuple[int, int]:
+    """How often SLURM has started this job again, and slurm/launch.sh its ranks since then."""
+
+    def count(variable: str) -> int:
+        text = os.environ.get(variable, "")
+        return int(text) if re.fullmatch(r"[0-9]{1,9}", text) else 0
+
+    return count("SLURM_RESTART_COUNT"), count("COCA_SCALE_LAUNCH")
 
 
 class Lock:
@@ -377,7 +391,7 @@ def _read(path: Path) -> Holder | None:
 
 def _this_process() -> Holder:
     job, cluster = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_CLUSTER_NAME")
-    count = os.environ.get("SLURM_RESTART_COUNT", "")
+    restart, launch = start_of_job()
     me, (boot, _, processes) = Process.at(os.getpid()), machine().partition(" ")
     assert me is not None, "this process runs"
     return Holder(
@@ -387,7 +401,8 @@ def _this_process() -> Holder:
         pid=me.pid,
         started=me.started,
         job=job and (f"{job} of {cluster}" if cluster else job)[:200],
-        restart=int(count) if re.fullmatch(r"[0-9]{1,9}", count) else 0,
+        restart=restart,
+        launch=launch,
         since=time.strftime("%Y-%m-%d %H:%M:%S %Z"),
     )
 

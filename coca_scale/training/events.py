@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from pydantic import BaseModel
 
 from coca_scale.errors import UserError
 from coca_scale.recipe.files import readable_lines
+from coca_scale.recipe.lock import start_of_job
 from coca_scale.recipe.run_folder import EVENTS, METRICS
 from coca_scale.training.appending import append
 
@@ -56,9 +58,39 @@ def last_logged(folder: Path) -> dict[str, Any] | None:
     return known[-1].model_dump() if known else None
 
 
-def job_of_slurm() -> dict[str, Any]:
-    """Which start of which job this is; nothing outside SLURM."""
+def start_of_slurm() -> dict[str, Any]:
+    """Which start of which job this is; nothing outside SLURM.
+
+    A start is counted by SLURM's requeues, and by those in the same allocation since the last.
+    """
     job = os.environ.get("SLURM_JOB_ID")
     if job is None:
         return {}
-    return {"job": job, "restart": int(os.environ.get("SLURM_RESTART_COUNT", "0"))}
+    restart, launch = start_of_job()
+    return {"job": job, "restart": restart, "launch": launch}
+
+
+def job_of_slurm() -> dict[str, Any]:
+    """Which start of which job this is, and why `slurm/launch.sh` made it if it came after one."""
+    why = os.environ.get("COCA_SCALE_WHY")
+    return start_of_slurm() | ({"why": why} if why else {})
+
+
+def append_failure(folder: Path, at_fault: Mapping[int, str | None], told: str) -> None:
+    """Add what has ended the ranks; a node is named if it alone is at fault.
+
+    Args:
+        folder: of the run.
+        at_fault: nodes of the ranks at fault, as far as they are known.
+        told: the message, perhaps with a traceback.
+    """
+    ranks, nodes = [*at_fault], {*at_fault.values()}
+    first, *rest = told.splitlines()
+    append_event(
+        folder,
+        "failure",
+        **start_of_slurm(),
+        rank=ranks[0] if len(ranks) == 1 else None,
+        host=nodes.pop() if len(nodes) == 1 else None,
+        what=f"{first} {rest[-1]}" if rest and first.endswith(":") else first,
+    )

@@ -34,6 +34,7 @@ from coca_scale.recipe.lock import run_claim
 from coca_scale.recipe.stages import faults_of, recipes_of
 from coca_scale.recipe.text import tell
 from coca_scale.training.bad_steps import Rollback
+from coca_scale.training.events import append_failure
 from coca_scale.training.mirror import mirror_of
 from coca_scale.training.positions import Skip
 from coca_scale.training.requests import Signals
@@ -54,13 +55,21 @@ def train(recipe: Recipe, signals: Signals) -> int:
         together; REQUEUE if the job should be started again. An error that is neither the recipe's
         nor the data's ends this process here, with its traceback if it was the first on any rank.
     """
+    folder = recipe.run.folder
     try:
         world = start_world(recipe.engine.start_timeout_minutes * 60)
     except LaunchError as error:
         if planned_rank() == 0 or str(error).startswith("rank "):
             tell(f"coca-scale: {error}")
+        if planned_rank() == 0:
+            append_failure(folder, error.at_fault, str(error))
         return CRASHED
-    watchdog = Watchdog(world, recipe.run.folder, recipe.engine.silence_timeout_minutes * 60)
+    watchdog = Watchdog(
+        world,
+        folder,
+        recipe.engine.silence_timeout_minutes * 60,
+        lambda ranks, told: append_failure(folder, {r: world.hosts[r] for r in ranks}, told),
+    )
     try:
         code = _train_stages(recipe, world, watchdog, signals)
     except AgreedError as error:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from tests.cluster.testbed import CHECKOUT, Cluster, processes
@@ -40,12 +42,14 @@ class Data:
 class TrainingJob:
     """A shipped script on two ranks of two nodes."""
 
-    def __init__(self, cluster: Cluster, folder: Path, data: Data, *options: str) -> None:
+    def __init__(
+        self, cluster: Cluster, folder: Path, data: Data, *options: str, **env: str
+    ) -> None:
         self.cluster = cluster
         self.run = folder / "run"
         self.log = folder / "job.out"
         folder.mkdir(parents=True)
-        self.id = submit(cluster, folder, SCRIPT, *options, arguments=data.overrides)
+        self.id = submit(cluster, folder, SCRIPT, *options, arguments=data.overrides, **env)
 
     def finish(self, seconds: float = 300) -> None:
         """Wait for the end, which must be a good one."""
@@ -70,6 +74,20 @@ class TrainingJob:
 
         self.cluster.wait(runs, seconds, f"start {restarts} of job {self.id}", self.log)
 
+    def wait_first_step(self, start: str, seconds: float = 300) -> float:
+        """Wait until a start, RESTART.LAUNCH, has done a step; how long that has taken."""
+        began = time.monotonic()
+        words = f"launch: start {start} of job"
+
+        def done() -> bool:
+            state = self.cluster.ended(self.id)
+            assert state is None, f"{state}\n{self.log.read_text()[-6000:]}"
+            _, _, after = self.log.read_text().partition(words)
+            return re.search(r"^0: step \d+/", after, re.M) is not None
+
+        self.cluster.wait(done, seconds, f"the first step of start {start}", self.log)
+        return time.monotonic() - began
+
     def rank(self, number: int) -> int:
         """The process of a rank."""
         marks = (f"SLURM_JOB_ID={self.id}\0", f"SLURM_PROCID={number}\0", str(self.cluster.folder))
@@ -91,7 +109,14 @@ class TrainingJob:
         return json.loads(lines[-1])["step"] if lines else 0
 
 
-def submit(cluster: Cluster, folder: Path, script: str, *options: str, arguments: list[str]) -> str:
+def submit(
+    cluster: Cluster,
+    folder: Path,
+    script: str,
+    *options: str,
+    arguments: list[str],
+    **env: str,
+) -> str:
     """A shipped script with the recipe and the sizes of a test."""
     site = folder / "site.sh"
     site.write_text("")
@@ -104,6 +129,7 @@ def submit(cluster: Cluster, folder: Path, script: str, *options: str, arguments
         *arguments,
         f"run.dir={folder / 'run'}",
         **settings(folder),
+        **env,
     )
 
 

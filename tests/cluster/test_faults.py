@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 from datetime import datetime, timedelta
@@ -11,7 +12,7 @@ from datetime import datetime, timedelta
 import pytest
 
 from tests.cluster.runs import SCRIPT, STEPS, TrainingJob, submit
-from tests.json_lines import curve
+from tests.json_lines import curve, lines_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 
@@ -22,7 +23,7 @@ def test_zero3_over_two_nodes_to_its_end(undisturbed):
     assert losses[-1][0] < losses[0][0]
     assert (undisturbed.run / "export" / "open_clip_model.safetensors").is_file()
     log = undisturbed.log.read_text()
-    assert "start 0 of job" in log
+    assert "start 0.0 of job" in log
     assert f"0: finished {STEPS} steps" in log
     logs = {
         file.stem: file.read_text() for file in (undisturbed.log.parent / "logs").rglob("*.log")
@@ -43,30 +44,92 @@ def test_the_shipped_layout_of_eight_nodes(cluster, cluster_data, tmp_path):
     assert len(curve(tmp_path / "run")) == 2
 
 
-def test_requeued_then_a_rank_killed_then_a_node_lost(cluster, cluster_data, undisturbed, tmp_path):
+def test_a_rank_killed_then_requeued_then_a_node_lost(cluster, cluster_data, undisturbed, tmp_path):
     cluster_data.pause(0.7)
     job = TrainingJob(cluster, tmp_path / "faults", cluster_data)
     job.wait_step(4, restarts=0)
-    cluster.output("scontrol", "requeue", job.id)
-
-    job.wait_step(8, restarts=1)
     os.kill(job.rank(1), signal.SIGKILL)
+    tell(f"a rank killed, started again in place: {job.wait_first_step('0.1'):.0f} s")
+    assert cluster.job(job.id)["Restarts"] == "0"
 
-    job.wait_step(13, restarts=2)
+    job.wait_step(8, restarts=0)
+    cluster.output("scontrol", "requeue", job.id)
+    tell(f"requeued, which waits 4 s and not 2 minutes here: {job.wait_first_step('1.0'):.0f} s")
+
+    job.wait_step(13, restarts=1)
     lost = job.nodes()[1]
     cluster.kill_node(lost)
     try:
-        job.wait_restart(3)
+        tell(f"a node lost, to the queue: {job.wait_first_step('2.0'):.0f} s")
         cluster_data.pause(0)
         job.finish()
     finally:
         cluster_data.pause(0)
         cluster.start_node(lost)
     log = job.log.read_text()
-    assert "a rank died (exit code 137)" in log
+    assert "a rank died (exit code 137) on n2; the ranks start again in place" in log
+    assert "too few of its nodes can take ranks; job" in log
     assert log.count("launch: start ") == 4
     assert log.count("resumed from") == 3
     assert curve(job.run) == curve(undisturbed.run)
+
+
+def test_a_node_drained_with_a_spare_one_then_the_first_node_lost(
+    cluster, cluster_data, undisturbed, tmp_path
+):
+    cluster_data.pause(3)
+    job = TrainingJob(cluster, tmp_path / "spare", cluster_data, "--nodes=3", SPARE_NODES="1")
+    job.wait_step(3, restarts=0)
+    first, drained, spare = job.nodes()
+    cluster.output("scontrol", "update", f"nodename={drained}", "state=drain", "reason=test")
+    try:
+        seconds = job.wait_first_step("0.1")
+        tell(f"a node drained, left for a spare one: {seconds:.0f} s")
+        cluster.kill_node(first)
+        seconds = job.wait_first_step("1.0")
+        tell(f"the first node lost, the job back from the queue: {seconds:.0f} s")
+        cluster_data.pause(0)
+        job.finish()
+    finally:
+        cluster_data.pause(0)
+        cluster.start_node(first)
+        cluster.output("scontrol", "update", f"nodename={drained}", "state=resume")
+    log = job.log.read_text()
+    assert f"left {drained}, which SLURM drains; the ranks start again in place" in log
+    assert f"start 0.1 of job {job.id} on {first},{spare}, 2 ranks" in log
+    starts = [event for event in lines_of(job.run / "events.jsonl") if event["event"] == "start"]
+    assert starts[-1]["why"] == f"the first node, {first}, was lost"
+    assert cluster.job(job.id)["Restarts"] == "1"
+    assert curve(job.run) == curve(undisturbed.run)
+
+
+def test_a_node_lost_and_on_with_the_other(cluster, cluster_data, undisturbed, tmp_path):
+    cluster_data.pause(0.7)
+    job = TrainingJob(cluster, tmp_path / "elastic", cluster_data, ELASTIC="1")
+    job.wait_step(7, restarts=0)
+    kept, lost = job.nodes()
+    cluster.kill_node(lost)
+    try:
+        tell(f"a node lost, on with the other: {job.wait_first_step('0.1'):.0f} s")
+        cluster_data.pause(0)
+        job.finish()
+    finally:
+        cluster_data.pause(0)
+        cluster.start_node(lost)
+    log = job.log.read_text()
+    assert f"node {lost} was lost; the ranks start again in place" in log
+    assert f"start 0.1 of job {job.id} on {kept}, 1 ranks" in log
+    assert cluster.job(job.id)["Restarts"] == "0"
+    losses, usual = curve(job.run), curve(undisturbed.run)
+    saved = int(re.search(r"resumed from \S*step_(\d+)", log)[1])
+    assert losses[:saved] == usual[:saved] != [], "two ranks have made them"
+    for mine, other in zip(losses, usual, strict=True):
+        assert mine == pytest.approx(other, rel=1e-4)
+
+
+def tell(what: str) -> None:
+    """A time, for whoever runs this with -s."""
+    print(f"\n{what}")
 
 
 def test_told_to_stop_then_out_of_time(cluster, cluster_data, undisturbed, tmp_path):

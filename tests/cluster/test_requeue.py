@@ -13,7 +13,7 @@ from tests.cluster.runs import SCRIPT, settings
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 
 STANDIN = """#!/usr/bin/env bash
-if [ "$1" = -c ]; then exec {python} "$@"; fi
+if [ "$1" = -m ]; then exec {python} "$@"; fi
 trap 'echo got USR1; exit 75' USR1
 trap 'echo got TERM; exit 75' TERM
 echo begun
@@ -33,7 +33,8 @@ def start(cluster, tmp_path):
         log = tmp_path / f"{name}.out"
         sizes = ["--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=1", "--mem=100", "--time=30"]
         env = {**settings(tmp_path), "PYTHON": str(python)}
-        job = cluster.submit(*sizes, f"--output={log}", *options, SCRIPT, **env)
+        batch = "train.micro_batch=16"  # divides over four ranks
+        job = cluster.submit(*sizes, f"--output={log}", *options, SCRIPT, batch, **env)
         cluster.wait(lambda: log.exists() and log.read_text().count("begun") == 4, 30, name, log)
         return job
 

@@ -15,13 +15,18 @@ import pytest
 from torch.distributed import TCPStore
 
 from coca_scale.engine.checkpoint import sweep
+from coca_scale.engine.planned import planned_host
+from coca_scale.engine.watchdog import _odd_ones_out
 from coca_scale.engine.writing import write_hashed
 from coca_scale.recipe.files import sha256_of
 from coca_scale.training.bad_steps import LossSpread
+from coca_scale.training.events import append_failure
 from tests.conftest import tiny_recipe
 from tests.json_lines import lines_of
 from tests.ports import free_port
 from tests.ranks import on_ranks
+
+HOST = planned_host()
 
 
 def train_with_poison(rank, ranks, folder, poisoned, changes, ahead=0):
@@ -143,8 +148,11 @@ from coca_scale.engine.leaving import appoint_witness
 appoint_witness()
 from coca_scale.engine.launch import start_world
 from coca_scale.engine.watchdog import Watchdog
+from coca_scale.training.events import append_failure
 world = start_world(60)
-watchdog = Watchdog(world, Path(sys.argv[1]), silence_seconds=float(sys.argv[4]))
+folder = Path(sys.argv[1])
+tell = lambda ranks, told: append_failure(folder, {r: world.hosts[r] for r in ranks}, told)
+watchdog = Watchdog(world, folder, float(sys.argv[4]), tell)
 print("ready", flush=True)
 try:
     with watchdog.phase("step 7", float(sys.argv[3])):
@@ -205,6 +213,9 @@ def test_a_killed_rank_is_named_and_ends_the_others(victim, tmp_path):
     assert told.count("coca-scale:") == 1
     assert "Traceback" not in told
     assert "frame #" not in told
+    # once, unless the store that says who was first is gone as well
+    assert set(failures(tmp_path)) == {(victim, f"rank {victim} on {HOST} is dead")}
+    assert victim == 0 or len(failures(tmp_path)) == 1
 
 
 @pytest.mark.slow
@@ -217,6 +228,8 @@ def test_a_rank_that_is_silent_for_too_long_ends_the_others(victim, launchers_st
     told = "".join(error for rank, error in enumerate(errors) if rank != victim)
     assert "frame #" not in told
     assert len(re.findall(rf"rank {victim} on \S+: no sign of life for 4 s", told)) == 1
+    ((rank, what),) = failures(tmp_path)
+    assert rank == victim and "no sign of life for 4 s" in what
 
 
 @pytest.mark.slow
@@ -227,6 +240,8 @@ def test_the_first_error_is_told_once(tmp_path):
     assert "failed first" in errors[1]
     assert "the disk of this node is broken" in errors[1]
     assert "".join(errors).count("Traceback") == 1
+    reason = "RuntimeError: the disk of this node is broken"
+    assert failures(tmp_path) == [(1, f"rank 1 on {HOST} failed first: {reason}")]
 
 
 @pytest.mark.slow
@@ -235,12 +250,50 @@ def test_a_hang_names_the_rank_and_the_collective(tmp_path):
     assert codes == [70, 70, 70]
     told = "".join(errors)
     assert told.count("no progress for 5 s in step 7") == 1
+    ((rank, what),) = failures(tmp_path)
+    assert rank == 1 and what.startswith("no progress for 5 s in step 7; ")
     assert re.search(r"rank 1 on \S+: is at", told)
     assert re.search(r"rank 0 on \S+, rank 2 on \S+: waits in all_reduce ← world.py", told)
     assert (
         "sleep" in (tmp_path / "stacks" / "rank_00001.txt").read_text()
         or "<string>" in (tmp_path / "stacks" / "rank_00001.txt").read_text()
     )
+
+
+def failures(folder):
+    """Rank and message of every failure that the run folder knows; their node is this one."""
+    events = lines_of(folder / "events.jsonl")
+    assert {(event["event"], event["host"]) for event in events} <= {("failure", HOST)}
+    return [(event["rank"], event["what"]) for event in events]
+
+
+@pytest.mark.parametrize(
+    ("whereabouts", "odd"),
+    [
+        ({"waits in all_reduce": [0, 2], "is at loader.py": [1]}, [1]),
+        ({"waits in all_reduce": [0], "does not answer": [1]}, [1]),
+        (
+            {"waits in all_reduce": [0, 1], "waits in barrier": [2], "waits in broadcast": [3]},
+            [2, 3],
+        ),
+        ({"waits in all_reduce": [0], "waits in barrier": [1]}, []),
+        ({"is at zero.py": [0, 1, 2]}, []),
+        ({"is at zero.py": [0, 2, 3], "is at loader.py": [1]}, [1]),
+    ],
+)
+def test_who_is_at_fault_for_a_hang(whereabouts, odd):
+    assert _odd_ones_out(whereabouts) == odd
+
+
+def test_a_failure_names_a_node_if_it_is_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("COCA_SCALE_LAUNCH", "2")
+    for at_fault in ({2: "n2"}, {2: "n2", 3: "n2"}, {1: "n1", 2: "n2"}, {}, {7: None}):
+        append_failure(tmp_path, at_fault, "gone")
+    found = lines_of(tmp_path / "events.jsonl")
+    named = [(event["rank"], event["host"]) for event in found]
+    assert named == [(2, "n2"), (None, "n2"), (None, None), (None, None), (7, None)]
+    assert {(event["job"], event["restart"], event["launch"]) for event in found} == {("7", 0, 2)}
 
 
 def missing_rank(rank, ranks):
@@ -257,6 +310,7 @@ def missing_rank(rank, ranks):
         roll_call(store, rank, 3, torch.device("cpu"), 4.0)
     except LaunchError as error:
         text = str(error)
+        assert error.at_fault == {2: None}
     if rank == 0:  # it holds the store, so it leaves last
         store.wait(["told/1"])
     else:

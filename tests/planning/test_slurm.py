@@ -46,10 +46,11 @@ def test_shipped_scripts_are_rendered_ones(name):
     assert done.exit_code == 0
     assert (Path("slurm") / name).read_text() == done.stdout
     assert f"#SBATCH --nodes={gpus // 8}\n#SBATCH --ntasks-per-node=8\n" in done.stdout
+    assert ("\n#SBATCH --no-kill\n" in done.stdout) == (gpus > 8)
 
 
 def test_every_training_script_is_listed():
-    others = {"launch.sh", "eval_array.sh", "site.example.sh", "site.sh"}
+    others = {"launch.sh", "nodes.sh", "eval_array.sh", "site.example.sh", "site.sh"}
     assert {p.name for p in Path("slurm").glob("*.sh")} - others == set(SHIPPED)
 
 
@@ -69,6 +70,15 @@ def test_overrides_and_options_are_in_the_script(tmp_path):
     assert " 'data.train=/my data/{00..11}.tar' \"$@\"\n" in script
     again = "coca-scale slurm recipes/small.yaml --gpus 4 --gpus-per-node 4 --time 2-00:00:00 data."
     assert again in script
+
+
+def test_spare_nodes():
+    done = slurm("recipes/large.yaml", "--gpus", "16", "--spares", "2")
+    assert done.exit_code == 0, done.output
+    for line in ("#SBATCH --nodes=4", "#SBATCH --no-kill", "SPARE_NODES=${SPARE_NODES:-2}"):
+        assert f"\n{line}\n" in done.stdout
+    assert "2 nodes × 8 tasks, one task per GPU, and 2 spare nodes." in done.stdout
+    assert "\n#   coca-scale slurm recipes/large.yaml --gpus 16 --spares 2\n" in done.stdout
 
 
 def test_a_recipe_outside_the_checkout_is_named_in_full(tmp_path, monkeypatch):
@@ -139,6 +149,7 @@ def test_names_that_are_no_text_or_look_like_options(home, name, monkeypatch):
         (["--gpus", "16", "--gpus-per-node", "6", "train.micro_batch=256"], "whole nodes of 6"),
         (["--gpus", "8", "--time", "tomorrow"], "D-HH:MM:SS"),
         (["--gpus", "8", "train.batch=3"], "unknown key"),
+        (["--gpus", "4", "--spares", "1"], "spares are whole nodes"),
     ],
 )
 def test_mistakes_are_one_line(arguments, message):

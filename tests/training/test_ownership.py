@@ -135,14 +135,18 @@ def test_an_owner_elsewhere_that_shows_life_keeps_the_folder(take, tmp_path):
         thread.join()
 
 
-@pytest.mark.parametrize(("job", "restart", "at_once"), [("7", 1, True), ("7", 0, False)])
-def test_a_job_that_slurm_starts_again_does_not_wait_for_itself(
-    job, restart, at_once, take, tmp_path, monkeypatch, capfd
+@pytest.mark.parametrize(
+    ("restart", "launch", "at_once"), [(2, 0, True), (1, 4, True), (1, 3, False), (0, 9, False)]
+)
+def test_a_job_that_is_started_again_does_not_wait_for_itself(
+    restart, launch, at_once, take, tmp_path, monkeypatch, capfd
 ):
+    """By SLURM, or by slurm/launch.sh in the same allocation."""
     take().release()
-    elsewhere(tmp_path, released=False, job="7", restart=0)
-    monkeypatch.setenv("SLURM_JOB_ID", job)
+    elsewhere(tmp_path, released=False, job="7", restart=1, launch=3)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+    monkeypatch.setenv("COCA_SCALE_LAUNCH", str(launch))
     assert take(10_000 if at_once else 1).holds()
     assert ("an earlier start of this job" in capfd.readouterr().err) == at_once
 
