@@ -38,7 +38,7 @@ PLACES = (
         "eval.zeroshot",
     ),
     *("eval.classnames", "eval.templates", "log.wandb", "schedule.stages"),
-    *("loss.distill.teacher", "loss.distill.config"),
+    *("loss.distill.teacher", "loss.distill.config", "checkpoint.mirror"),
 )
 
 
@@ -61,5 +61,6 @@ def recipe_with(text: str) -> Recipe:
     raw["data"]["filters"]["fields"] = {text: {"one_of": [text, 1, True]}}
     raw["schedule"]["stages"] = [{"steps": 3, "train": text}]
     raw["train"]["steps"] = None
+    raw["checkpoint"]["mirror"] = f"s3://{text.replace(':', '')}"  # no password may be in it
     raw["engine"]["deepspeed"] = {text: text, "zero_optimization": {"stage": [text, 1]}}
     return recipe_from_dict(raw)

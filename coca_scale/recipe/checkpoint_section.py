@@ -58,7 +58,7 @@ class CheckpointSection(Section):
             return None
         if url.startswith(("http:", "https:", "pipe:", "synthetic:")):
             raise ValueError("a bucket (s3://…, gs://…) or a folder; this cannot be written to")
-        if re.match(r"[a-z0-9+.-]+://[^/]*:[^/]*@", url, re.IGNORECASE):
+        if re.search(r"://[^/]*:[^/]*@", url):
             raise ValueError("no passwords in a recipe; clients take them from the environment")
         return url
 

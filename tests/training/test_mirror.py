@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import threading
 import time
 
@@ -14,6 +16,7 @@ from coca_scale.engine.ownership import owned
 from coca_scale.engine.watchdog import NoWatchdog
 from coca_scale.errors import UserError
 from coca_scale.planning.check import check
+from coca_scale.recipe.exits import REQUEUE
 from coca_scale.recipe.load import RecipeError
 from coca_scale.recipe.lock import run_claim
 from coca_scale.training.mirror import mirror_of
@@ -22,6 +25,7 @@ from coca_scale.training.trainer import Trainer
 from tests.buckets import BUCKET, complete, content, keys, require_whole
 from tests.conftest import tiny_recipe
 from tests.data.faulty_server import OF_UPLOADS, loopback_s3
+from tests.distributed.launching import start
 from tests.json_lines import curve, lines_of
 from tests.ranks import on_ranks, quiet
 
@@ -93,6 +97,7 @@ def test_a_mirror_that_cannot_be_one_is_refused(tmp_path):
     for url, message in [
         ("https://host/x", "cannot be written to"),
         ("ftp://me:secret@host/x", "no passwords in a recipe"),
+        ("filecache::ftp://me:secret@host/x", "no passwords in a recipe"),
     ]:
         with pytest.raises(RecipeError, match=message) as found:
             tiny_recipe(checkpoint__mirror=url)
@@ -246,3 +251,18 @@ def test_a_run_that_shall_start_anew_does_not_take_a_bucket_in_use(calm, tmp_pat
     never = recipe(tmp_path / "run", "used", checkpoint__resume="never")
     ((end,),) = on_ranks(train, 1, [never])
     assert "s3://bucket/used holds checkpoints already; choose another checkpoint.mirror" in end
+
+
+@pytest.mark.slow
+def test_a_run_that_is_asked_to_leave_sees_its_last_checkpoint_into_the_mirror(tmp_path):
+    run, mirror = tmp_path / "run", tmp_path / "mirror"
+    job = start(run, f"checkpoint.mirror={mirror}", "train.steps=100000")
+    wait_until(lambda: find_checkpoint(mirror / "checkpoints") is not None or not job.alive)
+    os.kill(job.processes[1].pid, signal.SIGUSR1)
+    assert job.wait() == REQUEUE, job.output[-3000:]
+    newest = find_checkpoint(run / "checkpoints")
+    assert find_checkpoint(mirror / "checkpoints").name == newest.name
+    verify_checkpoint(mirror / "checkpoints" / newest.name)
+    end = lines_of(mirror / "events.jsonl")[-1]
+    assert (end["event"], end["how"], end["step"]) == ("end", "left", int(newest.name[-8:]))
+    assert lines_of(mirror / "metrics.jsonl") == lines_of(run / "metrics.jsonl")
