@@ -34,7 +34,7 @@ MANIFEST = "manifest.json"
 PROGRESS = "progress.json"
 LATEST = "latest"
 _Count = Annotated[int, Field(ge=0, lt=2**63)]
-STEP_NAME = re.compile(r"step_(\d{8})")
+_NAME = re.compile(r"step_(\d{8})")
 _TEMPORARY = ".incomplete"  # swept away
 _REPLACED = ".replaced"  # put back, or swept away once its successor is in place
 _DAMAGED = ".damaged"  # kept for a person to look at
@@ -153,7 +153,7 @@ def surplus(names: Collection[str], keep: int | None, keep_every: int | None) ->
 
 def newest_first(names: Iterable[str]) -> list[str]:
     """Those of `names` that are of checkpoints, in order."""
-    return sorted(filter(STEP_NAME.fullmatch, names), reverse=True)
+    return sorted(filter(_NAME.fullmatch, names), reverse=True)
 
 
 def step_of(name: str) -> int:

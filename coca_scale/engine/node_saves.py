@@ -20,11 +20,12 @@ from typing import IO
 
 from coca_scale.engine.checkpoint import (
     MANIFEST,
-    STEP_NAME,
     Manifest,
     begin_folder,
     complete_folder,
     find_checkpoint,
+    newest_first,
+    step_of,
 )
 from coca_scale.engine.world import World
 from coca_scale.engine.writing import Entries, copy_into, sync_folder, write_hashed
@@ -94,10 +95,9 @@ def complete_here(temporary: Path, final: Path, files: Entries, hosts: list[str]
 
 def drop_below(folder: Path, step: int) -> None:
     """Remove a node's saves of earlier steps."""
-    for save in folder.glob("step_*"):
-        named = STEP_NAME.fullmatch(save.name)
-        if named is not None and int(named[1]) < step:
-            shutil.rmtree(save, ignore_errors=True)
+    for name in newest_first(path.name for path in folder.glob("step_*")):
+        if step_of(name) < step:
+            shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def rescue(folder: Path, checkpoints: Path, world: World) -> str | None:
@@ -135,9 +135,8 @@ def _saves_in(folder: Path) -> dict[_Save, list[Path]]:
     """Complete saves on this node; several folders of one where nodes share a disk."""
     found: dict[_Save, list[Path]] = {}
     for manifest in sorted(folder.glob(f"*/step_*/{MANIFEST}")):
-        named = STEP_NAME.fullmatch(manifest.parent.name)
-        if named is not None and _read(manifest) is not None:
-            found.setdefault((int(named[1]), sha256_of(manifest)), []).append(manifest.parent)
+        for name in newest_first([manifest.parent.name]) if _read(manifest) is not None else ():
+            found.setdefault((step_of(name), sha256_of(manifest)), []).append(manifest.parent)
     return found
 
 

@@ -33,7 +33,7 @@ from coca_scale.recipe import Recipe
 from coca_scale.recipe.run_folder import CHECKPOINTS
 from coca_scale.training.events import append_event
 from coca_scale.training.log import RunLog
-from coca_scale.training.pending import Pending
+from coca_scale.training.pending import Pending, of_all_ranks
 
 TELL_EVERY = 100
 
@@ -223,7 +223,7 @@ class LocalSaves:
         """Give the pending save its name on every node: bytes of its files, or why not."""
         try:
             self._world.on_first(self._owner.require)
-            _, files = pending.files_of(self._world)
+            files = of_all_ranks(pending.written(self._world), self._world)
             self._world.agree(lambda: self._into_place(pending, files))
         except AgreedError as error:
             self._discard(pending.temporary, pending.final)

@@ -26,17 +26,21 @@ class Pending:
         """That it is of."""
         return int(self.final.name.removeprefix("step_"))
 
-    def files_of(self, world: World) -> tuple[Entries, Entries]:
-        """The files of this rank and those of all, once they are on the disks. A collective.
+    def written(self, world: World) -> Entries:
+        """This rank's files, once those of all ranks are on the disks. A collective.
 
         Raises:
             AgreedError: a disk did not take them.
         """
-        mine = world.agree(lambda: self._written(world.rank))
-        return mine, {name: entry for part in world.gather(mine) for name, entry in part.items()}
+        return world.agree(lambda: self._result(world.rank))
 
-    def _written(self, rank: int) -> Entries:
+    def _result(self, rank: int) -> Entries:
         try:
             return self.files.result()
         except OSError as error:
             raise UserError(f"rank {rank}: {refusal(error)}") from error
+
+
+def of_all_ranks(mine: Entries, world: World) -> Entries:
+    """The files of all ranks. A collective."""
+    return {name: entry for part in world.gather(mine) for name, entry in part.items()}

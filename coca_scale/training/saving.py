@@ -21,7 +21,7 @@ from coca_scale.training.events import append_event
 from coca_scale.training.local_saves import LocalSaves
 from coca_scale.training.log import RunLog
 from coca_scale.training.mirror import Mirror, NoMirror
-from coca_scale.training.pending import Pending
+from coca_scale.training.pending import Pending, of_all_ranks
 
 
 class Saver:
@@ -174,7 +174,8 @@ class Saver:
         world = self._engine.world
         world.on_first(self._owner.require)
         try:
-            mine, files = pending.files_of(world)
+            mine = pending.written(world)
+            files = of_all_ranks(mine, world)
             world.on_first(lambda: self._into_place(pending, files))
         except AgreedError as error:
             world.on_first(self._owner.require)  # a run that was taken over ends: no failed save

@@ -283,10 +283,10 @@ class Trainer:
         here = self.skips.add(batch.share.skipped) if batch is not None else (0, 0)
         mine = requests.poll()
         asks = (error is not None, mine.leave, mine.stop, mine.save)
-        done = (saver.written_here, saver.local.written_here, self.mirror.poll())
+        flags = (*asks, self.mirror.poll(), saver.written_here, saver.local.written_here)
         with meter.waiting_for_others():
-            sums = self.world.sum(*here, *(float(flag) for flag in (*asks, *done)))
-        bad, filtered, failures, leave, stop, save, written, written_locally, copied = sums
+            sums = self.world.sum(*here, *(float(flag) for flag in flags))
+        bad, filtered, failures, leave, stop, save, copied, written, written_locally = sums
         if failures:
             self.world.fail_together(error)
         asked = Asked(leave=leave > 0, stop=stop > 0, save=save > 0)

@@ -301,9 +301,9 @@ def test_of_two_jobs_the_second_ends_and_a_requeue_goes_on(tmp_path, monkeypatch
 
 def lose_the_folder_while_a_save_is_written():
     """For a rank, before it starts: another job is there when the files are on the disk."""
-    from coca_scale.training import saving
+    from coca_scale.training.pending import Pending
 
-    written = saving._written
+    written = Pending._result
 
     def taken_over(pending, rank):
         entries = written(pending, rank)
@@ -313,7 +313,7 @@ def lose_the_folder_while_a_save_is_written():
             time.sleep(1.0)  # an owner looks twice a second
         return entries
 
-    saving._written = taken_over
+    Pending._result = taken_over
 
 
 @pytest.mark.slow
