@@ -151,19 +151,3 @@ def test_a_full_disk_of_a_node_costs_a_run_its_local_saves_alone(small_disk, tmp
 
 def ours(output):
     return [line for line in output.splitlines() if line.startswith("coca-scale:")]
-
-
-@pytest.mark.slow
-def test_a_layout_that_there_is_no_room_to_change_is_left_as_it_is(small_disk, tmp_path):
-    whole = start(tmp_path / "whole", tmp_path / "log", "train.steps=1")
-    assert whole.wait() == 0, whole.output[-3000:]
-    (checkpoint,) = complete_checkpoints(tmp_path / "whole" / "checkpoints")
-    (small_disk / "other files").write_bytes(bytes(40_000_000))
-    common = ("--recipe", "recipes/tiny.yaml", *SMALL, f"run.dir={small_disk / 'run'}")
-    change = ("train.micro_batch=2", "train.steps=2", f"checkpoint.resume={checkpoint}")
-    job = TrainingRanks(tmp_path / "log2", *common, *change, ranks=2)
-    assert job.wait() == 1
-    assert job.output.count("to change the layout of") == 1
-    assert "or start on 1 ranks at ZeRO stage 3, as it was saved" in job.output
-    assert "enforce fail" not in job.output and "Traceback" not in job.output
-    assert list((small_disk / "run" / "checkpoints").iterdir()) == []

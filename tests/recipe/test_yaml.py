@@ -214,7 +214,14 @@ def test_home_is_written_out_in_every_path(home):
     keys = set(path_keys(Recipe)) | {"data.train", "data.val"}
     assert keys == {
         *("run.dir", "model.name", "model.pretrained", "data.train", "data.val", "data.cache_dir"),
-        *("checkpoint.resume", "eval.zeroshot", "eval.classnames", "eval.templates"),
+        *(
+            "checkpoint.resume",
+            "checkpoint.local_dir",
+            "checkpoint.mirror",
+            "eval.zeroshot",
+            "eval.classnames",
+            "eval.templates",
+        ),
         *("loss.distill.teacher", "loss.distill.config"),
     }
     assert PathText.__metadata__[0].func is with_home
