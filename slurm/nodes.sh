@@ -177,7 +177,7 @@ post_guard() {
   [ -n "$last" ] || return 0
   "${BARE_SRUN[@]}" "${ONE[@]}" --cpus-per-task=1 --nodelist="$last" \
     bash -c "$(declare -f field guard); guard \"\$@\"" guard "$SLURM_JOB_ID" "$LOGS" \
-    </dev/null >"$LOGS/guard.log" 2>&1 &
+    </dev/null >"$LOGS/guard.out" 2>&1 &
   GUARD=$!
   trap dismiss_guard EXIT
 }

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -131,11 +132,11 @@ class Cluster:
         """The node is gone: its slurmd and all processes of its tasks, at once."""
         daemon = self._daemons.pop(node)
         tasks = list(processes(f"SLURMD_NODENAME={node}", self.env["SLURM_CONF"]))
-        for pid in [daemon.pid, *self._step_daemons(node), *tasks]:
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
+        pids = [daemon.pid, *self._step_daemons(node), *tasks]
+        for number in (signal.SIGSTOP, signal.SIGKILL):  # or an srun would tell of the other's end
+            for pid in pids:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, number)
         daemon.wait()
 
     def wait_idle(self, seconds: float = 60) -> None:
