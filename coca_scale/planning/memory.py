@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from coca_scale.data.shards import WINDOW_BYTES
 from coca_scale.engine.config import adds_in_fp32
 from coca_scale.engine.optimizer import kind_of
+from coca_scale.model import ModelConfig
+from coca_scale.model.deferred import BLOCK_ELEMENTS
 from coca_scale.recipe import BatchSplit, Recipe
 
 MOMENT_BYTES = 4
@@ -98,7 +100,8 @@ class HostBytes:
     Attributes:
         process: interpreter and libraries.
         loaders: loader processes, raw samples that are shuffled, batches ahead.
-        building: the model in fp32 before it is sharded.
+        building: what a start makes there before it is sharded: a block of weights at a time, or a
+            whole model in fp32.
         training: what is kept there: all that training takes where it is the device, activations
             and what an optimizer step takes both, as the C library keeps most of what was freed.
         saving: what saves copy, where there is room; training waits for the disk otherwise. A
@@ -117,11 +120,16 @@ class HostBytes:
         return self.process + self.loaders + max(self.building, self.training)
 
 
+def made_whole(config: ModelConfig, parameters: int) -> int:
+    """Of a model's parameters, those that a start makes all at once on the host of every rank."""
+    return parameters if config.has_foreign_towers else 0
+
+
 def host_bytes(
     recipe: Recipe,
     batch: BatchSplit,
     image_size: int,
-    parameters: int,
+    whole: int,
     training: int,
     saving: int,
 ) -> HostBytes:
@@ -131,13 +139,14 @@ def host_bytes(
         recipe: of the run.
         batch: its batch over the ranks.
         image_size: pixels per side.
-        parameters: of the model.
+        whole: parameters that a start makes all at once, `made_whole`.
         training: bytes that training keeps in the host.
         saving: bytes of a rank's share of a checkpoint.
     """
+    building = 4 * max(whole, BLOCK_ELEMENTS)
     workers = min(recipe.data.workers, batch.lanes_per_rank)
     pixels = BATCHES_AHEAD * batch.samples_per_rank * 3 * image_size**2
     window = batch.lanes_per_rank * recipe.data.shuffle_window * SAMPLE_BYTES
     loaders = workers * LOADER_BYTES + pixels + min(window, WINDOW_BYTES / batch.ranks)
     saving *= 1 if recipe.checkpoint.local_every_steps is None else 2
-    return HostBytes(round(PROCESS_BYTES), round(loaders), 4 * parameters, training, saving)
+    return HostBytes(round(PROCESS_BYTES), round(loaders), building, training, saving)

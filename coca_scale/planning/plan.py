@@ -18,8 +18,9 @@ from coca_scale.engine.config import (
     deepspeed_config,
     many_at_once,
 )
+from coca_scale.model import ModelConfig
 from coca_scale.planning.gpus import Gpu
-from coca_scale.planning.memory import HostBytes, StateBytes, host_bytes, state_bytes
+from coca_scale.planning.memory import HostBytes, StateBytes, host_bytes, made_whole, state_bytes
 from coca_scale.planning.simulate import TOWERS, Network, Passes, overlapped, simulate
 from coca_scale.planning.teacher import TeacherCosts
 from coca_scale.planning.units import Unit
@@ -190,7 +191,8 @@ def _memory_with(
         gathered = 2 * taught.weights_bytes // max(1, taught.blocks) if cut else 0
         working = max(working, taught.peak_bytes + gathered + buffers)
     here = round(state.total + teacher + working + state.updating) if gpu.is_host else 0
-    built = costs.parameters + (0 if taught is None else taught.parameters)
+    built = made_whole(ModelConfig.from_recipe(recipe.model), costs.parameters)
+    built += 0 if taught is None else taught.parameters
     in_host = host_bytes(
         recipe, batch, costs.image_size, built, state.offloaded + here, state.saved
     )

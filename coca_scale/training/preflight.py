@@ -12,7 +12,7 @@ from coca_scale.engine.host import memory_bytes
 from coca_scale.engine.world import World
 from coca_scale.errors import UserError, refusal
 from coca_scale.model import CoCa
-from coca_scale.planning.memory import StateBytes, host_bytes, state_bytes
+from coca_scale.planning.memory import StateBytes, host_bytes, made_whole, state_bytes
 from coca_scale.recipe import BatchSplit, Recipe
 from coca_scale.recipe.run_folder import CHECKPOINTS
 
@@ -75,8 +75,8 @@ def room_in_host(recipe: Recipe, batch: BatchSplit, model: CoCa, world: World) -
     state, parameters = _state_of(recipe, batch, model, world)
     kept = state.offloaded
     kept += state.total + state.updating if world.device.type == "cpu" else 0
-    image_size = model.config.vision_cfg.image_size
-    need = host_bytes(recipe, batch, image_size, parameters, kept, state.saved)
+    image_size, whole = model.config.vision_cfg.image_size, made_whole(model.config, parameters)
+    need = host_bytes(recipe, batch, image_size, whole, kept, state.saved)
     total, there = need.total * world.ranks_per_node, memory_bytes()
     if total <= there:
         return None
