@@ -15,10 +15,10 @@ from typer.testing import CliRunner
 
 from coca_scale import cli
 from coca_scale.engine.config import LIVE, apply_settings
-from coca_scale.model import CoCa, ModelConfig
+from coca_scale.model import CoCa, ModelConfig, load_model_config
 from coca_scale.planning.costs import blocks_to_recompute, caption_quantiles, count_costs
 from coca_scale.planning.gpus import GPUS, peak_flops
-from coca_scale.planning.memory import state_bytes
+from coca_scale.planning.memory import made_whole, state_bytes
 from coca_scale.planning.plan import RESERVED_BYTES, make_plan
 from coca_scale.recipe import BatchSplit
 from tests.conftest import tiny_recipe
@@ -236,11 +236,18 @@ def test_a_cpu_has_everything_in_the_host_and_a_gpu_what_is_beside_it():
     on_cpu = make_plan(recipe, batch, costs, GPUS["cpu"], 2, None)
     on_gpu = make_plan(recipe, batch, costs, GPUS["a100-40gb"], 2, None)
     beside = on_gpu.host
-    assert beside.total == beside.process + beside.loaders + 4 * costs.parameters
+    assert beside.total == beside.process + beside.loaders + beside.building
+    assert 0 < beside.building < 0.02 * 4 * costs.parameters  # a block of weights, not the model
     assert on_cpu.total_bytes == on_cpu.host.total
     tensors = on_gpu.total_bytes - RESERVED_BYTES
     assert on_cpu.total_bytes == beside.process + beside.loaders + tensors
     assert on_cpu.json()["host_bytes"] == on_cpu.total_bytes
+
+
+def test_towers_of_other_libraries_are_whole_on_the_host():
+    own, foreign = (load_model_config(f"coca_{name}ViT-B-32") for name in ("", "roberta-"))
+    assert made_whole(own, 100) == 0
+    assert made_whole(foreign, 100) == 100
 
 
 @pytest.mark.parametrize(
