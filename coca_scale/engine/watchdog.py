@@ -90,7 +90,7 @@ class Watchdog:
         self._beside: dict[int, Process] = {}  # ranks of this machine
         self._answered = self._awake = time.monotonic()
         watched = {0: range(1, world.size), 1: range(1)}.get(world.rank, ())
-        self._beats = {r: (b"", self._awake) for r in watched}  # one may vanish before its first
+        self._beats = dict.fromkeys(watched, (b"", self._awake))  # one may vanish before its first
         # two threads, as an answer of the store may take for ever
         self._threads = [
             threading.Thread(target=loop, name=f"watchdog {name}", daemon=True)
