@@ -82,6 +82,7 @@ class Watchdog:
         self._stopped = threading.Event()
         self._store = self._connect()
         self._store_lost = False
+        self._store.set(f"beat/{world.rank}", repr(time.time()))
         here = Process.at(os.getpid())
         if here is not None:
             self._store.set(f"process/{world.rank}", json.dumps([machine(), *astuple(here)]))
