@@ -82,14 +82,16 @@ class Watchdog:
         self._stopped = threading.Event()
         self._store = self._connect()
         self._store_lost = False
+        self._store.set(f"beat/{world.rank}", repr(time.time()))
         here = Process.at(os.getpid())
         if here is not None:
             self._store.set(f"process/{world.rank}", json.dumps([machine(), *astuple(here)]))
         same_host = {r for r, host in enumerate(world.hosts) if host == world.hosts[world.rank]}
         self._unknown = same_host - {world.rank}
         self._beside: dict[int, Process] = {}  # ranks of this machine
-        self._beats: dict[int, tuple[bytes, float]] = {}
         self._answered = self._awake = time.monotonic()
+        watched = {0: range(1, world.size), 1: range(1)}.get(world.rank, ())
+        self._beats = dict.fromkeys(watched, (b"", self._awake))  # one may vanish before its first
         # two threads, as an answer of the store may take for ever
         self._threads = [
             threading.Thread(target=loop, name=f"watchdog {name}", daemon=True)
@@ -192,14 +194,14 @@ class Watchdog:
 
         Rank 1 looks after rank 0: others see that its store is gone, but a launcher may keep that.
         """
-        now = time.monotonic()
-        watched = {0: range(1, self._world.size), 1: range(1)}.get(self._world.rank, ())
-        there = [r for r in watched if r in self._beats or self._has_begun(r)]
-        if not there:
+        if not self._beats:
             return
-        values = self._store.multi_get([f"beat/{r}" for r in there])  # one message for all
+        there = [r for r, (beat, _) in self._beats.items() if beat or self._has_begun(r)]
+        # one message for all; without a key torch waits for what nobody answers
+        values = self._store.multi_get([f"beat/{r}" for r in there]) if there else []
+        now = time.monotonic()
         for r, value in zip(there, values, strict=True):
-            if r not in self._beats or self._beats[r][0] != value:
+            if self._beats[r][0] != value:
                 self._beats[r] = (value, now)
         limit = self._silence
         if self._store.check([LOST]):
