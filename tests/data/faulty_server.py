@@ -107,7 +107,9 @@ def loopback_s3(about=".tar", faults=FAULTS):
     """
     import boto3
     from moto.server import ThreadedMotoServer
+    from s3fs import S3FileSystem
 
+    S3FileSystem.clear_instance_cache()  # one of an earlier server would be used again
     server = ThreadedMotoServer("127.0.0.1", free_port(), verbose=False)
     server.start()
     proxy = FaultyProxy(server._port, about, faults)
