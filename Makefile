@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 DEMO := runs/demo
 TORCH ?= 2.11.0
 OTHER := $(VENV)-torch-$(TORCH)
-TORCH_TESTS := tests/losses tests/model/test_padding.py tests/model/test_varlen.py tests/engine/test_accumulation.py \
+TORCH_TESTS := tests/losses tests/model/test_deferred.py tests/model/test_padding.py tests/model/test_varlen.py tests/engine/test_accumulation.py \
 	tests/engine/test_compile.py tests/engine/test_equivalence.py tests/engine/test_fp8.py
 export TOKENIZERS_PARALLELISM = false
 
