@@ -50,7 +50,7 @@ class WeightAverage:
             UserError: the checkpoint has no average.
         """
         saved = saved_average(folder)
-        self._updates.fill_(saved.beside()["updates"])
+        self._updates.fill_(saved.beside["updates"])
         for mine, average in zip(self._average, saved.masters(rank), strict=True):
             mine.copy_(average)
 
@@ -61,7 +61,7 @@ class WeightAverage:
             saved: by `saved_average`.
             others: averages that are not in it as they are here, by name.
         """
-        self._updates.fill_(saved.beside()["updates"])
+        self._updates.fill_(saved.beside["updates"])
         kept = [master.detach().clone() for master in self._masters]
         self._engine.set_state(saved, others)
         for mine, master, before in zip(self._average, self._masters, kept, strict=True):

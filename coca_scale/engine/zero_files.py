@@ -68,5 +68,10 @@ def replica_weights(folder: Path) -> dict[str, Tensor]:
     content = read_pickle(file, HARMLESS)
     weights = content.get("module") if isinstance(content, dict) else None
     if not isinstance(weights, dict) or not all(isinstance(w, Tensor) for w in weights.values()):
-        raise UserError(f"{file}: not a state that DeepSpeed wrote; the checkpoint is damaged")
+        raise not_a_state(file)
     return weights
+
+
+def not_a_state(file: Path) -> UserError:
+    """What is said of a file that holds something else than a state."""
+    return UserError(f"{file}: not a state that DeepSpeed wrote; the checkpoint is damaged")

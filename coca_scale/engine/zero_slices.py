@@ -28,7 +28,7 @@ from deepspeed.checkpoint.constants import (
 )
 from torch import Tensor
 
-from coca_scale.engine.zero_files import HARMLESS, STATE_TAG
+from coca_scale.engine.zero_files import HARMLESS, STATE_TAG, not_a_state
 from coca_scale.errors import UserError
 from coca_scale.model.pickles import read_pickle
 
@@ -88,7 +88,7 @@ class SavedState:
             UserError: files are missing, damaged, or hold something else.
         """
         self._folder = folder / STATE_TAG
-        found = {int(m[1]): p for p in self._files() if (m := _SHARD.fullmatch(p.name))}
+        found = {int(m[1]): p for p in self._folder.glob("*.pt") if (m := _SHARD.fullmatch(p.name))}
         if not found or max(found) + 1 != len(found):
             raise UserError(f"{self._folder}: shards of {len(found)} ranks, and not of all")
         self._paths = found
@@ -100,9 +100,10 @@ class SavedState:
         """Of all parameters, whole, by name."""
         return {name: place.shape for name, place in self._places.items()}
 
-    def beside(self, rank: int = 0) -> dict[str, Any]:
-        """What a rank wrote beside its state."""
-        return self._shard(rank).beside
+    @property
+    def beside(self) -> dict[str, Any]:
+        """What rank 0 wrote beside its state."""
+        return self._shard(0).beside
 
     def masters(self, rank: int) -> list[Tensor]:
         """A rank's own flat weights, of every group.
@@ -143,9 +144,6 @@ class SavedState:
         if name not in self._places:
             raise UserError(f"{self._folder}: it holds no {name}")
         return self._places[name]
-
-    def _files(self) -> Iterator[Path]:
-        return self._folder.glob("*.pt")
 
     def _flat(self, rank: int, group: int, moment: str | None) -> Tensor:
         if rank not in self._paths:
@@ -195,15 +193,15 @@ def _parsed(path: Path, content: Any) -> _Shard:
     """
     state = content.get(OPTIMIZER_STATE_DICT) if isinstance(content, dict) else None
     if not isinstance(state, dict):
-        raise _not_a_state(path)
+        raise not_a_state(path)
     by_parameter = FP32_FLAT_GROUPS in state
     masters = state.get(FP32_FLAT_GROUPS if by_parameter else SINGLE_PARTITION_OF_FP32_GROUPS)
     if not isinstance(masters, list) or not all(_is_flat(master) for master in masters):
-        raise _not_a_state(path)
+        raise not_a_state(path)
     kept = state.get(OPTIMIZER_STATE_DICT if by_parameter else BASE_OPTIMIZER_STATE, {})
     of_groups = kept.get("state", {}) if isinstance(kept, dict) else None
     if not isinstance(of_groups, dict):
-        raise _not_a_state(path)
+        raise not_a_state(path)
     moments = [_flat_ones(of_groups.get(number, {})) for number in range(len(masters))]
     beside = {key: value for key, value in content.items() if key != OPTIMIZER_STATE_DICT}
     return _Shard(masters, moments, by_parameter, beside)
@@ -220,11 +218,7 @@ def _is_flat(value: Any) -> bool:
 def _shapes_in(path: Path, content: Any) -> list[dict[str, torch.Size]]:
     groups = content.get(PARAM_SHAPES) if isinstance(content, dict) else None
     if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
-        raise _not_a_state(path)
+        raise not_a_state(path)
     if not all(isinstance(shape, torch.Size) for group in groups for shape in group.values()):
-        raise _not_a_state(path)
+        raise not_a_state(path)
     return groups
-
-
-def _not_a_state(path: Path) -> UserError:
-    return UserError(f"{path}: not a state that DeepSpeed wrote; the checkpoint is damaged")

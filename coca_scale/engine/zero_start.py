@@ -42,17 +42,13 @@ def fill(
             if old not in done:
                 kind = dtype if old.is_floating_point() else old.dtype
                 if cutting is not None:
-                    done[old] = cutting.cut(old, partial(_fill, dot + name, old, first), kind)
+                    done[old] = cutting.cut(old, partial(fill_part, dot + name, old, first), kind)
                 else:
                     whole = whole_of(dot + name, old, first, kind, device)
                     done[old] = nn.Parameter(whole, requires_grad=old.requires_grad)
             module.register_parameter(name, done[old])
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, whole_of(dot + name, buffer, first, buffer.dtype, device))
-
-
-def _fill(name: str, like: Tensor, first: FirstWeights | None, target: Tensor, begin: int) -> None:
-    fill_part(target, name, like, first, begin)
 
 
 def _cuts(config: dict[str, Any]) -> bool:

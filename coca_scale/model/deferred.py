@@ -26,13 +26,12 @@ _ELEMENTWISE = _OVERWRITING | {"mul_", "add_", "sub_", "div_", "erfinv_", "clamp
 
 @dataclass(frozen=True)
 class _Done:
-    """An operation: what was called, with what, and the storages that it made or changed."""
+    """An operation: what was called, with what, and the storages that it was called with."""
 
     function: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     result: Any
-    writes: frozenset[int]
     reads: frozenset[int]
 
 
@@ -62,7 +61,7 @@ class Record(TorchDispatchMode):
         if writes:
             for storage in writes:
                 self._writers.setdefault(storage, []).append(len(self._done))
-            self._done.append(_Done(func, args, kwargs, result, writes, reads))
+            self._done.append(_Done(func, args, kwargs, result, reads))
         return result
 
     def make(self, tensors: Iterable[Tensor], seed: int) -> list[Tensor]:
@@ -192,7 +191,7 @@ class ToBeLoaded:
 
 @torch.no_grad()
 def fill_part(
-    target: Tensor, name: str, tensor: Tensor, first: FirstWeights | None, begin: int = 0
+    name: str, tensor: Tensor, first: FirstWeights | None, target: Tensor, begin: int = 0
 ) -> None:
     """Write a flat tensor's elements, or what they are to be if it has no memory, as `fill`."""
     if tensor.device.type != "meta":
@@ -211,7 +210,7 @@ def whole_of(
 ) -> Tensor:
     """A tensor with its values, whole."""
     whole = torch.empty(tensor.shape, dtype=dtype, device=device)
-    fill_part(whole.view(-1), name, tensor, first)
+    fill_part(name, tensor, first, whole.view(-1))
     return whole
 
 
