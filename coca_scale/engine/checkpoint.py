@@ -29,10 +29,10 @@ from coca_scale.engine.zero_slices import SavedState
 from coca_scale.errors import AgreedError, UserError
 from coca_scale.model.config import ModelConfig, parse_model_config
 from coca_scale.recipe.files import parse_json, read_json_as, sha256_of, validated
+from coca_scale.recipe.run_folder import LATEST
 
 MANIFEST = "manifest.json"
 PROGRESS = "progress.json"
-LATEST = "latest"
 _Count = Annotated[int, Field(ge=0, lt=2**63)]
 _NAME = re.compile(r"step_(\d{8})")
 _TEMPORARY = ".incomplete"  # swept away
@@ -136,9 +136,8 @@ def drop_old(
     names = newest_first(path.name for path in parent.iterdir())
     for name in surplus(names, keep, keep_every):
         if name not in spared:
-            (parent / name / MANIFEST).unlink(
-                missing_ok=True
-            )  # first: it is no checkpoint any more
+            # first: it is no checkpoint any more
+            (parent / name / MANIFEST).unlink(missing_ok=True)
             shutil.rmtree(parent / name, ignore_errors=True)
 
 
@@ -154,6 +153,11 @@ def surplus(names: Collection[str], keep: int | None, keep_every: int | None) ->
 def newest_first(names: Iterable[str]) -> list[str]:
     """Those of `names` that are of checkpoints, in order."""
     return sorted(filter(_NAME.fullmatch, names), reverse=True)
+
+
+def step_name(step: int) -> str:
+    """The name of a checkpoint."""
+    return f"step_{step:08d}"
 
 
 def step_of(name: str) -> int:

@@ -25,6 +25,7 @@ from coca_scale.engine.checkpoint import (
     complete_folder,
     find_checkpoint,
     newest_first,
+    step_name,
     step_of,
 )
 from coca_scale.engine.world import World
@@ -118,7 +119,7 @@ def rescue(folder: Path, checkpoints: Path, world: World) -> str | None:
     here = world.agree(lambda: _saves_in(folder))
     offers = world.gather(list(here))
     for save in sorted({save for offer in offers for save in offer}, reverse=True):
-        final = checkpoints / f"step_{save[0]:08d}"
+        final = checkpoints / step_name(save[0])
         if newest is not None and final.name <= newest.name:
             break
         parts = here.get(save, [])

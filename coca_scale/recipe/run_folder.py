@@ -10,6 +10,7 @@ BAD_SAMPLES = "bad_samples.jsonl"
 BAD_STEPS = "bad_steps.jsonl"
 TENSORBOARD = "tensorboard"
 CHECKPOINTS = "checkpoints"
+LATEST = "latest"  # in it: name of the newest one
 LOCAL_ID = "local_id"  # in it: of this run's saves on the nodes
 EXPORT = "export"  # model folder of the end of the run
 PROFILE = "profile"

@@ -17,7 +17,14 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt
 from coca_scale.errors import UserError
 from coca_scale.recipe.files import open_regular, readable_lines
 from coca_scale.recipe.lock import WATCH_SECONDS, Seen, last_seen, run_claim
-from coca_scale.recipe.run_folder import BAD_STEPS, CHECKPOINTS, EVENTS, METRICS, VALIDATION
+from coca_scale.recipe.run_folder import (
+    BAD_STEPS,
+    CHECKPOINTS,
+    EVENTS,
+    LATEST,
+    METRICS,
+    VALIDATION,
+)
 from coca_scale.recipe.section import MAX_STEPS
 
 LAST_BYTES = 2**20  # of a file
@@ -174,6 +181,6 @@ def _lines(path: Path, kind: type[Line]) -> list[Line | None]:
 
 
 def _checkpoint(folder: Path) -> str | None:
-    with suppress(OSError, UserError), open_regular(folder / CHECKPOINTS / "latest") as file:
+    with suppress(OSError, UserError), open_regular(folder / CHECKPOINTS / LATEST) as file:
         return file.read(100).decode("utf-8", "replace").strip() or None
     return None

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from coca_scale.engine.checkpoint import PROGRESS
+from coca_scale.engine.checkpoint import PROGRESS, step_name
 from coca_scale.engine.node_saves import (
     complete_here,
     drop_below,
@@ -204,7 +204,7 @@ class LocalSaves:
         if self._dropping is not None:
             wait([self._dropping])  # there is room for two
         progress = self._progress()
-        final = self._folder / self._world.hosts[self._world.rank] / f"step_{progress['step']:08d}"
+        final = self._folder / self._world.hosts[self._world.rank] / step_name(progress["step"])
         temporary = final.with_name(f"{final.name}.{self._token}")
         state = temporary / STATE_TAG  # DeepSpeed makes it otherwise, and one rank alone would fail
         try:
@@ -269,7 +269,7 @@ class LocalSaves:
     def _fail(self, step: int, failure: str) -> None:
         """Say it once, until one is complete again: they come often."""
         if not self._failing:
-            self._log.say(f"warning: step_{step:08d} could not be saved on the nodes: {failure}")
+            self._log.say(f"warning: {step_name(step)} could not be saved on the nodes: {failure}")
             self._tell_event(step, failure=failure)
         self._failing = True
 
@@ -282,8 +282,8 @@ class LocalSaves:
         sums = (sum(values) for values in zip(*costs, strict=True))
         _, size, seconds, blocked = (total / len(costs) for total in sums)
         self._log.say(
-            f"saved step_{step:08d}{before} on the nodes: {size / 1e6:.1f} MB in {seconds:.1f} s, "
-            f"of which training waited {blocked:.2f} s"
+            f"saved {step_name(step)}{before} on the nodes: {size / 1e6:.1f} MB in "
+            f"{seconds:.1f} s, of which training waited {blocked:.2f} s"
         )
         cost = {"seconds": round(seconds, 3), "blocked_seconds": round(blocked, 3)}
         self._tell_event(step, saves=len(costs), bytes=round(size), **cost)

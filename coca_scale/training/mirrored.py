@@ -13,7 +13,7 @@ from typing import Any
 from coca_scale.data.bucket import Bucket
 from coca_scale.data.retries import StorageError
 from coca_scale.data.tokens import TOKENIZER_CONFIG, TOKENIZER_FILE
-from coca_scale.engine.checkpoint import LATEST, MANIFEST, listed_files, newest_first, surplus
+from coca_scale.engine.checkpoint import MANIFEST, listed_files, newest_first, surplus
 from coca_scale.engine.writing import Entries, write_hashed
 from coca_scale.errors import UserError
 from coca_scale.openclip.folder import CONFIG_FILE, OWN_CONFIG_FILE
@@ -23,6 +23,7 @@ from coca_scale.recipe.run_folder import (
     CHECKPOINTS,
     EVENTS,
     EXPORT,
+    LATEST,
     METRICS,
     RECIPE,
     VALIDATION,

@@ -6,6 +6,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
+from coca_scale.engine.checkpoint import step_of
 from coca_scale.engine.world import World
 from coca_scale.engine.writing import Entries
 from coca_scale.errors import UserError, refusal
@@ -24,7 +25,7 @@ class Pending:
     @property
     def step(self) -> int:
         """That it is of."""
-        return int(self.final.name.removeprefix("step_"))
+        return step_of(self.final.name)
 
     def written(self, world: World) -> Entries:
         """This rank's files, once those of all ranks are on the disks. A collective.

@@ -10,7 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from coca_scale.engine.checkpoint import PROGRESS, begin_folder, complete_folder, drop_old
+from coca_scale.engine.checkpoint import (
+    PROGRESS,
+    begin_folder,
+    complete_folder,
+    drop_old,
+    step_name,
+)
 from coca_scale.engine.ownership import Owner
 from coca_scale.engine.train_engine import TrainEngine
 from coca_scale.engine.watchdog import NoWatchdog, Watchdog
@@ -100,7 +106,7 @@ class Saver:
             failure = self._begin(progress)
         self._newest = progress["step"] if failure is None else None
         if failure is not None:
-            self._log.say(f"warning: step_{progress['step']:08d} could not be saved: {failure}")
+            self._log.say(f"warning: {step_name(progress['step'])} could not be saved: {failure}")
             self._tell_event(progress["step"], failure=failure)
         elif not self._section.background:
             failure = self.finish()
@@ -157,7 +163,7 @@ class Saver:
         """Copy everything; writing goes on by itself. Returns why that failed at once."""
         started = time.perf_counter()
         world = self._engine.world
-        final = self._parent / f"step_{progress['step']:08d}"
+        final = self._parent / step_name(progress["step"])
         try:
             temporary = world.on_first(partial(begin_folder, final))
         except AgreedError as error:
