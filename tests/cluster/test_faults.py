@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+from contextlib import contextmanager
 from datetime import datetime, timedelta
 
 import pytest
@@ -15,6 +16,17 @@ from tests.cluster.runs import SCRIPT, STEPS, TrainingJob, submit
 from tests.json_lines import curve, lines_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
+
+
+@contextmanager
+def lost(cluster, node, data):
+    """A node is gone in the block, and back behind it, where nothing is slow any more."""
+    cluster.kill_node(node)
+    try:
+        yield
+    finally:
+        data.pause(0)
+        cluster.start_node(node)
 
 
 def test_zero3_over_two_nodes_to_its_end(undisturbed):
@@ -57,15 +69,10 @@ def test_a_rank_killed_then_requeued_then_a_node_lost(cluster, cluster_data, und
     tell(f"requeued, which waits 4 s and not 2 minutes here: {job.wait_first_step('1.0'):.0f} s")
 
     job.wait_step(13, restarts=1)
-    lost = job.nodes()[1]
-    cluster.kill_node(lost)
-    try:
+    with lost(cluster, job.nodes()[1], cluster_data):
         tell(f"a node lost, to the queue: {job.wait_first_step('2.0'):.0f} s")
         cluster_data.pause(0)
         job.finish()
-    finally:
-        cluster_data.pause(0)
-        cluster.start_node(lost)
     log = job.log.read_text()
     assert "a rank died (exit code 137) on n2; the ranks start again in place" in log
     assert "too few of its nodes can take ranks; job" in log
@@ -107,17 +114,13 @@ def test_a_node_lost_and_on_with_the_other(cluster, cluster_data, undisturbed, t
     cluster_data.pause(0.7)
     job = TrainingJob(cluster, tmp_path / "elastic", cluster_data, ELASTIC="1")
     job.wait_step(7, restarts=0)
-    kept, lost = job.nodes()
-    cluster.kill_node(lost)
-    try:
+    kept, other = job.nodes()
+    with lost(cluster, other, cluster_data):
         tell(f"a node lost, on with the other: {job.wait_first_step('0.1'):.0f} s")
         cluster_data.pause(0)
         job.finish()
-    finally:
-        cluster_data.pause(0)
-        cluster.start_node(lost)
     log = job.log.read_text()
-    assert f"node {lost} was lost; the ranks start again in place" in log
+    assert f"node {other} was lost; the ranks start again in place" in log
     assert f"start 0.1 of job {job.id} on {kept}, 1 ranks" in log
     assert cluster.job(job.id)["Restarts"] == "0"
     losses, usual = curve(job.run), curve(undisturbed.run)
